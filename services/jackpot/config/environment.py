@@ -1,0 +1,83 @@
+"""What a service process learns from its launcher: one frozen object, read once from the environment.
+
+A launcher (local processes, Kubernetes) sets these variables; nothing else in a service reads ``os.environ``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jackpot.config.job import JobSpec
+from jackpot.config.loading import parse_job
+from jackpot.errors import ConfigError
+from jackpot.trajectory import Role
+
+PREFIX = "JACKPOT_"
+
+
+class ServiceEnvironment(BaseModel):
+    """Addresses and paths of one service process. Variable names are the field names in capitals after JACKPOT_."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    run_dir: Path
+    """The job's directory (shared by all its processes): job.json, weights/, checkpoints/, logs."""
+    job_id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    """The job's id: Redis keys and metric labels carry it."""
+    instance: str = "0"
+    """Which replica of its service this is; also its consumer name on the bus, stable over restarts."""
+    redis_url: str = ""
+    """The bus's server."""
+    listen: str = ""
+    """gRPC address to serve on: ``unix:/path`` or ``host:port``."""
+    role: Role = "actor"
+    """Rollout service only: whose weights it samples with. ``policy`` makes it the evaluator."""
+    rollout_addresses: tuple[str, ...] = ()
+    """Orchestrator only: gRPC addresses of the rollout replicas, comma-separated."""
+    evaluator_address: str = ""
+    """Orchestrator only: a rollout server on the policy's weights."""
+    metrics_address: str = ""
+    """``host:port`` for /metrics; empty serves none."""
+    threads: int = 0
+    """Threads for torch; 0 leaves torch's own choice."""
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> ServiceEnvironment:
+        """Parse the JACKPOT_* variables.
+
+        Raises:
+            ConfigError: naming the variable that is missing, unknown or malformed.
+        """
+        variables = os.environ if environ is None else environ
+        values: dict[str, object] = {}
+        for name in cls.model_fields:
+            variable = PREFIX + name.upper()
+            if variable in variables:
+                text = variables[variable]
+                values[name] = tuple(filter(None, text.split(","))) if name == "rollout_addresses" else text
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            detail = error.errors()[0]
+            variable = PREFIX + str(detail["loc"][0]).upper()
+            raise ConfigError(
+                variable,
+                detail.get("input"),
+                detail["msg"].lower(),
+                "The launcher sets it; start services with `jackpot run`.",
+            ) from None
+
+    def to_env(self) -> dict[str, str]:
+        """The variables that :meth:`from_env` reads back."""
+        values = {PREFIX + name.upper(): getattr(self, name) for name in type(self).model_fields}
+        return {name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in values.items()}
+
+    def load_job(self) -> JobSpec:
+        """The job as resolved by the launcher, from ``job.json`` in the run directory."""
+        return parse_job(json.loads((self.run_dir / "job.json").read_text(encoding="utf-8")))

@@ -1,0 +1,422 @@
+"""The job file: one frozen, strict model per section. The docstring under a field is its documentation and
+its JSON Schema description; every default is written with its reason."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no silent conversion of strings into numbers."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+
+class ModelConfig(Section):
+    """A causal language model."""
+
+    model: str = Field(min_length=1)
+    """A directory in Hugging Face format (config.json, *.safetensors, tokenizer.json), or
+    ``builtin:<recipe>/<name>`` for a tiny model that Jackpot makes itself and caches."""
+    dtype: Dtype = "float32"
+    """Number format of the weights in every service. float32 is exact on CPU; use bfloat16 on GPUs."""
+
+
+class ActorConfig(ModelConfig):
+    """The model that samples. It must share the policy's vocabulary."""
+
+    train: bool = True
+    """Whether the actor learns (its own PPO loss and distillation). A frozen actor drifts away from the policy."""
+
+
+class TaskConfig(Section):
+    """Where prompts and rewards come from."""
+
+    name: str = Field(min_length=1)
+    """``reasoning_gym:<dataset>``, ``jsonl``, ``python:<module>:<attribute>``, or a task that an installed
+    package registers under the entry point group ``jackpot.tasks`` (``complement`` comes with Jackpot)."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of the task. For ``jsonl``: ``path``, ``eval_path``, ``reward`` (``exact_match``, ``math_verify``)."""
+    system_prompt: str | None = None
+    """System message put before each prompt when a chat template is used."""
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    """``auto`` uses the tokenizer's chat template where there is one, else the plain prompt."""
+    reward_timeout_seconds: PositiveFloat = 30.0
+    """A reward that takes longer counts as failed. Symbolic checkers rarely need a second."""
+    reward_attempts: PositiveInt = 2
+    """How often a failing reward is tried before its group is dead-lettered."""
+
+
+class SamplingConfig(Section):
+    """How the actor samples. Only temperature changes the distribution: anything that truncates or penalises
+    would make the engine's log-probabilities differ from those of the distribution sampled from."""
+
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of every model, in sampling and in scoring."""
+    max_tokens: PositiveInt = 256
+    """Longest completion in tokens. Completions cut here are counted as truncated."""
+    stop: tuple[str, ...] = ()
+    """Extra stop strings, each a single token of the tokenizer. The tokenizer's end-of-sequence token always stops."""
+    group_size: Annotated[int, Field(ge=1)] = 8
+    """Trajectories per prompt. GRPO needs at least 2; 8 is the paper's and the field's usual value."""
+    top_p: float = 1.0
+    """Must be 1: nucleus sampling changes p_inf behind the engine's log-probabilities."""
+    top_k: int = 0
+    """Must be 0 (off), for the same reason."""
+    min_p: float = 0.0
+    """Must be 0 (off), for the same reason."""
+    repetition_penalty: float = 1.0
+    """Must be 1 (off), for the same reason."""
+
+    @field_validator("top_p", "top_k", "min_p", "repetition_penalty")
+    @classmethod
+    def _refuse_truncated_sampling(cls, value: float, info: ValidationInfo) -> float:
+        neutral = cls.model_fields[str(info.field_name)].default
+        if value != neutral:
+            raise ValueError(
+                "this truncates or reshapes the distribution sampled from, so that the engine's log-probabilities, "
+                "and with them acceptance and importance ratios, would be wrong. "
+                f"Set {info.field_name} to {neutral!r} and use temperature instead"
+            )
+        return value
+
+
+class RolloutConfig(Section):
+    """The rollout service: the actor behind gRPC."""
+
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """``auto`` takes vLLM where it imports and a GPU is there, else transformers, and logs which and why."""
+    replicas: PositiveInt = 1
+    """Rollout processes. Each pulls new weights on its own."""
+    device: Device = "auto"
+    """``auto`` is CUDA where there is one."""
+    top_logprobs: Annotated[int, Field(ge=1, le=1024)] = 20
+    """k: how many of the actor's most probable tokens come back per position (paper §4.4 uses 20)."""
+    max_batch_size: PositiveInt = 256
+    """Trajectories decoded together by the transformers engine."""
+    max_queue: PositiveInt = 1024
+    """Trajectories waiting or running before a server answers RESOURCE_EXHAUSTED."""
+    weight_poll_seconds: PositiveFloat = 0.05
+    """How often a replica looks for a newer weight version. Reading one small file: cheap."""
+
+
+class ScorerConfig(Section):
+    """The OBRS scoring service: the target policy's log-probabilities, acceptance and normalizer."""
+
+    replicas: PositiveInt = 1
+    """Scorer processes. They share the work through the bus."""
+    device: Device = "auto"
+    """``auto`` is CUDA where there is one."""
+    chunk_tokens: PositiveInt = 128
+    """Positions per slice of the vocabulary pass. 128 keeps [chunk, vocabulary] small at the same speed."""
+    max_batch_tokens: PositiveInt = 16384
+    """Tokens (prompt and completion) in one forward pass."""
+    max_groups_per_batch: PositiveInt = 16
+    """Groups taken from the bus at once."""
+    weight_poll_seconds: PositiveFloat = 0.05
+    """How often the scorer looks for a newer policy version."""
+
+
+class NoCorrection(Section):
+    """F(s) = 1: train as if the trajectories were the policy's own."""
+
+    name: Literal["none"] = "none"
+
+
+class TisCorrection(Section):
+    """Truncated importance sampling: F(s) = min(s, C), s = p_ref/p_inf per token."""
+
+    name: Literal["tis"] = "tis"
+    cap: PositiveFloat = 2.0
+    """C. 2 is Flash-RL's and verl's usual value."""
+
+
+class JackpotCorrection(Section):
+    """Optimal budgeted rejection sampling (paper §3 and §4)."""
+
+    name: Literal["jackpot"] = "jackpot"
+    obrs_lambda: PositiveFloat = 1.0
+    """λ: larger rejects more and aligns more. At 1 a token is rejected just as far as the actor over-represents it."""
+    c1: PositiveFloat = 3.0
+    """Upper clip of the weight Z·max(λ, p_t/p_inf)."""
+    c2: PositiveFloat = 3.0
+    """Upper clip of p_ref/p_t; only used with target = policy."""
+    target: Literal["reference", "policy"] = "reference"
+    """What OBRS aligns to. ``policy`` is for many optimizer steps per rollout batch; it keeps top-k on the bus."""
+    mask: Literal["bernoulli", "expected"] = "bernoulli"
+    """``bernoulli`` draws acceptance (the paper); ``expected`` multiplies by its probability: same mean, less noise."""
+    normalizer: Literal["tail", "union_tail", "union_kappa", "full"] = "tail"
+    """Estimator of Z. ``tail`` needs nothing but the actor's returned top-k. The other three run the actor's forward
+    pass in the scorer; ``full`` looks at the whole vocabulary (tests, small models)."""
+    top_k: Annotated[int, Field(ge=1, le=1024)] = 20
+    """How many of the target's most probable tokens enter the estimate (paper §4.4)."""
+
+    @model_validator(mode="after")
+    def _target_policy_has_no_actor_forward(self) -> JackpotCorrection:
+        if self.target == "policy" and self.normalizer in ("union_tail", "full"):
+            raise ValueError(
+                f"normalizer = {self.normalizer!r} needs the actor's forward pass beside the target's, which "
+                "target = 'policy' does not have. Use normalizer 'tail' or 'union_kappa', or target 'reference'"
+            )
+        return self
+
+
+def _name_alone(value: Any) -> Any:
+    """``correction: tis`` is short for ``correction: {name: tis}``."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+CorrectionConfig = Annotated[
+    Annotated[NoCorrection | TisCorrection | JackpotCorrection, Field(discriminator="name")],
+    BeforeValidator(_name_alone),
+]
+
+
+class AdvantageConfig(Section):
+    """Group advantages."""
+
+    name: Literal["grpo"] = "grpo"
+    """(reward − group mean) / group standard deviation."""
+    normalize_std: bool = True
+    """Divide by the group's standard deviation, as GRPO does; false leaves the differences as they are (Dr. GRPO)."""
+    filter_zero_variance: bool = False
+    """Drop groups whose rewards are all equal before scoring (they carry no policy gradient, but do distil)."""
+
+
+class DistillationConfig(Section):
+    """L_distill: forward KL from policy to actor at the trajectories' positions (paper eq. 7)."""
+
+    weight: NonNegativeFloat = 1.0
+    """λ_distill."""
+    chunk_tokens: PositiveInt = 512
+    """Positions per slice of the full-vocabulary KL."""
+
+
+class AlgorithmConfig(Section):
+    """The joint objective."""
+
+    correction: CorrectionConfig = Field(default_factory=JackpotCorrection)
+    """How the mismatch between actor and policy is corrected: ``jackpot``, ``tis`` or ``none``."""
+    denominator: Literal["accepted", "all"] = "accepted"
+    """What the sum of token losses is divided by: accepted tokens estimate the expectation under the policy;
+    all tokens shrink it by Z."""
+    clip_low: PositiveFloat | None = 0.2
+    """ε below: the ratio is clipped at 1 − ε. null removes the clip."""
+    clip_high: PositiveFloat | None = 0.2
+    """ε above: the ratio is clipped at 1 + ε. null removes the clip."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    """Advantage estimator."""
+    actor_ppo: bool = True
+    """Whether the actor also follows its own PPO loss (paper eq. 6)."""
+    actor_cap: PositiveFloat = 2.0
+    """Truncation of the actor's own correction p_ω,ref/p_inf, which is staleness and numerics only."""
+    distillation: DistillationConfig = DistillationConfig()
+    """Policy → actor distillation."""
+
+
+class ScheduleConfig(Section):
+    """Learning-rate schedule, shared by policy and actor."""
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; linear and cosine end at ``final_fraction`` of the peak."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up from zero."""
+    final_fraction: Fraction = 0.0
+    """Where linear and cosine end, as a fraction of the peak."""
+
+
+class LearnerConfig(Section):
+    """The learner service."""
+
+    steps: PositiveInt = 100
+    """Optimizer steps in all."""
+    groups_per_batch: PositiveInt = 16
+    """Groups that are trained on together."""
+    updates_per_batch: PositiveInt = 1
+    """Optimizer steps per batch; the batch's groups are split evenly among them. 1 is fully on-batch."""
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate of the policy. 1e-6 suits billions of parameters; tiny models want 1e-3."""
+    actor_lr: PositiveFloat | None = None
+    """Peak learning rate of the actor; null means the policy's. An actor that learns too slowly is left behind."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient norm clip, for policy and actor apart."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning-rate schedule."""
+    device: Device = "auto"
+    """``auto`` is CUDA where there is one."""
+    max_batch_tokens: PositiveInt = 16384
+    """Tokens in one forward and backward pass; larger batches accumulate gradients."""
+    checkpoint_every: PositiveInt = 10
+    """Optimizer steps between checkpoints. Groups count as trained once a checkpoint holds their effect."""
+    keep_checkpoints: PositiveInt = 2
+    """Older checkpoints are deleted."""
+    batch_timeout_seconds: PositiveFloat = 600.0
+    """How long the learner waits for a full batch before it stops with an error."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> LearnerConfig:
+        if self.groups_per_batch % self.updates_per_batch:
+            raise ValueError(
+                f"groups_per_batch = {self.groups_per_batch} cannot be split evenly into "
+                f"updates_per_batch = {self.updates_per_batch}. Make one a multiple of the other"
+            )
+        if self.steps % self.updates_per_batch:
+            raise ValueError(
+                f"steps = {self.steps} is not a whole number of batches of {self.updates_per_batch} updates. "
+                f"Use a multiple of {self.updates_per_batch}"
+            )
+        return self
+
+
+class OrchestratorConfig(Section):
+    """Dispatch of prompts to rollout replicas."""
+
+    max_staleness: NonNegativeInt = 1
+    """Greatest distance, in optimizer steps, between the version that sampled a token and the step that trains on it.
+    0 is synchronous; 1 overlaps sampling with training."""
+    max_in_flight_groups: PositiveInt = 64
+    """Generate calls under way at once, over all replicas."""
+    attempts: PositiveInt = 3
+    """How often a group is tried, each time on another replica, before it is dead-lettered."""
+    generate_timeout_seconds: PositiveFloat = 600.0
+    """Deadline of one Generate call."""
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation of the policy on its own samples."""
+
+    every: PositiveInt = 10
+    """Optimizer steps between evaluations; step 0 and the last step are always evaluated."""
+    prompts: PositiveInt = 128
+    """Held-out prompts."""
+    samples_per_prompt: PositiveInt = 1
+    """Completions per prompt; accuracy is their mean."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy."""
+    timeout_seconds: PositiveFloat = 600.0
+    """Deadline of one evaluation."""
+
+
+class BusConfig(Section):
+    """The trajectory bus."""
+
+    url: str | None = None
+    """``redis://``, ``rediss://`` or ``unix://`` address of a Redis ≥ 7.0 or Valkey. null starts an embedded server."""
+    payload_store: Literal["redis", "file"] = "file"
+    """Where the arrays live; the stream carries only their ids. ``file`` is faster on one machine."""
+    max_bytes: PositiveInt = 1 << 30
+    """Budget for groups on the bus; dispatch holds when it is spent."""
+    max_payload_bytes: PositiveInt = 256 << 20
+    """Largest group accepted, after decompression."""
+    lease_seconds: PositiveFloat = 30.0
+    """How long a consumer may be silent before its groups go to another."""
+    max_attempts: PositiveInt = 3
+    """How often a group is taken up before it is dead-lettered."""
+
+
+class WeightStoreConfig(Section):
+    """Versioned weights between learner and replicas."""
+
+    keep_versions: Annotated[int, Field(ge=2)] = 8
+    """Versions kept per role; more lets slow replicas and evaluations find the version that they want."""
+
+
+class RunConfig(Section):
+    """The local run."""
+
+    directory: str | None = None
+    """Where the run directory goes; null is ``runs/<job id>``."""
+    max_restarts: NonNegativeInt = 5
+    """How often one process is restarted before the job stops with its last error."""
+    threads_per_process: NonNegativeInt = 0
+    """CPU threads per process for torch; 0 shares the cores out."""
+    startup_timeout_seconds: PositiveFloat = 180.0
+    """How long a process may take until it serves."""
+
+
+class JobSpec(Section):
+    """A training job, whole. What `jackpot run` takes and what the REST API accepts as JSON."""
+
+    name: str = Field(default="job", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
+    """Start of the job id: lower-case letters, digits and hyphens, at most 40."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seeds prompts, sampling, masks and training."""
+    policy: ModelConfig
+    """The model that is trained."""
+    actor: Literal["policy"] | ActorConfig
+    """The model that samples; ``policy`` is on-policy training."""
+    task: TaskConfig
+    """Prompts and rewards."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Sampling of training trajectories."""
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    """The objective."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Rollout service."""
+    scorer: ScorerConfig = ScorerConfig()
+    """OBRS scoring service."""
+    learner: LearnerConfig = LearnerConfig()
+    """Learner service."""
+    orchestrator: OrchestratorConfig = OrchestratorConfig()
+    """Dispatch."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation."""
+    bus: BusConfig = BusConfig()
+    """Trajectory bus."""
+    weights: WeightStoreConfig = WeightStoreConfig()
+    """Weight store."""
+    run: RunConfig = RunConfig()
+    """Local run."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the policy samples for itself."""
+        return self.actor == "policy"
+
+    @property
+    def rollout_model(self) -> ModelConfig:
+        """The model that the rollout replicas hold."""
+        return self.policy if isinstance(self.actor, str) else self.actor
+
+    @property
+    def rollout_role(self) -> Literal["policy", "actor"]:
+        """Whose weight versions the rollout replicas pull."""
+        return "policy" if self.on_policy else "actor"
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in the whole job."""
+        return self.learner.steps // self.learner.updates_per_batch
+
+    @property
+    def num_groups(self) -> int:
+        """Groups that the whole job trains on."""
+        return self.num_batches * self.learner.groups_per_batch

@@ -1,0 +1,1 @@
+"""The control plane: starts jobs, follows them, reports on them."""

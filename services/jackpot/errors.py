@@ -1,0 +1,91 @@
+"""Every error that Jackpot raises on purpose. Each message says what is wrong and what to do about it.
+
+``exit_code`` follows sysexits where a launcher has to tell "try again" from "never will":
+2 and 78 are configuration (never retried), everything else may be retried.
+"""
+
+from __future__ import annotations
+
+
+class JackpotError(Exception):
+    """Base of the tree. Shown to users as its message alone, never as a stack trace."""
+
+    exit_code = 1
+
+
+class ConfigError(JackpotError):
+    """A setting that cannot work. Names the field, the value and the remedy."""
+
+    exit_code = 2
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        self.field = field
+        self.value = value
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{field} = {value!r}: {problem}. {remedy}")
+
+
+class DeadlineError(JackpotError):
+    """Something awaited did not happen in time. Names what was awaited and for how long."""
+
+    def __init__(self, awaited: str, timeout_seconds: float, remedy: str = "") -> None:
+        self.awaited = awaited
+        self.timeout_seconds = timeout_seconds
+        super().__init__(f"waited {timeout_seconds:g} s for {awaited}. {remedy}".strip())
+
+
+class UnsupportedSamplingError(JackpotError):
+    """Sampling settings under which the engine's log-probabilities are not those of the sampled distribution."""
+
+
+class EngineError(JackpotError):
+    """An inference engine failed; the request may be retried elsewhere."""
+
+
+class QueueFullError(EngineError):
+    """A server's queue is full; retry after ``retry_after_seconds``."""
+
+    def __init__(self, retry_after_seconds: float) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(f"the queue is full; retry after {retry_after_seconds:g} s")
+
+
+class RewardError(JackpotError):
+    """A reward function raised, timed out, or returned something that is not a finite number."""
+
+
+class PayloadError(JackpotError):
+    """A payload that cannot be read: corrupt, truncated, oversized, or of an unknown schema."""
+
+
+class PayloadMissingError(PayloadError):
+    """The bus names a payload that its store does not hold."""
+
+
+class BusError(JackpotError):
+    """The trajectory bus cannot do what was asked."""
+
+
+class LeaseLostError(BusError):
+    """Another consumer has taken this delivery over; its result must be thrown away."""
+
+
+class BusLostError(BusError):
+    """The server lost the job's state (FLUSHALL, failover to an empty replica)."""
+
+
+class WeightError(JackpotError):
+    """A weight version that cannot be published or loaded."""
+
+
+class WeightMissingError(WeightError):
+    """The weight store does not hold this version (any more)."""
+
+
+class WeightCorruptError(WeightError):
+    """A weight version whose bytes do not match its manifest, or whose tensors do not fit the model."""
+
+
+class JobFailedError(JackpotError):
+    """The job stopped because one of its processes keeps dying, or an alarm said so."""

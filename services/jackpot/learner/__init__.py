@@ -1,0 +1,1 @@
+"""The learner service: the joint objective, updating policy and actor."""

@@ -1,0 +1,1 @@
+"""The orchestrator: prompts, rewards, dispatch over the rollout replicas, evaluation."""

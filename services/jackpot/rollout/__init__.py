@@ -1,0 +1,1 @@
+"""The rollout service: the actor behind gRPC."""

@@ -1,0 +1,1 @@
+"""The OBRS scoring service: what the target policy says about each sampled token."""

@@ -1,0 +1,112 @@
+"""What travels through the pipeline: trajectories, in groups. Frozen, numpy only.
+
+A *trajectory* is one completion with the log-probabilities it was sampled with. A *group* holds the
+siblings of one prompt and is the unit of everything after sampling: it is complete by construction, so
+that group advantages never wait. A *scored group* adds what the target policy says about each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+Role = Literal["policy", "actor"]
+
+
+def group_id(job_id: str, epoch: int, prompt_index: int, attempt: int = 0) -> str:
+    """The deterministic id of a group: the same work always gets the same id, so duplicates are recognised."""
+    return f"{job_id}.e{epoch}.p{prompt_index}.a{attempt}"
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens [start, end) were sampled by weight version ``version``."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Trajectory:
+    """One completion. T tokens; k candidates a position, the actor's most probable ones.
+
+    The log-probabilities are those of the distribution really sampled from (after temperature).
+    """
+
+    trajectory_id: str  # "<group id>#<index>"
+    token_ids: NDArray[np.uint32]  # [T], the completion, its stop token included
+    actor_logprobs: NDArray[np.float32]  # [T], log p_inf of the sampled token
+    topk_ids: NDArray[np.uint32] | None  # [T, k]; None once dropped after scoring
+    topk_logprobs: NDArray[np.float16] | None  # [T, k], log p_inf, descending
+    version_spans: tuple[VersionSpan, ...]  # contiguous, covering [0, T)
+    finish_reason: FinishReason
+    reward: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest actor version that produced one of the tokens."""
+        return min(span.version for span in self.version_spans)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Group:
+    """The trajectories of one prompt."""
+
+    group_id: str
+    prompt_index: int
+    prompt_token_ids: NDArray[np.uint32]  # [P]
+    trajectories: tuple[Trajectory, ...]
+    temperature: float
+    dispatch_version: int  # the weight version that was current when the group was dispatched
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # JSON values only
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens of the whole group."""
+        return sum(trajectory.num_tokens for trajectory in self.trajectories)
+
+    @property
+    def oldest_version(self) -> int:
+        """Staleness counts from here: the oldest actor version behind any token of the group."""
+        return min(trajectory.oldest_version for trajectory in self.trajectories)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TokenScores:
+    """What the target policy says about one trajectory's T tokens, and what OBRS makes of it.
+
+    ``normalizer_head`` and ``normalizer_tail`` are the per-position ingredients of Z; the batch scalars
+    that combine them (κ or τ) belong to the learner. For ``union_kappa`` and ``full`` the tail is zero.
+    """
+
+    target_logprobs: NDArray[np.float32]  # [T], log p_ref of the sampled token
+    acceptance_probs: NDArray[np.float32]  # [T], a(x) = min(1, p_t / (λ p_inf))
+    mask: NDArray[np.bool_]  # [T], Bernoulli(a), reproducible
+    normalizer_head: NDArray[np.float32]  # [T], Z_S, or Z_approx for union_kappa, or Z for full
+    normalizer_tail: NDArray[np.float32]  # [T], U, the most that the unseen tail can add to Z
+    topk_mass: NDArray[np.float32]  # [T], target probability covered by the ids that were looked at
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ScoredGroup:
+    """A group with the target policy's scores, ready to be trained on."""
+
+    group: Group
+    scores: tuple[TokenScores, ...]  # one per trajectory, same order
+    obrs_lambda: float  # the λ that was applied
+    policy_version: int  # the version of θ that scored
+    normalizer: str  # which estimator the head and tail belong to
+
+    @property
+    def group_id(self) -> str:
+        return self.group.group_id
