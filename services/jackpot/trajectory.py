@@ -7,6 +7,7 @@ that group advantages never wait. A *scored group* adds what the target policy s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,9 +19,37 @@ FinishReason = Literal["stop", "length"]
 Role = Literal["policy", "actor"]
 
 
-def group_id(job_id: str, epoch: int, prompt_index: int, attempt: int = 0) -> str:
-    """The deterministic id of a group: the same work always gets the same id, so duplicates are recognised."""
-    return f"{job_id}.e{epoch}.p{prompt_index}.a{attempt}"
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """What identifies a group. The same work always gets the same id, so duplicates are recognised.
+
+    ``slot`` is the group's place in the training order: batch b trains slots [b·G, (b+1)·G). A dropped group's
+    slot is given to the next prompt, so that every batch fills and its composition is reproducible.
+    """
+
+    slot: int
+    epoch: int
+    prompt_index: int
+    attempt: int = 0  # grows when a group that was lost is generated again
+
+    def group_id(self, job_id: str) -> str:
+        """The id on the bus, in the ledger and in file names."""
+        return f"{job_id}.s{self.slot}.e{self.epoch}.p{self.prompt_index}.a{self.attempt}"
+
+    @classmethod
+    def parse(cls, group_id: str) -> GroupKey:
+        """The key behind an id.
+
+        Raises:
+            ValueError: the text is not a group id.
+        """
+        match = _GROUP_ID.fullmatch(group_id)
+        if match is None:
+            raise ValueError(f"{group_id!r} is not a group id (<job>.s<slot>.e<epoch>.p<prompt>.a<attempt>)")
+        return cls(*(int(number) for number in match.groups()))
+
+
+_GROUP_ID = re.compile(r"[a-z0-9-]+\.s(\d+)\.e(\d+)\.p(\d+)\.a(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +98,11 @@ class Group:
     temperature: float
     dispatch_version: int  # the weight version that was current when the group was dispatched
     metadata: Mapping[str, Any] = field(default_factory=dict)  # JSON values only
+
+    @property
+    def slot(self) -> int:
+        """The group's place in the training order."""
+        return GroupKey.parse(self.group_id).slot
 
     @property
     def num_tokens(self) -> int:
