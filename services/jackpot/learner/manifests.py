@@ -1,0 +1,84 @@
+"""Write-ahead manifests: which groups each batch trains on, on disk before the first gradient.
+
+Together with the checkpoints they are the system of record of what was trained: after a crash a batch beyond the
+last checkpoint is trained again from its manifest, on the same groups.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jackpot.errors import JackpotError
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One batch: its number, the optimizer step it starts at, and its groups in slot order."""
+
+    batch: int
+    start_step: int
+    group_ids: tuple[str, ...]
+
+
+class ManifestLog:
+    """The manifests of one job, a file per batch.
+
+    Args:
+        directory: ``manifests/`` of the run directory; created if missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def write(self, manifest: Manifest) -> None:
+        """Store a manifest durably: written aside, synced, renamed."""
+        path = self._path(manifest.batch)
+        aside = path.with_suffix(".tmp")
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(asdict(manifest), file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+        _sync_directory(self._directory)
+
+    def read(self, batch: int) -> Manifest | None:
+        """The manifest of a batch, or None if that batch never began.
+
+        Raises:
+            JackpotError: the file is there but cannot be read.
+        """
+        path = self._path(batch)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return Manifest(data["batch"], data["start_step"], tuple(data["group_ids"]))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise JackpotError(f"{path} is damaged ({error}); restore it or start a new run") from None
+
+    def first(self, num_batches: int) -> Sequence[Manifest]:
+        """The manifests of batches 0 … num_batches − 1; gaps are left out."""
+        return [manifest for batch in range(num_batches) if (manifest := self.read(batch)) is not None]
+
+    def discard_from(self, batch: int) -> None:
+        """Forget batch ``batch`` and all later ones: they can no longer be trained as written."""
+        for path in self._directory.glob("*.json"):
+            if int(path.stem) >= batch:
+                path.unlink()
+        _sync_directory(self._directory)
+
+    def _path(self, batch: int) -> Path:
+        return self._directory / f"{batch:08d}.json"
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
