@@ -1,1 +1,1 @@
-"""The demo: a task understood at a glance, and tiny models made for it by a supervised warm-up."""
+"""The demo: a task that fits in a line, and two tiny models made for it on the spot."""

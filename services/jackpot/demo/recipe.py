@@ -1,0 +1,155 @@
+"""How the demo's two models are made, and where they are kept. No torch: the launcher reads this.
+
+A recipe says everything that the models depend on. Its key is a hash of that, so a changed recipe makes new models
+and an unchanged one finds those already made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from jackpot.config import JobSpec
+from jackpot.errors import ConfigError
+
+PREFIX = "builtin:"
+MODEL_NAMES = ("policy", "actor")
+FORMAT = 1
+"""Part of every key: raise it when the code that makes the models changes what it makes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecipe:
+    """One model: a Qwen3 of this shape, warmed up on examples with these habits."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    steps: int
+    """Supervised warm-up steps."""
+    lr: float
+    slip_rate: float
+    """How often a digit of an example is replaced by a random one: how unsure the model will be."""
+    style_seed: int
+    """Draws the separators that this model prefers."""
+    style_spread: float
+    """Standard deviation of the preferences' logits: 0 uses all separators alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Two models that share a vocabulary."""
+
+    name: str
+    policy: ModelRecipe
+    actor: ModelRecipe
+    batch_size: int = 128
+    seed: int = 0
+    misread_digits: str = "37"
+    """Digits that both models have mostly learned wrong (10 − d instead of 9 − d), so that choosing the most
+    probable answer is not enough and training has something to teach."""
+    misread_rate: float = 0.55
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits that change with anything in the recipe."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def model(self, name: Literal["policy", "actor"]) -> ModelRecipe:
+        """The recipe of one of the two models."""
+        return self.policy if name == "policy" else self.actor
+
+
+COMPLEMENT = Recipe(
+    name="complement",
+    policy=ModelRecipe(
+        hidden_size=64,
+        intermediate_size=192,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        steps=250,
+        lr=3e-3,
+        slip_rate=0.17,
+        style_seed=1,
+        style_spread=1.0,
+    ),
+    actor=ModelRecipe(
+        hidden_size=32,
+        intermediate_size=96,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        steps=500,
+        lr=6e-3,
+        slip_rate=0.3,
+        style_seed=2,
+        style_spread=1.0,
+    ),
+)
+RECIPES: Mapping[str, Recipe] = {COMPLEMENT.name: COMPLEMENT}
+
+
+def cache_root(environ: Mapping[str, str] | None = None) -> Path:
+    """Where built-in models are kept: ``JACKPOT_CACHE``, else ``XDG_CACHE_HOME``/jackpot, else ~/.cache/jackpot."""
+    variables = os.environ if environ is None else environ
+    if variables.get("JACKPOT_CACHE"):
+        return Path(variables["JACKPOT_CACHE"]).expanduser().absolute()
+    base = variables.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "jackpot"
+
+
+def models_directory(recipe: Recipe, root: Path | None = None) -> Path:
+    """The directory that holds the recipe's two models; it exists only when both are whole."""
+    return (cache_root() if root is None else root) / "models" / f"{recipe.name}-{recipe.key}"
+
+
+def is_builtin(model: str) -> bool:
+    """Whether a model path of a job file names a built-in model."""
+    return model.startswith(PREFIX)
+
+
+def resolve_builtin(name: str, root: Path | None = None) -> Path:
+    """``builtin:complement/policy`` → the Hugging Face directory in the cache, made already or not.
+
+    Raises:
+        ConfigError: there is no such built-in model.
+    """
+    recipe, model = _parse(name)
+    return models_directory(recipe, root) / model
+
+
+def builtin_models_missing(job: JobSpec, root: Path | None = None) -> list[str]:
+    """Names of the recipes whose models the job uses and the cache lacks. Make each with :func:`make_command`.
+
+    Raises:
+        ConfigError: the job names a built-in model that does not exist.
+    """
+    models = [job.policy.model] + ([] if isinstance(job.actor, str) else [job.actor.model])
+    recipes = {recipe.name: recipe for recipe, _ in (_parse(model) for model in models if is_builtin(model))}
+    return [name for name, recipe in recipes.items() if not models_directory(recipe, root).is_dir()]
+
+
+def make_command(recipe_name: str, root: Path | None = None) -> list[str]:
+    """The command that makes a recipe's models, in a process of its own because it needs torch."""
+    return [sys.executable, "-m", "jackpot.demo", recipe_name, str(cache_root() if root is None else root)]
+
+
+def _parse(name: str) -> tuple[Recipe, str]:
+    recipe_name, _, model = name.removeprefix(PREFIX).partition("/")
+    if not is_builtin(name) or recipe_name not in RECIPES or model not in MODEL_NAMES:
+        known = ", ".join(f"{PREFIX}{recipe}/{model}" for recipe in RECIPES for model in MODEL_NAMES)
+        raise ConfigError("model", name, "is no built-in model", f"There are {known}.")
+    return RECIPES[recipe_name], model
