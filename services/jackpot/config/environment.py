@@ -19,6 +19,7 @@ from jackpot.errors import ConfigError
 from jackpot.trajectory import Role
 
 PREFIX = "JACKPOT_"
+_START_WITH = "The launcher sets it; start services with `jackpot run`."
 
 
 class ServiceEnvironment(BaseModel):
@@ -70,7 +71,7 @@ class ServiceEnvironment(BaseModel):
                 variable,
                 detail.get("input"),
                 detail["msg"].lower(),
-                "The launcher sets it; start services with `jackpot run`.",
+                _START_WITH,
             ) from None
 
     def to_env(self) -> dict[str, str]:
@@ -79,5 +80,18 @@ class ServiceEnvironment(BaseModel):
         return {name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in values.items()}
 
     def load_job(self) -> JobSpec:
-        """The job as resolved by the launcher, from ``job.json`` in the run directory."""
-        return parse_job(json.loads((self.run_dir / "job.json").read_text(encoding="utf-8")))
+        """The job as resolved by the launcher, from ``job.json`` in the run directory.
+
+        Raises:
+            ConfigError: there is no such file, it is not JSON, or not a job.
+        """
+        path = self.run_dir / "job.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{PREFIX}RUN_DIR", str(self.run_dir), f"job.json cannot be read ({error})", _START_WITH
+            ) from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{PREFIX}RUN_DIR", str(self.run_dir), "job.json does not hold a job", _START_WITH)
+        return parse_job(content)

@@ -1,0 +1,103 @@
+"""The life of a service process: settings, logs, signals, metrics, exit code.
+
+Settings are read before anything heavy is imported, so that a mistake in them shows at once. Exit codes:
+0 done or stopped, 2 settings that cannot work (never restarted), anything else may be restarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NoReturn
+
+from jackpot.config import JobSpec
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.errors import ConfigError, JackpotError
+from jackpot.runtime.logs import redact_url, setup_logging
+from jackpot.runtime.metrics import serve_metrics
+
+LOG = logging.getLogger(__name__)
+
+ServiceMain = Callable[[ServiceEnvironment, JobSpec, asyncio.Event], Awaitable[int]]
+
+# How long an orphaned service may take to stop cleanly before it ends all the same.
+ORPHAN_GRACE_SECONDS = 30
+
+_PR_SET_PDEATHSIG = 1
+
+
+def run_service(name: str, main: ServiceMain, environ: Mapping[str, str] | None = None) -> NoReturn:
+    """Run one service from start to exit.
+
+    ``main`` gets the settings, the job and an event that is set on SIGTERM and SIGINT; it finishes its current unit of
+    work and returns the exit code. It imports heavy modules inside, after the settings have been checked.
+    Never returns: ends the process with SystemExit.
+
+    Args:
+        name: the service, for logs: ``rollout``, ``scorer``, …
+        main: the service itself.
+        environ: the JACKPOT_* variables; None is ``os.environ``.
+    """
+    parent = os.getppid()
+    stop_with_parent()
+    try:
+        environment = ServiceEnvironment.from_env(environ)
+        job = environment.load_job()
+        setup_logging(name, environment.instance)
+        if environment.metrics_address:
+            serve_metrics(environment.metrics_address)
+    except ConfigError as error:
+        _complain(error)
+        sys.exit(error.exit_code)
+    LOG.info("starting", extra={"pid": os.getpid(), "job_id": environment.job_id})
+    try:
+        code = asyncio.run(_until_stopped(main, environment, job, parent))
+    except JackpotError as error:
+        _complain(error)
+        code = error.exit_code
+    except Exception:
+        LOG.critical("stopped by an unexpected error", exc_info=True)
+        code = 1
+    LOG.info("finished", extra={"exit_code": code})
+    logging.shutdown()
+    sys.exit(code)
+
+
+def announce_ready(**details: object) -> None:
+    """Log that this process does its work from now on."""
+    LOG.info("ready", extra=details)
+
+
+def stop_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when the one that started it dies. Linux only; elsewhere nothing.
+
+    Counts from the death of the *thread* that started it: launchers start processes from a thread that stays.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+async def _until_stopped(main: ServiceMain, environment: ServiceEnvironment, job: JobSpec, parent: int) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if not stop.is_set():
+            LOG.info("stopping on %s", number.name)
+        if os.getppid() != parent:
+            # Nobody is left to kill a service that hangs: the alarm ends the process even if the loop is stuck.
+            signal.alarm(ORPHAN_GRACE_SECONDS)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return await main(environment, job, stop)
+
+
+def _complain(error: JackpotError) -> None:
+    print(f"error: {redact_url(str(error))}", file=sys.stderr, flush=True)
