@@ -1,1 +1,1 @@
-"""The orchestrator: prompts, rewards, dispatch over the rollout replicas, evaluation."""
+"""The orchestrator: prompts and rewards, paced dispatch to rollout replicas, evaluation, the ledger. No torch."""

@@ -1,0 +1,61 @@
+"""A process that computes rewards for its parent, so that one that hangs or crashes can be ended.
+
+JSON lines on stdin and stdout. First the task (answered by ``{"ready": true}``), then one line per group
+(answered by one line per completion: ``{"reward": …}`` or ``{"error": …}``). Ends with its input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Any, TextIO
+
+from jackpot.config import TaskConfig
+from jackpot.errors import ConfigError
+from jackpot.orchestrator.tasks import Task, TaskItem, build_task, finite_reward
+from jackpot.runtime.process import stop_with_parent
+
+
+def main() -> int:
+    """Serve until the input ends; 2 if the task cannot be built."""
+    stop_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the orchestrator, which ends this process
+    answers = _private_stdout()
+    first = json.loads(sys.stdin.readline())
+    try:
+        task = build_task(TaskConfig.model_validate(first["task"]), first["seed"])
+    except ConfigError as error:
+        _answer(answers, {"error": str(error)})
+        return error.exit_code
+    _answer(answers, {"ready": True})
+    for line in sys.stdin:
+        request = json.loads(line)
+        item = TaskItem(request["prompt"], request["metadata"])
+        for completion in request["completions"]:
+            _answer(answers, _reward(task, item, completion))
+    return 0
+
+
+def _reward(task: Task, item: TaskItem, completion: str) -> dict[str, Any]:
+    try:
+        return {"reward": finite_reward(task.reward(item, completion))}
+    except Exception as error:  # foreign code: whatever it raises is reported, and fails this one reward
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _answer(answers: TextIO, content: dict[str, Any]) -> None:
+    answers.write(json.dumps(content) + "\n")
+    answers.flush()
+
+
+def _private_stdout() -> TextIO:
+    """The pipe to the parent; what the task prints goes to stderr instead."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Generated problems with verifiers: the datasets of reasoning-gym."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
+
+from jackpot.errors import ConfigError
+from jackpot.orchestrator.tasks.answers import tagged_answer
+from jackpot.orchestrator.tasks.params import read, refuse_unknown
+from jackpot.orchestrator.tasks.protocol import Item, TaskItem
+
+OWN_PARAMS = ("size", "answer_tag")
+DEFAULT_SIZE = 10_000  # prompts in an epoch; reasoning-gym's own 500 would be seen over and over
+HELD_OUT_ONE_IN = 4  # a quarter of all questions is never trained on
+REDRAWS = 64  # a chance of (3/4)^64 to miss the held-out quarter, unless the questions hardly vary
+SEED_BITS = 28  # leaves room for redraws and the evaluation's range below 2^31, which every generator accepts
+EVAL_SEED_OFFSET = 1 << 30
+
+
+class ReasoningGymTask:
+    """``reasoning_gym:<name>``: procedural problems; ``score_answer`` of the dataset is the reward.
+
+    Parameters: those of the dataset; ``size``, prompts in an epoch (default 10 000); ``answer_tag`` to look only into
+    ``<tag>…</tag>`` of a completion (default: the whole completion, stripped). A question is held out or trained on by
+    a hash of its text, so that the two never meet, although problems are drawn at random.
+
+    Raises:
+        ConfigError: an unknown dataset or a parameter that it refuses.
+    """
+
+    def __init__(self, name: str, params: Mapping[str, Any], seed: int) -> None:
+        from reasoning_gym.factory import DATASETS
+
+        if name not in DATASETS:
+            near = difflib.get_close_matches(name, DATASETS, n=3)
+            remedy = (
+                f"Did you mean {' or '.join(map(repr, near))}?" if near else "See reasoning-gym's list of datasets."
+            )
+            raise ConfigError("task.name", f"reasoning_gym:{name}", "unknown reasoning-gym dataset", remedy)
+        known = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed"}
+        refuse_unknown(params, known | set(OWN_PARAMS))
+        size = read(params, "size", int, DEFAULT_SIZE)
+        if not 1 <= size < 1 << 22:
+            raise ConfigError("task.params.size", size, "is not between 1 and 4194303", "Give an epoch's prompts.")
+        self._answer_tag = read(params, "answer_tag", str, "") or None
+        source = _Source(name, {key: value for key, value in params.items() if key not in OWN_PARAMS}, size, seed)
+        source.dataset(0)  # a bad parameter must show here
+        self._source = source
+        self.train_items: Sequence[TaskItem] = _Questions(source, held_out=False, offset=0)
+        self.eval_items: Sequence[TaskItem] = _Questions(source, held_out=True, offset=EVAL_SEED_OFFSET)
+
+    def reward(self, item: Item, completion: str) -> float:
+        offset, index = item.metadata["offset"], item.metadata["index"]
+        found = completion.strip() if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
+        return float(self._source.dataset(offset).score_answer(found, self._source.entry(offset, index)))
+
+
+class _Source:
+    """The entries of one reasoning-gym dataset, in as many disjoint ranges of seeds as are asked for."""
+
+    def __init__(self, name: str, params: Mapping[str, Any], size: int, seed: int) -> None:
+        self.size = size
+        self._name = name
+        self._params = params
+        digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8).digest()
+        self._seed = int.from_bytes(digest, "little") % (1 << SEED_BITS)
+        self._datasets: dict[int, Any] = {}
+        # Prompt and rewards of a group follow each other closely; some generators take a second an entry.
+        self.entry = functools.lru_cache(maxsize=4096)(self._generate)
+
+    def _generate(self, offset: int, index: int) -> dict[str, Any]:
+        entry: dict[str, Any] = self.dataset(offset)[index]
+        return entry
+
+    def dataset(self, offset: int) -> Any:
+        """The dataset whose seeds start ``offset`` after the task's."""
+        if offset not in self._datasets:
+            import reasoning_gym
+
+            try:
+                self._datasets[offset] = reasoning_gym.create_dataset(
+                    self._name, seed=self._seed + offset, size=self.size, **self._params
+                )
+            except (AssertionError, TypeError, ValueError, KeyError) as error:  # how its configurations refuse
+                raise ConfigError(
+                    "task.params", dict(self._params), f"refused by reasoning-gym: {error}", "Correct the parameters."
+                ) from None
+        return self._datasets[offset]
+
+
+class _Questions(Sequence[TaskItem]):
+    """The held-out or the trainable questions, drawn when asked for."""
+
+    def __init__(self, source: _Source, *, held_out: bool, offset: int) -> None:
+        self._source = source
+        self._held_out = held_out
+        self._offset = offset
+
+    def __len__(self) -> int:
+        return self._source.size
+
+    @overload
+    def __getitem__(self, index: int) -> TaskItem: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TaskItem]: ...
+
+    def __getitem__(self, index: int | slice) -> TaskItem | list[TaskItem]:
+        if isinstance(index, slice):
+            return [self._draw(position) for position in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._draw(index)
+
+    def __iter__(self) -> Iterator[TaskItem]:
+        return (self._draw(position) for position in range(len(self)))
+
+    def _draw(self, index: int) -> TaskItem:
+        # A question of the wrong side gives way to the same index of the next range of seeds. Where the questions
+        # hardly vary, none may be on the right side; then the first serves on both.
+        offsets = [self._offset + draw * self._source.size for draw in range(REDRAWS)]
+        entries = ((offset, self._source.entry(offset, index)) for offset in offsets)
+        fitting = (pair for pair in entries if _is_held_out(pair[1]["question"]) == self._held_out)
+        offset, entry = next(fitting, (self._offset, self._source.entry(self._offset, index)))
+        return TaskItem(entry["question"], {"offset": offset, "index": index, "answer": str(entry["answer"])})
+
+
+def _is_held_out(question: str) -> bool:
+    return hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % HELD_OUT_ONE_IN == 0

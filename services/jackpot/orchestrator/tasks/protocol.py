@@ -1,0 +1,69 @@
+"""What a task is: prompts to train on, prompts held out for evaluation, and a reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
+
+from jackpot.errors import RewardError
+
+Message = Mapping[str, str]  # {"role": "user", "content": "…"}
+Prompt = str | Sequence[Message]
+
+
+class Item(Protocol):
+    """One prompt, with whatever its reward needs to know. A task may use any class with these two attributes."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """Plain text, or the messages of a chat."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """JSON values only: rewards are computed in another process, which gets the item as JSON."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TaskItem:
+    """The plain :class:`Item`."""
+
+    prompt: Prompt
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Prompts and their reward. Built as ``factory(params, seed)``; the same arguments give the same task.
+
+    Any installed class of this shape serves: by the name of an entry point in the group ``jackpot.tasks``, or as
+    ``python:<module>:<attribute>``. The sequences may be lazy: only ``len`` and single items are asked for.
+    """
+
+    @property
+    def train_items(self) -> Sequence[Item]:
+        """The prompts of one epoch. Each epoch sees them in an order of its own."""
+        ...
+
+    @property
+    def eval_items(self) -> Sequence[Item]:
+        """Held-out prompts, none of which is trained on. Evaluation takes the first ``evaluation.prompts`` of them."""
+        ...
+
+    def reward(self, item: Item, completion: str) -> float:
+        """The reward of one completion: a finite number, 1 where it is right. An exception is a failure, never 0."""
+        ...
+
+
+def finite_reward(value: object) -> float:
+    """A reward as a float.
+
+    Raises:
+        RewardError: it is not a finite number.
+    """
+    if isinstance(value, SupportsFloat) and math.isfinite(number := float(value)):
+        return number
+    raise RewardError(f"the reward is {value!r}, not a finite number")
