@@ -89,3 +89,7 @@ class WeightCorruptError(WeightError):
 
 class JobFailedError(JackpotError):
     """The job stopped because one of its processes keeps dying, or an alarm said so."""
+
+
+class RequestRefusedError(JackpotError):
+    """A server refuses a request that cannot work as it stands; retrying is no use."""

@@ -37,6 +37,9 @@ class ServiceEnvironment(BaseModel):
     """The bus's server."""
     listen: str = ""
     """gRPC address to serve on: ``unix:/path`` or ``host:port``."""
+    tls_dir: str = ""
+    """Directory with ``tls.crt``, ``tls.key`` and ``ca.crt`` for mutual TLS between the services; empty is plaintext,
+    which is refused on anything but unix sockets and loopback."""
     role: Role = "actor"
     """Rollout service only: whose weights it samples with. ``policy`` makes it the evaluator."""
     rollout_addresses: tuple[str, ...] = ()

@@ -162,8 +162,8 @@ class Metrics:
             registry=registry,
         )
         self._restarts = self._counter("jackpot_process_restarts", "Restarts of a process by the launcher", "process")
-        build = Info("jackpot_build", "What is running", registry=registry)
-        build.info({"version": version("jackpot"), "python": platform.python_version()})
+        build = Info("jackpot_build", "What is running", ("job_id",), registry=registry)
+        build.labels(job_id).info({"version": version("jackpot"), "python": platform.python_version()})
         self._columns = {
             column.gauge: self._gauge(column.gauge, column.description, *(column.labels or ()))
             for column in {column.gauge: column for column in STEP_COLUMNS.values()}.values()
