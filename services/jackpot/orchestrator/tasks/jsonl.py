@@ -42,15 +42,25 @@ class JsonlTask:
         else:
             held_out = _hold_out(items, read(params, "eval_fraction", float, 0.1), seed)
         excluded = {_prompt_key(item) for item in held_out}
-        self.eval_items: Sequence[TaskItem] = sorted(held_out, key=lambda item: _rank(item, seed))
-        self.train_items: Sequence[TaskItem] = [item for item in items if _prompt_key(item) not in excluded]
-        if not self.train_items:
+        self._eval = sorted(held_out, key=lambda item: _rank(item, seed))
+        self._train = [item for item in items if _prompt_key(item) not in excluded]
+        if not self._train:
             raise ConfigError(
                 "task.params.path",
                 params["path"],
                 "has no prompt left to train on: all are held out for evaluation",
                 "Add prompts, or name another file as eval_path.",
             )
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self._train)
+
+    def train_prompt(self, index: int) -> TaskItem:
+        return self._train[index]
+
+    def eval_items(self, count: int) -> Sequence[TaskItem]:
+        return self._eval[:count]
 
     def reward(self, item: Item, completion: str) -> float:
         found = completion if self._answer_tag is None else tagged_answer(completion, self._answer_tag)

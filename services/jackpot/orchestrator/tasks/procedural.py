@@ -6,8 +6,8 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jackpot.errors import ConfigError
 from jackpot.orchestrator.tasks.answers import tagged_answer
@@ -51,13 +51,30 @@ class ReasoningGymTask:
         source = _Source(name, {key: value for key, value in params.items() if key not in OWN_PARAMS}, size, seed)
         source.dataset(0)  # a bad parameter must show here
         self._source = source
-        self.train_items: Sequence[TaskItem] = _Questions(source, held_out=False, offset=0)
-        self.eval_items: Sequence[TaskItem] = _Questions(source, held_out=True, offset=EVAL_SEED_OFFSET)
+
+    @property
+    def num_prompts(self) -> int:
+        return self._source.size
+
+    def train_prompt(self, index: int) -> TaskItem:
+        return self._draw(index, held_out=False, offset=0)
+
+    def eval_items(self, count: int) -> Sequence[TaskItem]:
+        return [self._draw(index, held_out=True, offset=EVAL_SEED_OFFSET) for index in range(count)]
 
     def reward(self, item: Item, completion: str) -> float:
         offset, index = item.metadata["offset"], item.metadata["index"]
         found = completion.strip() if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
         return float(self._source.dataset(offset).score_answer(found, self._source.entry(offset, index)))
+
+    def _draw(self, index: int, *, held_out: bool, offset: int) -> TaskItem:
+        # A question of the wrong side gives way to the same index of the next range of seeds. Where the questions
+        # hardly vary, none may be on the right side; then the first serves on both.
+        ranges = [offset + draw * self._source.size for draw in range(REDRAWS)]
+        entries = ((start, self._source.entry(start, index)) for start in ranges)
+        fitting = (pair for pair in entries if _is_held_out(pair[1]["question"]) == held_out)
+        start, entry = next(fitting, (offset, self._source.entry(offset, index)))
+        return TaskItem(entry["question"], {"offset": start, "index": index, "answer": str(entry["answer"])})
 
 
 class _Source:
@@ -91,43 +108,6 @@ class _Source:
                     "task.params", dict(self._params), f"refused by reasoning-gym: {error}", "Correct the parameters."
                 ) from None
         return self._datasets[offset]
-
-
-class _Questions(Sequence[TaskItem]):
-    """The held-out or the trainable questions, drawn when asked for."""
-
-    def __init__(self, source: _Source, *, held_out: bool, offset: int) -> None:
-        self._source = source
-        self._held_out = held_out
-        self._offset = offset
-
-    def __len__(self) -> int:
-        return self._source.size
-
-    @overload
-    def __getitem__(self, index: int) -> TaskItem: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[TaskItem]: ...
-
-    def __getitem__(self, index: int | slice) -> TaskItem | list[TaskItem]:
-        if isinstance(index, slice):
-            return [self._draw(position) for position in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self._draw(index)
-
-    def __iter__(self) -> Iterator[TaskItem]:
-        return (self._draw(position) for position in range(len(self)))
-
-    def _draw(self, index: int) -> TaskItem:
-        # A question of the wrong side gives way to the same index of the next range of seeds. Where the questions
-        # hardly vary, none may be on the right side; then the first serves on both.
-        offsets = [self._offset + draw * self._source.size for draw in range(REDRAWS)]
-        entries = ((offset, self._source.entry(offset, index)) for offset in offsets)
-        fitting = (pair for pair in entries if _is_held_out(pair[1]["question"]) == self._held_out)
-        offset, entry = next(fitting, (self._offset, self._source.entry(self._offset, index)))
-        return TaskItem(entry["question"], {"offset": offset, "index": index, "answer": str(entry["answer"])})
 
 
 def _is_held_out(question: str) -> bool:

@@ -40,17 +40,20 @@ class Task(Protocol):
     """Prompts and their reward. Built as ``factory(params, seed)``; the same arguments give the same task.
 
     Any installed class of this shape serves: by the name of an entry point in the group ``jackpot.tasks``, or as
-    ``python:<module>:<attribute>``. The sequences may be lazy: only ``len`` and single items are asked for.
+    ``python:<module>:<attribute>``.
     """
 
     @property
-    def train_items(self) -> Sequence[Item]:
-        """The prompts of one epoch. Each epoch sees them in an order of its own."""
+    def num_prompts(self) -> int:
+        """Training prompts in one epoch. Each epoch asks for them in an order of its own."""
         ...
 
-    @property
-    def eval_items(self) -> Sequence[Item]:
-        """Held-out prompts, none of which is trained on. Evaluation takes the first ``evaluation.prompts`` of them."""
+    def train_prompt(self, index: int) -> Item:
+        """Training prompt ``index``, 0 ≤ index < ``num_prompts``."""
+        ...
+
+    def eval_items(self, count: int) -> Sequence[Item]:
+        """Up to ``count`` held-out prompts: always the same ones, none of which is trained on."""
         ...
 
     def reward(self, item: Item, completion: str) -> float:

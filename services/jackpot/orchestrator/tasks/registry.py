@@ -44,7 +44,10 @@ def _construct(factory: Any, config: TaskConfig, seed: int) -> Task:
         ) from error
     if not isinstance(task, Task):
         raise ConfigError(
-            "task.name", config.name, "does not build a task", "It needs train_items, eval_items and reward()."
+            "task.name",
+            config.name,
+            "does not build a task",
+            "It needs num_prompts, train_prompt(), eval_items() and reward().",
         )
     return task
 

@@ -20,11 +20,14 @@ def validate_task(config: TaskConfig, seed: int) -> Task:
             returns something that is not a finite number. Names field, value and remedy.
     """
     task = build_task(config, seed)
-    for side, items in (("to train on", task.train_items), ("held out for evaluation", task.eval_items)):
-        if len(items) == 0:
-            raise ConfigError("task.params", config.params, f"{config.name} has no prompts {side}", "Add prompts.")
-        _check_item(config, items[0])
-    probe = task.train_items[0]
+    if task.num_prompts < 1:
+        raise ConfigError("task.params", config.params, f"{config.name} has no prompts to train on", "Add prompts.")
+    held_out = task.eval_items(1)
+    if not held_out:
+        raise ConfigError("task.params", config.params, f"{config.name} holds out no prompts", "Add prompts.")
+    probe = task.train_prompt(0)
+    for item in (probe, held_out[0]):
+        _check_item(config, item)
     for completion in ("", str(probe.metadata.get("answer", "0"))):
         _probe_reward(config, task, probe, completion)
     return task
