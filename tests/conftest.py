@@ -1,0 +1,74 @@
+"""Fixtures shared by all tests: tiny random models, made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+MakeModel = Callable[..., Path]
+
+# Characters of the tiny tokenizer, after <s>, </s> and <pad>.
+CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz+-*/= .,?:"
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Directories in Hugging Face format with a random tiny model and a character tokenizer; each is made once.
+
+    ``make_model("qwen3", seed=1, num_hidden_layers=2)``; architectures: qwen3 (tied embeddings) and llama.
+    Token ids: 0 <s>, 1 </s> (end of sequence), 2 <pad>, then one per character.
+    """
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "qwen3", seed: int = 0, **settings: int) -> Path:
+        key = f"{architecture}-{seed}-{sorted(settings.items())}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(architecture)
+            _write_model(made[key], architecture, seed, settings)
+        return made[key]
+
+    return make
+
+
+def _write_model(directory: Path, architecture: str, seed: int, settings: dict[str, int]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    sizes = {
+        "vocab_size": 3 + len(CHARACTERS),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        # Large enough that next-token distributions are far from uniform and differ between seeds.
+        "initializer_range": 0.4,
+    }
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    if architecture == "qwen3":
+        config = Qwen3Config(**{"head_dim": 8, **sizes, **settings}, **special, tie_word_embeddings=True)
+    else:
+        config = LlamaConfig(**{**sizes, **settings}, **special, tie_word_embeddings=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    _write_tokenizer(directory)
+
+
+def _write_tokenizer(directory: Path) -> None:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", "<pad>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}'
+    )
