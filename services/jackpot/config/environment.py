@@ -56,7 +56,7 @@ class ServiceEnvironment(BaseModel):
         """Parse the JACKPOT_* variables.
 
         Raises:
-            ConfigError: naming the variable that is missing, unknown or malformed.
+            ConfigError: naming the variable that is missing or malformed.
         """
         variables = os.environ if environ is None else environ
         values: dict[str, object] = {}
@@ -70,12 +70,11 @@ class ServiceEnvironment(BaseModel):
         except ValidationError as error:
             detail = error.errors()[0]
             variable = PREFIX + str(detail["loc"][0]).upper()
-            raise ConfigError(
-                variable,
-                detail.get("input"),
-                detail["msg"].lower(),
-                _START_WITH,
-            ) from None
+            # A missing variable's input would be the whole environment, passwords and all.
+            value, problem = (
+                (None, "is not set") if detail["type"] == "missing" else (detail["input"], detail["msg"].lower())
+            )
+            raise ConfigError(variable, value, problem, _START_WITH) from None
 
     def to_env(self) -> dict[str, str]:
         """The variables that :meth:`from_env` reads back."""

@@ -10,16 +10,26 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PositiveInt,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+
+def _refuse_words(value: Any) -> Any:
+    """Numbers are written as numbers: '10' in quotes or `yes` is a slip that pydantic would convert silently."""
+    if isinstance(value, (str, bool)):
+        raise ValueError("is not a number. Write a plain number, without quotes")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_refuse_words)]
+Float = Annotated[float, BeforeValidator(_refuse_words)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[Float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -81,15 +91,15 @@ class SamplingConfig(Section):
     """Longest completion in tokens. Completions cut here are counted as truncated."""
     stop: tuple[str, ...] = ()
     """Extra stop strings, each a single token of the tokenizer. The tokenizer's end-of-sequence token always stops."""
-    group_size: Annotated[int, Field(ge=1)] = 8
+    group_size: Annotated[Int, Field(ge=1)] = 8
     """Trajectories per prompt. GRPO needs at least 2; 8 is the paper's and the field's usual value."""
-    top_p: float = 1.0
+    top_p: Float = 1.0
     """Must be 1: nucleus sampling changes p_inf behind the engine's log-probabilities."""
-    top_k: int = 0
+    top_k: Int = 0
     """Must be 0 (off), for the same reason."""
-    min_p: float = 0.0
+    min_p: Float = 0.0
     """Must be 0 (off), for the same reason."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Float = 1.0
     """Must be 1 (off), for the same reason."""
 
     @field_validator("top_p", "top_k", "min_p", "repetition_penalty")
@@ -114,7 +124,7 @@ class RolloutConfig(Section):
     """Rollout processes. Each pulls new weights on its own."""
     device: Device = "auto"
     """``auto`` is CUDA where there is one."""
-    top_logprobs: Annotated[int, Field(ge=1, le=1024)] = 20
+    top_logprobs: Annotated[Int, Field(ge=1, le=1024)] = 20
     """k: how many of the actor's most probable tokens come back per position (paper §4.4 uses 20)."""
     max_batch_size: PositiveInt = 256
     """Trajectories decoded together by the transformers engine."""
@@ -172,7 +182,7 @@ class JackpotCorrection(Section):
     normalizer: Literal["tail", "union_tail", "union_kappa", "full"] = "tail"
     """Estimator of Z. ``tail`` needs nothing but the actor's returned top-k. The other three run the actor's forward
     pass in the scorer; ``full`` looks at the whole vocabulary (tests, small models)."""
-    top_k: Annotated[int, Field(ge=1, le=1024)] = 20
+    top_k: Annotated[Int, Field(ge=1, le=1024)] = 20
     """How many of the target's most probable tokens enter the estimate (paper §4.4)."""
 
     @model_validator(mode="after")
@@ -186,13 +196,16 @@ class JackpotCorrection(Section):
 
 
 def _name_alone(value: Any) -> Any:
-    """``correction: tis`` is short for ``correction: {name: tis}``."""
-    return {"name": value} if isinstance(value, str) else value
+    """``correction: tis`` is short for ``correction: {name: tis}``; without a name it is the default, jackpot."""
+    if isinstance(value, str):
+        return {"name": value}
+    return {"name": "jackpot", **value} if isinstance(value, dict) else value
 
 
+_Corrections = Annotated[NoCorrection | TisCorrection | JackpotCorrection, Field(discriminator="name")]
 CorrectionConfig = Annotated[
-    Annotated[NoCorrection | TisCorrection | JackpotCorrection, Field(discriminator="name")],
-    BeforeValidator(_name_alone),
+    _Corrections,
+    BeforeValidator(_name_alone, json_schema_input_type=Literal["none", "tis", "jackpot"] | _Corrections),
 ]
 
 
@@ -345,7 +358,7 @@ class BusConfig(Section):
 class WeightStoreConfig(Section):
     """Versioned weights between learner and replicas."""
 
-    keep_versions: Annotated[int, Field(ge=2)] = 8
+    keep_versions: Annotated[Int, Field(ge=2)] = 8
     """Versions kept per role; more lets slow replicas and evaluations find the version that they want."""
 
 
@@ -367,7 +380,7 @@ class JobSpec(Section):
 
     name: str = Field(default="job", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
     """Start of the job id: lower-case letters, digits and hyphens, at most 40."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     """Seeds prompts, sampling, masks and training."""
     policy: ModelConfig
     """The model that is trained."""

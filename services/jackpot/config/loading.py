@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,8 @@ class InvalidJobError(ConfigError):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases (a few lines of nested ones expand to gigabytes) and with 1e-3 read as a number."""
+    """YAML without aliases (a few lines of nested ones expand to gigabytes), with 1e-3 read as a number and dates
+    left as text (JSON has none)."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -47,15 +49,22 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _number_resolver() -> None:
-    import re
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# YAML 1.1 takes 1e-3 for a string because it has no dot; everyone who writes it means the number.
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
-    # YAML 1.1 takes 1e-3 for a string because it has no dot; everyone who writes it means the number.
-    pattern = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
-    _PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789"))
+# What PyYAML raises on bad input beside its own errors: !!int abc, unhashable keys, thousands of brackets.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 
-
-_number_resolver()
+# Sections that may be written as a name alone.
+_NAMED_SECTIONS = frozenset({"correction"})
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
@@ -94,8 +103,13 @@ def parse_job(data: Mapping[str, Any], overrides: Sequence[str] = (), *, base: P
     try:
         job = JobSpec.model_validate(merged)
     except ValidationError as error:
-        # A mapping for `actor` is measured against its section alone, not against the word 'policy' as well.
-        details = [d for d in error.errors() if not (d["type"] == "literal_error" and isinstance(d["input"], dict))]
+        # A mapping for `actor` is measured against its section alone, anything else against the word 'policy' alone.
+        details = [
+            d
+            for d in error.errors()
+            if not (d["type"] == "literal_error" and isinstance(d["input"], dict))
+            and d["loc"] != ("actor", "ActorConfig")
+        ]
         raise InvalidJobError([_explain(detail) for detail in details]) from None
     return job if base is None else _resolve_paths(job, base)
 
@@ -108,8 +122,8 @@ def job_json_schema() -> dict[str, Any]:
 def _read_yaml(text: str, where: str) -> Mapping[str, Any]:
     try:
         data = yaml.load(text, Loader=_PlainLoader)
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
+    except _YAML_ERRORS as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise InvalidJobError(
             [ConfigError("job file", where, f"is not valid YAML: {problem}", "Correct the line.")]
         ) from None
@@ -123,20 +137,20 @@ def _read_yaml(text: str, where: str) -> Mapping[str, Any]:
 def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         dotted, equals, text = override.partition("=")
-        if not equals or not dotted.strip():
+        if not equals or not all(part.strip() for part in dotted.split(".")):
             raise InvalidJobError(
                 [ConfigError("override", override, "is not of the form key=value", "Write e.g. learner.lr=1e-3.")]
             )
         try:
             value = yaml.load(text, Loader=_PlainLoader)
-        except yaml.YAMLError:
-            value = text
+        except _YAML_ERRORS:
+            value = text  # no YAML: taken as it stands, and judged by the field
         *parents, leaf = dotted.strip().split(".")
         node = data
         for parent in parents:
             child = node.get(parent)
-            # A shorthand such as `correction: tis` gives way to its long form.
-            node[parent] = dict(child) if isinstance(child, dict) else {"name": child} if isinstance(child, str) else {}
+            shorthand = {"name": child} if parent in _NAMED_SECTIONS and isinstance(child, str) else {}
+            node[parent] = dict(child) if isinstance(child, dict) else shorthand
             node = node[parent]
         node[leaf] = value
     return data
@@ -144,21 +158,32 @@ def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str
 
 def _explain(detail: ErrorDetails) -> ConfigError:
     location = [str(part) for part in detail["loc"]]
-    kind = detail["type"]
+    field, value, kind, context = _readable(location) or "job", detail["input"], detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        remedy = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(sorted(known))}."
-        return ConfigError(_readable(location), detail["input"], "unknown key", remedy)
+        return ConfigError(field, value, "unknown key", _suggest(location[-1], _fields_at(location[:-1])))
     if kind == "missing":
-        return ConfigError(_readable(location), None, "is required", f"Add {_readable(location)} to the job file.")
+        return ConfigError(field, None, "is required", f"Add {field} to the job file.")
+    if kind == "union_tag_invalid":
+        names = re.findall(r"'([^']+)'", context["expected_tags"])
+        return ConfigError(f"{field}.name", context["tag"], "unknown name", _suggest(context["tag"], names))
+    if kind in ("model_type", "model_attributes_type"):
+        return ConfigError(field, value, "is not a mapping of settings", _suggest("", _fields_at(location)))
+    if field == "actor":
+        return ConfigError(field, value, "unknown actor", "Write 'policy', or a mapping with the actor's model.")
     message = detail["msg"].removeprefix("Value error, ")
     problem, dot, remedy = message.rpartition(". ")
     if kind == "value_error" and dot:
-        return ConfigError(_readable(location) or "job", detail["input"], problem, remedy + ".")
-    expected = detail.get("ctx", {}).get("expected") or detail.get("ctx", {}).get("expected_tags")
-    remedy = f"Use one of {expected}." if expected else "See `jackpot schema` for what is accepted."
-    return ConfigError(_readable(location), detail["input"], message[0].lower() + message[1:], remedy)
+        return ConfigError(field, value, problem, remedy + ".")
+    remedy = f"Use one of {context['expected']}." if "expected" in context else _SEE_SCHEMA
+    return ConfigError(field, value, message[0].lower() + message[1:], remedy)
+
+
+_SEE_SCHEMA = "See `jackpot schema` for what is accepted."
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
 
 
 def _readable(location: Sequence[str]) -> str:
@@ -173,7 +198,9 @@ def _fields_at(location: Sequence[str]) -> list[str]:
         inner = [
             m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
         ]
-        models = inner or models
+        # In a union, the next part of the location is the branch's name.
+        branch = [m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part]
+        models = inner or branch or models
     return sorted({name for model in models for name in model.model_fields})
 
 
