@@ -1,0 +1,201 @@
+"""Z = Σ_x min(p_inf(x), p_t(x)/λ) from the most probable tokens of both models, and its calibration (paper §4.4).
+
+An estimator looks at one position and gives ``head``, exact or nearly so, and ``tail``, the most that the tokens it
+has not seen can add. Scalars of the whole batch then turn both into Z: κ multiplies the head (the paper's bias
+correction), τ says how much of the tail is there, which keeps Z a probability.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+NormalizerName = Literal["tail", "union_tail", "union_kappa", "full"]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Candidates:
+    """What is known at N positions: S, the actor's k most probable tokens, and the target's own m, of which T is
+    the part outside S. Ids are distinct within a row; a token in both lists counts once."""
+
+    actor_ids: Tensor  # [N, k] int64
+    actor_logprobs: Tensor  # [N, k] log p_inf on S
+    target_logprobs_on_actor: Tensor  # [N, k] log p_t on S
+    target_ids: Tensor  # [N, m] int64
+    target_logprobs: Tensor  # [N, m] log p_t on the target's own
+    actor_logprobs_on_target: Tensor | None = None  # [N, m] log p_inf there, where the actor's forward is at hand
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class NormalizerParts:
+    """The ingredients of Z at N positions, float32. head ≤ Z ≤ head + tail for ``tail``, ``union_tail``, ``full``."""
+
+    head: Tensor  # [N]
+    tail: Tensor  # [N], U; zero for union_kappa and full
+    mass: Tensor  # [N], target probability of the tokens looked at
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Normalizer:
+    """Z of each token and the batch scalar behind it."""
+
+    value: Tensor  # [N]
+    scalar: float  # τ as applied, or κ; 1 for full
+    raw_scalar: float  # τ before it was clipped to [0, 1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sums:
+    """Per-position sums over S and T that the estimators share; [N] each."""
+
+    head: Tensor  # Σ_S min(p_inf, p_t/λ)
+    actor_rest: Tensor  # 1 − Σ_S p_inf
+    target_mass: Tensor  # Σ_{S∪T} p_t
+    outside: Tensor  # [N, m] bool, which of the target's own are in T
+    scaled_target: Tensor  # [N, m], p_t/λ on T, 0 elsewhere
+    least_actor: Tensor  # [N, 1], q_min, the smallest returned actor probability
+
+
+def estimate_normalizer(name: NormalizerName, candidates: Candidates, obrs_lambda: float) -> NormalizerParts:
+    """The estimator called ``name``.
+
+    Raises:
+        ValueError: ``full``, which needs the whole vocabulary and not candidates: see :func:`full_normalizer`.
+    """
+    match name:
+        case "tail":
+            return tail_normalizer(candidates, obrs_lambda)
+        case "union_tail":
+            return union_tail_normalizer(candidates, obrs_lambda)
+        case "union_kappa":
+            return union_kappa_normalizer(candidates, obrs_lambda)
+        case "full":
+            raise ValueError("the full normalizer is computed from whole rows of the vocabulary: full_normalizer")
+
+
+def tail_normalizer(candidates: Candidates, obrs_lambda: float) -> NormalizerParts:
+    """Head Σ_S min(p_inf, p_t/λ), exact; tail U = min(1 − Σ_S p_inf, B). Beyond the paper; needs no actor forward.
+
+    B = Σ_T min(q_min, p_t/λ) + (1 − Σ_{S∪T} p_t)/λ: outside S no actor probability exceeds q_min, and beyond the
+    target's own candidates no more than the target's remaining mass can be accepted.
+    """
+    sums = _sums(candidates, obrs_lambda)
+    seen = torch.minimum(sums.least_actor, sums.scaled_target).sum(-1)
+    bound = seen + _rest(sums.target_mass) / obrs_lambda
+    return _parts(sums.head, torch.minimum(sums.actor_rest, bound), sums.target_mass)
+
+
+def union_tail_normalizer(candidates: Candidates, obrs_lambda: float) -> NormalizerParts:
+    """As :func:`tail_normalizer` with S ∪ T in place of S and p_inf exact on it.
+
+    Raises:
+        ValueError: ``actor_logprobs_on_target`` is missing.
+    """
+    if candidates.actor_logprobs_on_target is None:
+        raise ValueError("union_tail needs the actor's log-probabilities on the target's candidates")
+    sums = _sums(candidates, obrs_lambda)
+    actor = candidates.actor_logprobs_on_target.float().exp().masked_fill(~sums.outside, 0.0)
+    head = sums.head + torch.minimum(actor, sums.scaled_target).sum(-1)
+    actor_rest = (sums.actor_rest - actor.sum(-1)).clamp(min=0.0)
+    return _parts(head, torch.minimum(actor_rest, _rest(sums.target_mass) / obrs_lambda), sums.target_mass)
+
+
+def union_kappa_normalizer(candidates: Candidates, obrs_lambda: float) -> NormalizerParts:
+    """Z_approx = Σ_{S∪T} min(p_inf, p_t/λ), to be multiplied by κ; paper §4.4.
+
+    Without the actor's forward p_inf on T is not known and its bound stands for it: no token outside S is more
+    probable than q_min, nor all of them together than what the actor has left. Z_approx may then exceed Z.
+    """
+    sums = _sums(candidates, obrs_lambda)
+    if candidates.actor_logprobs_on_target is None:
+        seen = torch.minimum(sums.least_actor, sums.scaled_target).sum(-1)
+        head = sums.head + torch.minimum(sums.actor_rest, seen)
+    else:
+        actor = candidates.actor_logprobs_on_target.float().exp()
+        head = sums.head + torch.minimum(actor, sums.scaled_target).sum(-1)
+    return _parts(head, torch.zeros_like(head), sums.target_mass)
+
+
+def full_normalizer(target_logprobs: Tensor, actor_logprobs: Tensor, obrs_lambda: float) -> NormalizerParts:
+    """Z = Σ_x min(p_inf(x), p_t(x)/λ) over the whole vocabulary; paper §3. Rows of both models, [N, vocab]."""
+    head = torch.minimum(actor_logprobs, target_logprobs - math.log(obrs_lambda)).exp_().sum(-1)
+    return _parts(head, torch.zeros_like(head), torch.ones_like(head))
+
+
+def mean_acceptance(acceptance_probs: Tensor) -> float:
+    """The batch's acceptance rate: mean a(x) over sampled tokens, [tokens]; 0 for no token.
+
+    Same mean as counting accepted tokens (paper §4.4), less variance.
+    """
+    return _mean(acceptance_probs)
+
+
+def calibrate_tau(head: Tensor, tail: Tensor, acceptance: float) -> float:
+    """τ = (acceptance − mean head) / mean tail, not clipped; 0 where there is no tail to calibrate. [N] each."""
+    mean_tail = _mean(tail)
+    return (acceptance - _mean(head)) / mean_tail if mean_tail > 0 else 0.0
+
+
+def calibrate_kappa(head: Tensor, acceptance: float) -> float:
+    """κ = acceptance / mean Z_approx; paper §4.4. 1 where Z_approx is zero everywhere, since then Z is as well. [N]."""
+    mean_head = _mean(head)
+    return acceptance / mean_head if mean_head > 0 else 1.0
+
+
+def normalizer_from(head: Tensor, tail: Tensor, name: NormalizerName, acceptance: float) -> Normalizer:
+    """Z of each token from the ingredients of a whole batch.
+
+    Args:
+        head: [N] of :class:`NormalizerParts`.
+        tail: [N] of the same.
+        name: the estimator that they come from.
+        acceptance: the batch's acceptance rate, see :func:`mean_acceptance`.
+    """
+    if name == "full":
+        return Normalizer(value=head, scalar=1.0, raw_scalar=1.0)
+    if name == "union_kappa":
+        kappa = calibrate_kappa(head, acceptance)
+        return Normalizer(value=kappa * head, scalar=kappa, raw_scalar=kappa)
+    raw = calibrate_tau(head, tail, acceptance)
+    tau = min(max(raw, 0.0), 1.0)
+    return Normalizer(value=head + tau * tail, scalar=tau, raw_scalar=raw)
+
+
+def _sums(candidates: Candidates, obrs_lambda: float) -> _Sums:
+    actor = candidates.actor_logprobs.detach().float().exp()
+    target_on_actor = candidates.target_logprobs_on_actor.detach().float().exp()
+    outside = ~_contained(candidates.target_ids, candidates.actor_ids)
+    target = candidates.target_logprobs.detach().float().exp().masked_fill(~outside, 0.0)
+    return _Sums(
+        head=torch.minimum(actor, target_on_actor / obrs_lambda).sum(-1),
+        actor_rest=_rest(actor.sum(-1)),
+        target_mass=target_on_actor.sum(-1) + target.sum(-1),
+        outside=outside,
+        scaled_target=target / obrs_lambda,
+        least_actor=actor.amin(-1, keepdim=True),
+    )
+
+
+def _contained(ids: Tensor, among: Tensor) -> Tensor:
+    """Which of ``ids`` [N, m] are in the same row of ``among`` [N, k]; by sorting, for k may be a thousand."""
+    ordered = among.long().sort(-1).values
+    place = torch.searchsorted(ordered, ids.long().contiguous()).clamp(max=among.shape[-1] - 1)
+    return ordered.gather(-1, place) == ids
+
+
+def _mean(values: Tensor) -> float:
+    return values.detach().double().mean().item() if values.numel() else 0.0
+
+
+def _rest(mass: Tensor) -> Tensor:
+    """1 − mass; not below 0, where only the rounding of log-probabilities (float16 on the wire) can take it."""
+    return (1.0 - mass).clamp(min=0.0)
+
+
+def _parts(head: Tensor, tail: Tensor, mass: Tensor) -> NormalizerParts:
+    # Sums of probabilities: what exceeds 1 is the same rounding.
+    return NormalizerParts(head=head.clamp(max=1.0), tail=tail, mass=mass.clamp(max=1.0))

@@ -1,0 +1,138 @@
+"""A model's output layer, applied to a slice of tokens at a time: whole rows of logits exist for one slice only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+DEFAULT_CHUNK_TOKENS = 128
+"""Tokens per slice. At a vocabulary of 150,000 a slice is 78 MB and the matrix product is as fast as the whole one."""
+
+_SMALL_SLICE = 1 << 22
+"""Elements (16 MB of float32) that a slice may always have, so that a small vocabulary does not mean many slices."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputHead:
+    """hidden → logits = cap(logit_scale · (hidden · weightᵀ + bias)), cap(x) = softcap · tanh(x / softcap)."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    logit_scale: float = 1.0  # e.g. Cohere's logit_scale, Granite's 1 / logits_scaling
+    softcap: float | None = None  # e.g. Gemma's final_logit_softcapping
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+
+def token_slices(num_tokens: int, vocabulary: int, chunk_tokens: int) -> Iterator[slice]:
+    """Consecutive slices of [0, num_tokens): of ``chunk_tokens``, or more where the vocabulary is small.
+
+    Raises:
+        ValueError: ``chunk_tokens`` is not positive.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens = {chunk_tokens} must be positive")
+    size = max(chunk_tokens, _SMALL_SLICE // vocabulary)
+    for start in range(0, num_tokens, size):
+        yield slice(start, min(start + size, num_tokens))
+
+
+def widened(head: OutputHead, hidden: Tensor) -> tuple[OutputHead, Tensor]:
+    """Head and hidden states in a form whose products are at least float32, to be made once for many slices.
+
+    float32 and float64 stay as they are. On CUDA half-precision pairs stay too, for :func:`matmul` accumulates and
+    returns float32. Elsewhere both are converted, which copies a half-precision weight.
+    """
+    weight = head.weight.detach()
+    hidden = hidden.detach()
+    if hidden.is_cuda and hidden.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16):
+        return replace(head, weight=weight), hidden
+    wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    return replace(head, weight=weight.to(wide)), hidden.to(wide)
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left · right accumulated and returned in float32 (float64 for float64). [m, k] and [k, n] → [m, n]."""
+    if right.dtype in (torch.float32, torch.float64):
+        return left @ right
+    return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+
+
+def slice_logits(head: OutputHead, hidden: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, [c, V], of a slice of widened hidden states [c, H]. The result is the caller's."""
+    logits = matmul(hidden, head.weight.t())
+    if head.bias is not None:
+        logits += head.bias.detach()
+    if head.logit_scale != 1.0:
+        logits *= head.logit_scale
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    if temperature != 1.0:
+        logits /= temperature
+    return logits
+
+
+def log_normalize_(logits: Tensor) -> Tensor:
+    """Log-softmax over the last dimension, in place."""
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+
+
+class HeadGradients:
+    """Gradients of hidden states and head, added up slice by slice.
+
+    Args:
+        head: the head as widened.
+        hidden: [T, H], as widened.
+        needs: which of hidden, weight and bias want a gradient.
+    """
+
+    def __init__(self, head: OutputHead, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
+        self._head = head
+        self._hidden = hidden
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.hidden = torch.empty_like(hidden, dtype=wide) if needs[0] else None
+        self.weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] and head.bias is not None else None
+
+    def add(self, tokens: slice, logits_gradient: Tensor, softcap_slope: Tensor | None, temperature: float) -> None:
+        """Add a slice.
+
+        Args:
+            tokens: where the slice lies.
+            logits_gradient: gradient of the slice's final logits, [c, V]; is overwritten.
+            softcap_slope: of :func:`softcap_slope`.
+            temperature: that of the logits.
+        """
+        factor = self._head.logit_scale / temperature
+        if factor != 1.0:
+            logits_gradient *= factor
+        if softcap_slope is not None:
+            logits_gradient *= softcap_slope
+        if self.bias is not None:
+            self.bias += logits_gradient.sum(0)
+        if self.hidden is not None:
+            self.hidden[tokens] = matmul(logits_gradient, self._head.weight)
+        if self.weight is None:
+            return
+        if self.weight.dtype == self._hidden.dtype:
+            self.weight.addmm_(logits_gradient.t(), self._hidden[tokens])
+        else:
+            self.weight += matmul(logits_gradient.t(), self._hidden[tokens])
+
+    def like(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """The three gradients in the number formats of what they belong to; None where none was wanted."""
+        pairs = ((self.hidden, hidden), (self.weight, weight), (self.bias, bias))
+        return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
+
+
+def softcap_slope(head: OutputHead, logits: Tensor, temperature: float) -> Tensor | None:
+    """d cap(x)/dx = 1 − tanh² from the final logits [c, V], or None where there is no cap."""
+    if head.softcap is None:
+        return None
+    return (logits * (temperature / head.softcap)).square_().neg_().add_(1.0)
