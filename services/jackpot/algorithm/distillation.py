@@ -48,10 +48,10 @@ def forward_kl(
     Raises:
         ValueError: the two vocabularies differ in size.
     """
-    if policy_head.vocabulary != actor_head.vocabulary:
+    if len(policy_head.weight) != len(actor_head.weight):
         raise ValueError(
-            f"policy and actor must share a vocabulary: they have {policy_head.vocabulary} and "
-            f"{actor_head.vocabulary} entries"
+            f"policy and actor must share a vocabulary: they have {len(policy_head.weight)} and "
+            f"{len(actor_head.weight)} entries"
         )
     teacher = (policy_hidden.detach(), policy_head, temperature, chunk_tokens)
     result: Tensor = _ForwardKl.apply(  # type: ignore[no-untyped-call]
@@ -78,7 +78,7 @@ class _ForwardKl(torch.autograd.Function):
         wide_head, wide_hidden = widened(head, hidden)
         wide_policy_head, wide_policy_hidden = widened(policy_head, policy_hidden)
         divergence = wide_hidden.new_empty(len(hidden), dtype=torch.promote_types(wide_hidden.dtype, torch.float32))
-        for tokens in token_slices(len(hidden), head.vocabulary, chunk_tokens):
+        for tokens in token_slices(len(hidden), len(head.weight), chunk_tokens):
             policy = log_normalize_(slice_logits(wide_policy_head, wide_policy_hidden[tokens], temperature))
             actor = log_normalize_(slice_logits(wide_head, wide_hidden[tokens], temperature))
             difference = torch.sub(policy, actor, out=actor)
@@ -87,7 +87,7 @@ class _ForwardKl(torch.autograd.Function):
         actor_bias = () if bias is None else (bias,)
         ctx.num_actor_tensors = 2 + len(actor_bias)
         ctx.save_for_backward(hidden, weight, *actor_bias, policy_hidden, policy_head.weight, *policy_bias)
-        ctx.scales = ((head.logit_scale, head.softcap), (policy_head.logit_scale, policy_head.softcap))
+        ctx.scales = ((head.softcap, head.scale), (policy_head.softcap, policy_head.scale))
         ctx.settings = (temperature, chunk_tokens)
         return divergence
 
@@ -100,7 +100,7 @@ class _ForwardKl(torch.autograd.Function):
         policy_head, policy_hidden = _restored(policy_tensors, ctx.scales[1])
         temperature, chunk_tokens = ctx.settings
         gradients = HeadGradients(head, hidden, ctx.needs_input_grad[:3])
-        for tokens in token_slices(len(hidden), head.vocabulary, chunk_tokens):
+        for tokens in token_slices(len(hidden), len(head.weight), chunk_tokens):
             logits = slice_logits(head, hidden[tokens], temperature)
             slope = softcap_slope(head, logits, temperature)
             in_logits = log_normalize_(logits).exp_()
@@ -110,6 +110,6 @@ class _ForwardKl(torch.autograd.Function):
         return (*gradients.like(*actor_tensors), None, None, None, None, None)
 
 
-def _restored(saved: tuple[Tensor, ...], scales: tuple[float, float | None]) -> tuple[OutputHead, Tensor]:
+def _restored(saved: tuple[Tensor, ...], scales: tuple[float | None, float]) -> tuple[OutputHead, Tensor]:
     hidden, weight, *bias = saved
     return widened(OutputHead(weight, bias[0] if bias else None, *scales), hidden)

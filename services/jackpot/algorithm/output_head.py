@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DEFAULT_CHUNK_TOKENS = 128
 """Tokens per slice. At a vocabulary of 150,000 a slice is 78 MB and the matrix product is as fast as the whole one."""
@@ -17,17 +17,24 @@ _SMALL_SLICE = 1 << 22
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputHead:
-    """hidden → logits = cap(logit_scale · (hidden · weightᵀ + bias)), cap(x) = softcap · tanh(x / softcap)."""
+    """From a hidden state h ``[H]`` to logits ``[V]``: softcap · tanh(scale · (W h + b) / softcap).
+
+    The tensors are the model's own, not copies: gradients flow into them and weight swaps show.
+    """
 
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
-    logit_scale: float = 1.0  # e.g. Cohere's logit_scale, Granite's 1 / logits_scaling
-    softcap: float | None = None  # e.g. Gemma's final_logit_softcapping
+    softcap: float | None = None  # None: no tanh
+    scale: float = 1.0  # 1.0 in most architectures
 
-    @property
-    def vocabulary(self) -> int:
-        """V."""
-        return self.weight.shape[0]
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., H]``, all at once and in the weight's number format."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
 
 
 def token_slices(num_tokens: int, vocabulary: int, chunk_tokens: int) -> Iterator[slice]:
@@ -69,8 +76,8 @@ def slice_logits(head: OutputHead, hidden: Tensor, temperature: float) -> Tensor
     logits = matmul(hidden, head.weight.t())
     if head.bias is not None:
         logits += head.bias.detach()
-    if head.logit_scale != 1.0:
-        logits *= head.logit_scale
+    if head.scale != 1.0:
+        logits *= head.scale
     if head.softcap is not None:
         logits.div_(head.softcap).tanh_().mul_(head.softcap)
     if temperature != 1.0:
@@ -109,7 +116,7 @@ class HeadGradients:
             softcap_slope: of :func:`softcap_slope`.
             temperature: that of the logits.
         """
-        factor = self._head.logit_scale / temperature
+        factor = self._head.scale / temperature
         if factor != 1.0:
             logits_gradient *= factor
         if softcap_slope is not None:

@@ -62,9 +62,9 @@ def token_logprobs(
     """
     wanted = ids if ids.dim() == 2 else ids[:, None]
     head, hidden = widened(head, hidden)
-    k = min(top_k, head.vocabulary)
+    k = min(top_k, len(head.weight))
     scores = _empty_scores(hidden, wanted.shape[1], k, entropy)
-    for tokens in token_slices(len(hidden), head.vocabulary, chunk_tokens):
+    for tokens in token_slices(len(hidden), len(head.weight), chunk_tokens):
         logits = slice_logits(head, hidden[tokens], temperature)
         scores.logprobs[tokens] = logits.gather(1, wanted[tokens])
         if scores.topk_ids is not None and scores.topk_logprobs is not None:
@@ -101,7 +101,7 @@ def iterate_logprobs(
     normalizer is a loop over their ``zip``. A slice's rows may be overwritten by who gets them.
     """
     head, hidden = widened(head, hidden)
-    for tokens in token_slices(len(hidden), head.vocabulary, chunk_tokens):
+    for tokens in token_slices(len(hidden), len(head.weight), chunk_tokens):
         with torch.no_grad():
             rows = log_normalize_(slice_logits(head, hidden[tokens], temperature))
         yield tokens, rows
@@ -146,12 +146,12 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide_head, wide_hidden = widened(head, hidden)
         scores = _empty_scores(wide_hidden, ids.shape[1], 0, entropy)
-        for tokens in token_slices(len(hidden), head.vocabulary, chunk_tokens):
+        for tokens in token_slices(len(hidden), len(head.weight), chunk_tokens):
             logits = slice_logits(wide_head, wide_hidden[tokens], temperature)
             scores.logprobs[tokens] = logits.gather(1, ids[tokens])
             scores.logprobs[tokens] -= _reduce_(logits, None if scores.entropy is None else scores.entropy[tokens])
         ctx.save_for_backward(hidden, weight, *(() if bias is None else (bias,)), ids)
-        ctx.settings = (head.logit_scale, head.softcap, temperature, chunk_tokens)
+        ctx.settings = (head.softcap, head.scale, temperature, chunk_tokens)
         entropies = hidden.new_empty(0) if scores.entropy is None else scores.entropy
         ctx.mark_non_differentiable(entropies)
         return scores.logprobs, entropies
@@ -160,10 +160,10 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _entropy_gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, *bias, ids = ctx.saved_tensors
-        logit_scale, softcap, temperature, chunk_tokens = ctx.settings
-        head, wide_hidden = widened(OutputHead(weight, bias[0] if bias else None, logit_scale, softcap), hidden)
+        softcap, scale, temperature, chunk_tokens = ctx.settings
+        head, wide_hidden = widened(OutputHead(weight, bias[0] if bias else None, softcap, scale), hidden)
         gradients = HeadGradients(head, wide_hidden, ctx.needs_input_grad[:3])
-        for tokens in token_slices(len(hidden), head.vocabulary, chunk_tokens):
+        for tokens in token_slices(len(hidden), len(head.weight), chunk_tokens):
             logits = slice_logits(head, wide_hidden[tokens], temperature)
             slope = softcap_slope(head, logits, temperature)
             in_logits = log_normalize_(logits).exp_().mul_(-gradient[tokens].sum(-1, keepdim=True))
