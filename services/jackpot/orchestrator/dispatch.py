@@ -1,0 +1,242 @@
+"""From a slot of the training order to a rewarded group on the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jackpot.config import JobSpec
+from jackpot.errors import (
+    ConfigError,
+    EngineError,
+    JackpotError,
+    JobFailedError,
+    RequestRefusedError,
+    RewardError,
+)
+from jackpot.orchestrator.replicas import ReplicaPool
+from jackpot.orchestrator.rewards import RewardPool
+from jackpot.orchestrator.slots import SlotBook
+from jackpot.orchestrator.tasks import Item, Task
+from jackpot.orchestrator.tokenizer import PromptTokenizer
+from jackpot.orchestrator.versions import VersionWatch
+from jackpot.runtime.bus import TrajectoryBus
+from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.wire import ids_to_bytes
+from jackpot.trajectory import Group, GroupKey, Trajectory
+from jackpot.v1 import rollout_pb2
+
+LOG = logging.getLogger(__name__)
+
+BUDGET_POLL_SECONDS = 0.05
+BUDGET_LOG_SECONDS = 30.0
+FAILURES_BATCHES = 4  # this many batches' worth of groups failing in a row is no bad luck
+
+
+class TrainingPrompts:
+    """The training prompts with their token ids, made off the event loop: some tasks take a second for one."""
+
+    def __init__(self, task: Task, tokenizer: PromptTokenizer) -> None:
+        self._task = task
+        self._tokenizer = tokenizer
+        self._thread = ThreadPoolExecutor(1, "prompts")  # one: tasks need not be safe for threads
+
+    async def prompt(self, index: int) -> tuple[Item, NDArray[np.uint32]]:
+        """Prompt ``index`` and its token ids [P]."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._make, index)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _make(self, index: int) -> tuple[Item, NDArray[np.uint32]]:
+        item = self._task.train_prompt(index)
+        return item, self._tokenizer.encode_prompt(item.prompt)
+
+
+class Dispatcher:
+    """Keeps every due slot in work until it is cancelled.
+
+    Args:
+        job: the job.
+        job_id: its id.
+        bus: an open bus.
+        book: who holds which slot; shared with whoever learns how groups ended.
+        versions: the newest weight versions.
+        replicas: who samples.
+        prompts: what is sampled from.
+        tokenizer: the policy's.
+        rewards: who judges.
+        metrics: where groups in flight are shown.
+    """
+
+    def __init__(
+        self,
+        *,
+        job: JobSpec,
+        job_id: str,
+        bus: TrajectoryBus,
+        book: SlotBook,
+        versions: VersionWatch,
+        replicas: ReplicaPool,
+        prompts: TrainingPrompts,
+        tokenizer: PromptTokenizer,
+        rewards: RewardPool,
+        metrics: Metrics,
+    ) -> None:
+        self._job = job
+        self._job_id = job_id
+        self._bus = bus
+        self._book = book
+        self._versions = versions
+        self._replicas = replicas
+        self._prompts = prompts
+        self._tokenizer = tokenizer
+        self._rewards = rewards
+        self._metrics = metrics
+        self._stop_ids = tokenizer.stop_token_ids(job.sampling.stop)
+        self._wake = asyncio.Event()
+        self._in_flight = 0
+        self._failures_in_a_row = 0
+        self._baseline_done = False
+
+    def slots_changed(self) -> None:
+        """Look again for slots that are due: a group ended."""
+        self._wake.set()
+
+    def baseline_done(self) -> None:
+        """The untrained policy is evaluated; from now on training may begin.
+
+        Until then the last slot of the first batch is kept back, so that everything else can go ahead.
+        """
+        self._baseline_done = True
+        self._wake.set()
+
+    async def run(self, again: Iterable[GroupKey] = ()) -> None:
+        """Dispatch until cancelled.
+
+        Args:
+            again: groups that were dispatched before a restart and never published; they go first, under their ids.
+
+        Raises:
+            JobFailedError: groups keep failing.
+            DeadlineError: no replica is ready.
+            BusError: the bus failed.
+        """
+        first = list(again)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._wake_on_versions())
+            while True:
+                self._wake.clear()
+                while self._in_flight < self._job.orchestrator.max_in_flight_groups:
+                    key = first.pop(0) if first else self._take_next()
+                    if key is None:
+                        break
+                    await self._reserve(key)
+                    self._count_in_flight(1)
+                    # Not in the task itself: one that is cancelled before it begins runs no finally.
+                    tasks.create_task(self._carry(key)).add_done_callback(lambda _: self._count_in_flight(-1))
+                await self._wake.wait()
+
+    def _take_next(self) -> GroupKey | None:
+        end = None if self._baseline_done else self._job.learner.groups_per_batch - 1
+        return self._book.take_next(self._current_version, end)
+
+    @property
+    def _current_version(self) -> int:
+        return self._versions.newest(self._job.rollout_role)
+
+    async def _wake_on_versions(self) -> None:
+        while True:
+            await self._versions.wait(self._job.rollout_role, self._current_version + 1)
+            self._wake.set()
+
+    async def _reserve(self, key: GroupKey) -> None:
+        """Hold until the bus has room for the group: nothing is ever trimmed to make room."""
+        group_id, num_bytes = key.group_id(self._job_id), largest_group_bytes(self._job)
+        held_seconds = 0.0
+        while not await self._bus.reserve(group_id, num_bytes):
+            if held_seconds % BUDGET_LOG_SECONDS < BUDGET_POLL_SECONDS:
+                LOG.warning("dispatch holds: the bus's budget (bus.max_bytes) is spent", extra={"group_id": group_id})
+            await asyncio.sleep(BUDGET_POLL_SECONDS)
+            held_seconds += BUDGET_POLL_SECONDS
+
+    async def _carry(self, key: GroupKey) -> None:
+        """One group from its prompt to the bus, or to its drop."""
+        group_id = key.group_id(self._job_id)
+        try:
+            group = await self._make_group(key, group_id)
+        except RewardError as error:
+            await self._drop_failed(group_id, "reward_failed", error)
+        except (EngineError, RequestRefusedError, ConfigError) as error:
+            await self._drop_failed(group_id, "rollout_failed", error)
+        else:
+            self._failures_in_a_row = 0
+            if self._job.algorithm.advantage.filter_zero_variance and _all_equal(group.trajectories):
+                await self._bus.drop(group_id, "zero_variance", f"every reward is {group.trajectories[0].reward}")
+            else:
+                await self._bus.publish(group)
+
+    async def _make_group(self, key: GroupKey, group_id: str) -> Group:
+        item, prompt_ids = await self._prompts.prompt(key.prompt_index)
+        sampling, version = self._job.sampling, self._current_version
+        request = rollout_pb2.GenerateRequest(
+            group_id=group_id,
+            prompt_token_ids=ids_to_bytes(prompt_ids),
+            num_trajectories=sampling.group_size,
+            sampling=rollout_pb2.SamplingParams(
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=self._stop_ids,
+                top_logprobs=self._job.rollout.top_logprobs,
+                seed=sampling_seed(self._job.seed, group_id),
+            ),
+            min_version=self._book.min_version(key.slot),
+        )
+        trajectories = await self._replicas.generate(request)
+        texts = [self._tokenizer.decode(trajectory.token_ids) for trajectory in trajectories]
+        rewards = await self._rewards.rewards(item, texts)
+        return Group(
+            group_id=group_id,
+            prompt_index=key.prompt_index,
+            prompt_token_ids=prompt_ids,
+            trajectories=tuple(replace(t, reward=reward) for t, reward in zip(trajectories, rewards, strict=True)),
+            temperature=sampling.temperature,
+            dispatch_version=version,
+        )
+
+    async def _drop_failed(self, group_id: str, reason: str, error: JackpotError) -> None:
+        self._failures_in_a_row += 1
+        LOG.warning("group dropped: %s", error, extra={"group_id": group_id, "reason": reason})
+        await self._bus.drop(group_id, reason, f"{type(error).__name__}: {error}"[:500])
+        limit = FAILURES_BATCHES * self._job.learner.groups_per_batch
+        if self._failures_in_a_row >= limit:
+            raise JobFailedError(f"{limit} groups in a row failed, the last one: {error}")
+
+    def _count_in_flight(self, change: int) -> None:
+        self._in_flight += change
+        self._metrics.observe_in_flight(self._in_flight)
+        self._wake.set()
+
+
+def sampling_seed(job_seed: int, name: str) -> int:
+    """The seed (64 bits) of whatever is sampled under ``name``: the same at every attempt and on every replica."""
+    digest = hashlib.blake2b(f"{job_seed} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def largest_group_bytes(job: JobSpec) -> int:
+    """The most bytes that a group of this job can take on the bus, apart from its prompt and some hundred bytes."""
+    per_token = 4 + 4 + job.rollout.top_logprobs * (4 + 2)  # id, log-probability, and those of k candidates
+    return job.sampling.group_size * job.sampling.max_tokens * per_token + (64 << 10)
+
+
+def _all_equal(trajectories: Sequence[Trajectory]) -> bool:
+    return len({trajectory.reward for trajectory in trajectories}) == 1

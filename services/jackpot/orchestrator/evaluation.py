@@ -1,0 +1,232 @@
+"""The policy judged on its own samples of held-out prompts, while training goes on.
+
+What the actor earns says little: it may rise while the policy's own accuracy falls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jackpot.config import JobSpec
+from jackpot.errors import DeadlineError, JackpotError, RequestRefusedError, RewardError
+from jackpot.orchestrator.dispatch import sampling_seed
+from jackpot.orchestrator.failures import first_error
+from jackpot.orchestrator.replicas import ReplicaPool
+from jackpot.orchestrator.rewards import RewardPool
+from jackpot.orchestrator.tasks import Item
+from jackpot.orchestrator.tokenizer import PromptTokenizer
+from jackpot.orchestrator.versions import VersionWatch
+from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.wire import ids_to_bytes
+from jackpot.trajectory import Trajectory
+from jackpot.v1 import rollout_pb2
+
+LOG = logging.getLogger(__name__)
+
+CORRECT = 1 - 1e-6  # rewards of at least this count as right
+PROMPTS_AT_ONCE = 64
+RETRY_SECONDS = 1.0
+OPTIONAL_ATTEMPTS = 2  # for evaluations between the first and the last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRow:
+    """One line of ``evaluations.jsonl``."""
+
+    step: int  # the oldest policy version that sampled a token
+    newest_step: int  # the newest: the server may swap weights while an evaluation runs
+    time: float  # seconds since the epoch
+    policy_accuracy: float  # fraction of samples with a reward of 1
+    mean_reward: float
+    num_samples: int
+    num_reward_failures: int  # samples left out because their reward failed
+    mean_tokens: float
+    truncated_fraction: float
+
+
+class EvaluationLog:
+    """``evaluations.jsonl``: one writer, appended."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def last_step(self) -> int | None:
+        """The newest step that has a row, or None."""
+        if not self._path.exists():
+            return None
+        content = self._path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # cut short by a crash
+            os.truncate(self._path, whole)
+        return max((json.loads(line)["step"] for line in content[:whole].splitlines()), default=None)
+
+    def append(self, row: EvaluationRow) -> None:
+        """Add a row."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+
+
+class PolicyEvaluation:
+    """Evaluates at step 0, at every multiple of ``evaluation.every`` and at the last step.
+
+    Args:
+        job: the job.
+        job_id: its id.
+        items: the held-out prompts.
+        tokenizer: the policy's.
+        evaluator: a rollout server on the policy's weights.
+        versions: the newest weight versions.
+        rewards: who judges.
+        log: where rows go.
+        metrics: where the accuracy is shown.
+    """
+
+    def __init__(
+        self,
+        *,
+        job: JobSpec,
+        job_id: str,
+        items: Sequence[Item],
+        tokenizer: PromptTokenizer,
+        evaluator: ReplicaPool,
+        versions: VersionWatch,
+        rewards: RewardPool,
+        log: EvaluationLog,
+        metrics: Metrics,
+    ) -> None:
+        self._job = job
+        self._job_id = job_id
+        self._items = items
+        self._prompts = [tokenizer.encode_prompt(item.prompt) for item in items]
+        self._tokenizer = tokenizer
+        self._stop_ids = tokenizer.stop_token_ids(job.sampling.stop)
+        self._evaluator = evaluator
+        self._versions = versions
+        self._rewards = rewards
+        self._log = log
+        self._metrics = metrics
+        self._slots = asyncio.Semaphore(PROMPTS_AT_ONCE)
+
+    async def run(self, baseline_done: Callable[[], None]) -> None:
+        """Evaluate until the last step is evaluated.
+
+        Args:
+            baseline_done: called once step 0 is evaluated, or was before a restart.
+
+        Raises:
+            DeadlineError: the first or the last evaluation did not succeed within ``evaluation.timeout_seconds``.
+            RequestRefusedError: the evaluator can never answer.
+        """
+        last = self._log.last_step()
+        if last is None:
+            if await self._versions.wait("policy", 0) == 0:
+                await self._evaluate_at(0)
+            else:
+                LOG.warning("the untrained policy is gone; step 0 cannot be evaluated any more")
+            last = 0
+        baseline_done()
+        while last < self._job.learner.steps:
+            due = next_evaluation(last, self._job.evaluation.every, self._job.learner.steps)
+            newest = await self._versions.wait("policy", due)
+            last = last_due(newest, self._job.evaluation.every, self._job.learner.steps)
+            await self._evaluate_at(last)
+
+    async def _evaluate_at(self, step: int) -> None:
+        required = step in (0, self._job.learner.steps)
+        timeout = self._job.evaluation.timeout_seconds
+        failures: list[JackpotError] = []
+        try:
+            async with asyncio.timeout(timeout):
+                while required or len(failures) < OPTIONAL_ATTEMPTS:
+                    try:
+                        return self._record(await self.evaluate(step))
+                    except RequestRefusedError:
+                        raise
+                    except JackpotError as error:
+                        LOG.warning("an evaluation of step %d failed: %s", step, error)
+                        failures.append(error)
+                    await asyncio.sleep(RETRY_SECONDS)
+        except TimeoutError:
+            if required:
+                why = f"Last failure: {failures[-1]}" if failures else "Look at the evaluator's log."
+                raise DeadlineError(f"the evaluation of step {step}", timeout, why) from None
+        LOG.error("the evaluation of step %d is skipped", step)
+
+    async def evaluate(self, min_version: int) -> EvaluationRow:
+        """Sample and judge every held-out prompt with a policy of at least ``min_version``.
+
+        Raises:
+            JackpotError: sampling failed, or every reward did.
+        """
+        await self._evaluator.load_weights(min_version)
+        prompts = range(len(self._items))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(self._sample(index, min_version)) for index in prompts]
+        except* JackpotError as errors:
+            raise first_error(errors) from None
+        samples = [sample for task in running for sample in task.result()]
+        judged = [reward for _, reward in samples if not isinstance(reward, RewardError)]
+        if not judged:
+            raise RewardError("the reward of every sample of an evaluation failed")
+        trajectories = [trajectory for trajectory, _ in samples]
+        versions = [span.version for trajectory in trajectories for span in trajectory.version_spans]
+        return EvaluationRow(
+            step=min(versions),
+            newest_step=max(versions),
+            time=time.time(),
+            policy_accuracy=float(np.mean([reward >= CORRECT for reward in judged])),
+            mean_reward=float(np.mean(judged)),
+            num_samples=len(judged),
+            num_reward_failures=len(samples) - len(judged),
+            mean_tokens=float(np.mean([trajectory.num_tokens for trajectory in trajectories])),
+            truncated_fraction=float(np.mean([t.finish_reason == "length" for t in trajectories])),
+        )
+
+    async def _sample(self, index: int, min_version: int) -> list[tuple[Trajectory, float | RewardError]]:
+        async with self._slots:
+            trajectories = await self._evaluator.generate(self._request(index, self._prompts[index], min_version))
+        texts = [self._tokenizer.decode(trajectory.token_ids) for trajectory in trajectories]
+        rewards = await self._rewards.try_rewards(self._items[index], texts)
+        return list(zip(trajectories, rewards, strict=True))
+
+    def _request(self, index: int, prompt: NDArray[np.uint32], min_version: int) -> rollout_pb2.GenerateRequest:
+        return rollout_pb2.GenerateRequest(
+            group_id=f"{self._job_id}.evaluation.v{min_version}.p{index}",
+            prompt_token_ids=ids_to_bytes(prompt),
+            num_trajectories=self._job.evaluation.samples_per_prompt,
+            sampling=rollout_pb2.SamplingParams(
+                temperature=self._job.evaluation.temperature,
+                max_tokens=self._job.sampling.max_tokens,
+                stop_token_ids=self._stop_ids,
+                top_logprobs=1,
+                # The same at every step: what changes between evaluations is the policy alone.
+                seed=sampling_seed(self._job.seed, f"evaluation {index}"),
+            ),
+            min_version=min_version,
+        )
+
+    def _record(self, row: EvaluationRow) -> None:
+        self._log.append(row)
+        self._metrics.observe_evaluation(row.step, row.policy_accuracy)
+        LOG.info("evaluated", extra={"step": row.step, "policy_accuracy": row.policy_accuracy})
+
+
+def next_evaluation(last: int, every: int, steps: int) -> int:
+    """The first step after ``last`` at which an evaluation is due."""
+    return min((last // every + 1) * every, steps)
+
+
+def last_due(newest: int, every: int, steps: int) -> int:
+    """The last step up to ``newest`` at which an evaluation is due; those before it are passed over."""
+    return steps if newest >= steps else newest // every * every

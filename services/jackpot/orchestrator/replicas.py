@@ -1,0 +1,180 @@
+"""Rollout replicas as one: the least loaded is asked, a failing one is left out until it is ready again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import grpc
+
+from jackpot.errors import (
+    DeadlineError,
+    EngineError,
+    PayloadError,
+    QueueFullError,
+    RequestRefusedError,
+    WeightError,
+)
+from jackpot.runtime.rpc import READINESS, call, wait_ready
+from jackpot.runtime.wire import trajectory_from_proto
+from jackpot.trajectory import Trajectory
+from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
+
+LOG = logging.getLogger(__name__)
+
+READY_LOG_SECONDS = 30.0  # how often a replica that stays away is mentioned
+
+
+class _Replica:
+    """One server, and what the pool thinks of it."""
+
+    def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
+        self.address = address
+        self.channel = channel
+        self.stub = rollout_pb2_grpc.RolloutServiceStub(channel)  # type: ignore[no-untyped-call]
+        self.in_flight = 0
+        self.up = False
+        self.full_until = 0.0  # on the monotonic clock
+        self.suspected = asyncio.Event()
+        self.suspected.set()
+
+    def suspect(self) -> None:
+        """Leave it out until its health check says that it is ready."""
+        self.up = False
+        self.suspected.set()
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+
+class ReplicaPool:
+    """Generate calls over several replicas. Run :meth:`watch` beside its other methods.
+
+    Args:
+        channels: an open channel per address.
+        attempts: how often one group is tried, each time on another replica if there is one.
+        timeout_seconds: deadline of one call, and of waiting for a replica.
+    """
+
+    def __init__(self, channels: Mapping[str, grpc.aio.Channel], attempts: int, timeout_seconds: float) -> None:
+        self._replicas = [_Replica(address, channel) for address, channel in channels.items()]
+        self._attempts = attempts
+        self._timeout_seconds = timeout_seconds
+        self._changed = asyncio.Condition()
+
+    async def watch(self) -> None:
+        """Keep finding out which replicas are ready. Never returns."""
+        async with asyncio.TaskGroup() as tasks:
+            for replica in self._replicas:
+                tasks.create_task(self._watch(replica))
+
+    async def generate(self, request: rollout_pb2.GenerateRequest) -> tuple[Trajectory, ...]:
+        """Sample one group.
+
+        A replica that is full is asked again later and costs no attempt.
+
+        Raises:
+            RequestRefusedError: the request can never work.
+            EngineError: every attempt failed; names each failure.
+            DeadlineError: no replica became ready in time.
+        """
+        failures: list[str] = []
+        failed: set[str] = set()
+        while len(failures) < self._attempts:
+            replica = await self._pick(failed)
+            if replica is None:
+                failures.append(f"every replica's queue stayed full for {self._timeout_seconds:g} s")
+                continue
+            try:
+                return await self._generate_on(replica, request)
+            except QueueFullError as error:
+                replica.full_until = time.monotonic() + error.retry_after_seconds
+            except RequestRefusedError:
+                raise
+            except (EngineError, DeadlineError, WeightError, PayloadError) as error:
+                LOG.warning("attempt %d of %s failed: %s", len(failures) + 1, request.group_id, error)
+                failures.append(str(error))
+                failed.add(replica.address)
+                replica.suspect()
+        raise EngineError(f"{len(failures)} attempts failed: {'; '.join(failures)}")
+
+    async def load_weights(self, min_version: int) -> int:
+        """Have every replica hold at least ``min_version``; the oldest version held then.
+
+        Raises:
+            JackpotError: a replica could not do it in time.
+        """
+        weights = weights_pb2.LoadWeightsRequest(min_version=min_version)
+        request = rollout_pb2.RolloutServiceLoadWeightsRequest(weights=weights)
+        versions = []
+        for replica in self._replicas:
+            await wait_ready(replica.channel, READINESS, self._timeout_seconds)
+            awaited = f"LoadWeights on {replica.address}"
+            response = await call(replica.stub.LoadWeights, request, self._timeout_seconds, awaited=awaited)
+            versions.append(int(response.weights.version))
+        return min(versions)
+
+    async def _generate_on(self, replica: _Replica, request: rollout_pb2.GenerateRequest) -> tuple[Trajectory, ...]:
+        awaited = f"Generate on {replica.address}"
+        with replica.busy():
+            response = await call(replica.stub.Generate, request, self._timeout_seconds, awaited=awaited)
+        trajectories = tuple(trajectory_from_proto(message) for message in response.trajectories)
+        if len(trajectories) != request.num_trajectories:
+            raise PayloadError(f"{awaited}: {len(trajectories)} trajectories where {request.num_trajectories} were due")
+        oldest = min(trajectory.oldest_version for trajectory in trajectories)
+        if oldest < request.min_version:
+            raise PayloadError(f"{awaited}: sampled by version {oldest}, older than {request.min_version}")
+        return trajectories
+
+    async def _pick(self, failed: Collection[str]) -> _Replica | None:
+        """The best replica; None if all that are ready stay full.
+
+        Raises:
+            DeadlineError: none became ready in time.
+        """
+        deadline = time.monotonic() + self._timeout_seconds
+        while (now := time.monotonic()) < deadline:
+            ready = [replica for replica in self._replicas if self._is_ready(replica)]
+            free = [replica for replica in ready if replica.full_until <= now]
+            if free:
+                # One that has not failed this group yet, then the least loaded.
+                return min(free, key=lambda replica: (replica.address in failed, replica.in_flight))
+            until = min([replica.full_until for replica in ready] + [deadline])
+            await self._wait_for_change(until - now)
+        if any(replica.up for replica in self._replicas):
+            return None
+        addresses = ", ".join(replica.address for replica in self._replicas)
+        raise DeadlineError(f"a rollout replica to be ready ({addresses})", self._timeout_seconds, "See their logs.")
+
+    def _is_ready(self, replica: _Replica) -> bool:
+        if replica.up and replica.channel.get_state() is not grpc.ChannelConnectivity.READY:
+            replica.suspect()
+        return replica.up
+
+    async def _wait_for_change(self, timeout_seconds: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_seconds), self._changed:
+                await self._changed.wait()
+        except TimeoutError:
+            return  # time itself was the change: a full replica may be asked again
+
+    async def _watch(self, replica: _Replica) -> None:
+        while True:
+            await replica.suspected.wait()
+            try:
+                await wait_ready(replica.channel, READINESS, READY_LOG_SECONDS)
+            except DeadlineError as error:
+                LOG.warning("a rollout replica is not ready: %s", error)
+                continue
+            replica.suspected.clear()
+            replica.up = True
+            async with self._changed:
+                self._changed.notify_all()

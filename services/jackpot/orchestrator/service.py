@@ -1,0 +1,242 @@
+"""The orchestrator's life: recover, dispatch and evaluate until the last step, close the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+from jackpot.config import JobSpec
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.errors import BusLostError, DeadlineError
+from jackpot.orchestrator.dispatch import Dispatcher, TrainingPrompts
+from jackpot.orchestrator.evaluation import EvaluationLog, PolicyEvaluation
+from jackpot.orchestrator.failures import first_error
+from jackpot.orchestrator.ledger import LedgerFile, LedgerRow
+from jackpot.orchestrator.mirror import LedgerMirror
+from jackpot.orchestrator.replicas import ReplicaPool
+from jackpot.orchestrator.rewards import RewardPool
+from jackpot.orchestrator.slots import SlotBook
+from jackpot.orchestrator.tasks import build_task
+from jackpot.orchestrator.tokenizer import PromptTokenizer
+from jackpot.orchestrator.versions import VersionWatch
+from jackpot.runtime.bus import TrajectoryBus
+from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.process import announce_ready
+from jackpot.runtime.rpc import open_channel
+from jackpot.runtime.weights import WeightStore
+from jackpot.trajectory import GroupKey
+
+LOG = logging.getLogger(__name__)
+
+TRAINED_POLL_SECONDS = 0.05
+
+
+async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
+    """Run the job's orchestrator to its end, or until ``stop``; the exit code.
+
+    Raises:
+        JackpotError: what cannot be repaired here.
+    """
+    work = asyncio.create_task(_orchestrate(environment, job))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (work, stopping):
+        task.cancel()  # which leaves a finished task as it is
+    with suppress(asyncio.CancelledError):
+        await work
+    return 0
+
+
+async def _orchestrate(environment: ServiceEnvironment, job: JobSpec) -> None:
+    async with AsyncExitStack() as stack:
+        bus = await TrajectoryBus.connect(
+            environment.redis_url,
+            environment.job_id,
+            job.bus,
+            consumer=f"orchestrator-{environment.instance}",
+            payload_dir=environment.run_dir / "payloads",
+        )
+        stack.push_async_callback(bus.close)
+        pools = []
+        for addresses, timeout in (
+            (environment.rollout_addresses, job.orchestrator.generate_timeout_seconds),
+            ((environment.evaluator_address,), job.evaluation.timeout_seconds),
+        ):
+            channels = {address: open_channel(address, tls_dir=environment.tls_dir) for address in addresses}
+            for channel in channels.values():
+                stack.push_async_callback(channel.close)
+            pools.append(ReplicaPool(channels, job.orchestrator.attempts, timeout))
+        rewards = RewardPool(job.task, job.seed)
+        stack.push_async_callback(rewards.close)
+        orchestrator = Orchestrator(
+            job=job,
+            job_id=environment.job_id,
+            run_dir=environment.run_dir,
+            bus=bus,
+            replicas=pools[0],
+            evaluator=pools[1],
+            rewards=rewards,
+            metrics=Metrics(environment.job_id),
+        )
+        stack.callback(orchestrator.close)
+        await orchestrator.run()
+
+
+class Orchestrator:
+    """One job's orchestrator, over an open bus and open channels.
+
+    Args:
+        job: the job, its models resolved to directories.
+        job_id: its id.
+        run_dir: its directory: weights/, manifests/, ledger.jsonl, evaluations.jsonl.
+        bus: the connected bus.
+        replicas: the rollout replicas.
+        evaluator: the rollout server on the policy's weights.
+        rewards: who judges.
+        metrics: where figures are shown.
+    """
+
+    def __init__(
+        self,
+        *,
+        job: JobSpec,
+        job_id: str,
+        run_dir: Path,
+        bus: TrajectoryBus,
+        replicas: ReplicaPool,
+        evaluator: ReplicaPool,
+        rewards: RewardPool,
+        metrics: Metrics,
+    ) -> None:
+        task = build_task(job.task, job.seed)
+        tokenizer = PromptTokenizer.of_job(job)
+        self._job = job
+        self._job_id = job_id
+        self._run_dir = run_dir
+        self._bus = bus
+        self._replicas = replicas
+        self._evaluator = evaluator
+        self._ledger = LedgerFile(run_dir / "ledger.jsonl")
+        self._book = SlotBook.of_job(job, task.num_prompts)
+        self._versions = VersionWatch(WeightStore(run_dir / "weights"), {"policy", job.rollout_role})
+        self._prompts = TrainingPrompts(task, tokenizer)
+        self._dispatcher = Dispatcher(
+            job=job,
+            job_id=job_id,
+            bus=bus,
+            book=self._book,
+            versions=self._versions,
+            replicas=replicas,
+            prompts=self._prompts,
+            tokenizer=tokenizer,
+            rewards=rewards,
+            metrics=metrics,
+        )
+        self._mirror = LedgerMirror(bus, self._ledger, self._book, metrics, self._dispatcher.slots_changed)
+        self._evaluation = PolicyEvaluation(
+            job=job,
+            job_id=job_id,
+            items=task.eval_items(job.evaluation.prompts),
+            tokenizer=tokenizer,
+            evaluator=evaluator,
+            versions=self._versions,
+            rewards=rewards,
+            log=EvaluationLog(run_dir / "evaluations.jsonl"),
+            metrics=metrics,
+        )
+
+    async def run(self) -> None:
+        """Orchestrate until the last step is trained, committed and evaluated.
+
+        Raises:
+            JackpotError: what cannot be repaired here.
+        """
+        while True:
+            try:
+                await self._run_until_bus_is_lost()
+                break
+            except BusLostError as error:
+                LOG.error("incident: the bus lost the job's state (%s)", error)
+            await self._declare_lost()
+        await self._close_ledger()
+        LOG.info("done", extra={"trained": self._book.num_trained})
+
+    def close(self) -> None:
+        """End the thread that makes prompts."""
+        self._prompts.close()
+
+    async def _run_until_bus_is_lost(self) -> None:
+        try:
+            again = await self._recover()
+            async with asyncio.TaskGroup() as tasks:
+                background = [
+                    tasks.create_task(coroutine)
+                    for coroutine in (
+                        self._versions.watch(),
+                        self._replicas.watch(),
+                        self._evaluator.watch(),
+                        self._mirror.run(),
+                        self._dispatcher.run(again),
+                    )
+                ]
+                announce_ready()
+                timeout = self._job.run.startup_timeout_seconds
+                await self._versions.wait(self._job.rollout_role, 0, timeout)
+                await self._evaluation.run(self._dispatcher.baseline_done)
+                await self._wait_until_all_trained()
+                for task in background:
+                    task.cancel()
+        except BaseExceptionGroup as errors:
+            lost, _ = errors.split(BusLostError)
+            raise first_error(errors if lost is None else lost) from None
+
+    async def _recover(self) -> list[GroupKey]:
+        """Rebuild the book; the groups that were dispatched and never published, in slot order."""
+        await self._bus.open()
+        states = {GroupKey.parse(group_id): state for group_id, state in (await self._bus.dispatched()).items()}
+        self._mirror.rewind()
+        # After the above: a group that ends in between then counts as ended.
+        await self._mirror.catch_up()
+        ended = self._ledger.ended
+        opened = {key for key in (*states, *self._claimed_by_learner()) if key not in ended}
+        self._book.restore(ended, opened)
+        if ended or opened:
+            LOG.info("recovered", extra={"ended": len(ended), "open": len(opened)})
+        return sorted((key for key in opened if states.get(key) == "dispatched"), key=lambda key: key.slot)
+
+    def _claimed_by_learner(self) -> set[GroupKey]:
+        """The groups of the learner's write-ahead manifests: trained, or to be trained again from there."""
+        keys: set[GroupKey] = set()
+        for path in (self._run_dir / "manifests").glob("*.json"):
+            with suppress(FileNotFoundError):  # discarded just now
+                content: Mapping[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+                keys.update(GroupKey.parse(group_id) for group_id in content["group_ids"])
+        return keys
+
+    async def _declare_lost(self) -> None:
+        """Close the ledger on every group that went down with the bus; recovery then dispatches them again."""
+        await self._bus.open()
+        kept = {GroupKey.parse(group_id) for group_id in await self._bus.dispatched()} | self._claimed_by_learner()
+        lost = [key.group_id(self._job_id) for key in self._book.open_groups if key not in kept]
+        detail = "the bus lost the job's state"
+        self._ledger.append(LedgerRow(group_id, "dropped", "lost", detail=detail) for group_id in lost)
+        LOG.warning("%d groups are lost and will be generated again", len(lost))
+
+    async def _wait_until_all_trained(self) -> None:
+        timeout = self._job.learner.batch_timeout_seconds
+        deadline = time.monotonic() + timeout
+        while self._book.num_trained < self._job.num_groups:
+            if time.monotonic() > deadline:
+                missing = self._job.num_groups - self._book.num_trained
+                raise DeadlineError(f"the learner to commit {missing} groups", timeout, "Look at the learner's log.")
+            await asyncio.sleep(TRAINED_POLL_SECONDS)
+
+    async def _close_ledger(self) -> None:
+        for group_id in await self._bus.dispatched():
+            await self._bus.drop(group_id, "unused", "the job was over")
+        await self._mirror.catch_up()

@@ -1,0 +1,173 @@
+"""Which group is dispatched next, and when. Pure bookkeeping: no I/O.
+
+Batch b trains slots [b·G, (b+1)·G). A slot belongs to one group at a time; when that group is dropped, the slot goes to
+the next prompt of the order, so that every batch fills. Everything here can be rebuilt from group ids alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jackpot.config import JobSpec
+from jackpot.trajectory import GroupKey
+
+TerminalState = Literal["trained", "dropped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pacing:
+    """When a slot may be dispatched, so that no token is older than ``max_staleness`` where it is trained on.
+
+    Args:
+        groups_per_batch: G.
+        updates_per_batch: optimizer steps from one batch's start to the next one's.
+        max_staleness: greatest distance in optimizer steps from the version that samples to the step that trains.
+    """
+
+    groups_per_batch: int
+    updates_per_batch: int
+    max_staleness: int
+
+    def start_step(self, slot: int) -> int:
+        """The step at which the slot's batch starts to train."""
+        return slot // self.groups_per_batch * self.updates_per_batch
+
+    def min_version(self, slot: int) -> int:
+        """The oldest version that may sample for the slot; the slot is due once that version is there."""
+        return max(0, self.start_step(slot) - self.max_staleness)
+
+
+class PromptOrder:
+    """The endless order of prompts: epoch after epoch, each a permutation of its own.
+
+    Args:
+        num_prompts: prompts in one epoch.
+        seed: the job's seed.
+    """
+
+    def __init__(self, num_prompts: int, seed: int) -> None:
+        self._num_prompts = num_prompts
+        self._seed = seed
+        self._cached: tuple[int, NDArray[np.int64]] | None = None
+
+    def prompt(self, position: int) -> tuple[int, int]:
+        """(epoch, prompt index) at a position ≥ 0 of the order."""
+        epoch, place = divmod(position, self._num_prompts)
+        return epoch, int(self._permutation(epoch)[place])
+
+    def position(self, epoch: int, prompt_index: int) -> int:
+        """Where a prompt of an epoch stands: the inverse of :meth:`prompt`."""
+        (places,) = np.nonzero(self._permutation(epoch) == prompt_index)
+        return epoch * self._num_prompts + int(places[0])
+
+    def end_of(self, keys: Iterable[GroupKey]) -> int:
+        """The first position after all of ``keys``."""
+        held = list(keys)
+        if not held:
+            return 0
+        last = max(key.epoch for key in held)
+        wanted = {key.prompt_index for key in held if key.epoch == last}
+        used = np.isin(self._permutation(last), list(wanted))
+        return last * self._num_prompts + int(np.nonzero(used)[0].max(initial=-1)) + 1
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if self._cached is None or self._cached[0] != epoch:
+            digest = hashlib.blake2b(f"prompts {self._seed} {epoch}".encode(), digest_size=16).digest()
+            generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+            self._cached = (epoch, generator.permutation(self._num_prompts))
+        return self._cached[1]
+
+
+class SlotBook:
+    """Who holds each slot. Every change of state of a group is told to it; it answers what to dispatch next."""
+
+    def __init__(self, num_slots: int, pacing: Pacing, order: PromptOrder) -> None:
+        self._num_slots = num_slots
+        self._pacing = pacing
+        self._order = order
+        self._next_slot = 0
+        self._next_position = 0
+        self._holders: dict[int, GroupKey] = {}  # slot → its group, from dispatch to the terminal state
+        self._trained: set[int] = set()
+        self._vacant: list[tuple[int, GroupKey | None]] = []  # heap; a lost group's slot takes the same prompt again
+
+    @classmethod
+    def of_job(cls, job: JobSpec, num_prompts: int) -> SlotBook:
+        """The empty book of a job."""
+        learner = job.learner
+        pacing = Pacing(learner.groups_per_batch, learner.updates_per_batch, job.orchestrator.max_staleness)
+        return cls(job.num_groups, pacing, PromptOrder(num_prompts, job.seed))
+
+    @property
+    def num_trained(self) -> int:
+        """Slots whose group is trained."""
+        return len(self._trained)
+
+    @property
+    def open_groups(self) -> tuple[GroupKey, ...]:
+        """The groups that hold a slot and have not ended."""
+        return tuple(self._holders.values())
+
+    def min_version(self, slot: int) -> int:
+        """See :meth:`Pacing.min_version`."""
+        return self._pacing.min_version(slot)
+
+    def take_next(self, version: int, num_slots: int | None = None) -> GroupKey | None:
+        """The next group to dispatch at weight version ``version``, its slot now taken; None if none is due.
+
+        Args:
+            version: the newest version of the weights that sample.
+            num_slots: only slots below this one; None is all of the job.
+        """
+        slot, again = self._vacant[0] if self._vacant else (self._next_slot, None)
+        end = self._num_slots if num_slots is None else min(num_slots, self._num_slots)
+        if slot >= end or version < self._pacing.min_version(slot):
+            return None
+        if self._vacant:
+            heapq.heappop(self._vacant)
+        else:
+            self._next_slot += 1
+        key = again or GroupKey(slot, *self._order.prompt(self._next_position))
+        self._next_position += again is None
+        self._holders[slot] = key
+        return key
+
+    def close(self, key: GroupKey, state: TerminalState, reason: str) -> None:
+        """A group ended. Safe to repeat; groups that do not hold their slot change nothing."""
+        if state == "trained":
+            self._trained.add(key.slot)
+        if self._holders.get(key.slot) != key:
+            return
+        del self._holders[key.slot]
+        if state == "dropped" and reason != "unused":
+            heapq.heappush(self._vacant, (key.slot, _again(key, reason)))
+
+    def restore(self, ended: Mapping[GroupKey, tuple[TerminalState, str]], opened: Iterable[GroupKey]) -> None:
+        """Rebuild the book after a restart.
+
+        Args:
+            ended: every group with a terminal state: (state, reason), in the order in which they ended.
+            opened: every group without one. Slots that are in neither, up to the last that was ever dispatched, are
+                dispatched again.
+        """
+        self._holders = {key.slot: key for key in opened}
+        known = [*ended, *self._holders.values()]
+        self._next_slot = max((key.slot + 1 for key in known), default=0)
+        self._next_position = self._order.end_of(known)
+        self._trained = {key.slot for key, (state, _) in ended.items() if state == "trained"}
+        last = {key.slot: _again(key, reason) for key, (_, reason) in ended.items()}
+        taken = self._trained | set(self._holders)
+        self._vacant = [(slot, last.get(slot)) for slot in range(self._next_slot) if slot not in taken]
+        heapq.heapify(self._vacant)
+
+
+def _again(key: GroupKey, reason: str) -> GroupKey | None:
+    """What a dropped group's slot takes: the same prompt if the group was lost, else the next prompt of the order."""
+    return replace(key, attempt=key.attempt + 1) if reason == "lost" else None

@@ -1,0 +1,57 @@
+"""The newest weight version of each role, watched for everyone who waits for one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+from jackpot.errors import DeadlineError
+from jackpot.runtime.weights import WeightStore
+
+UNPUBLISHED = -1
+
+
+class VersionWatch:
+    """Polls the weight store. Run :meth:`watch` beside its other methods.
+
+    Args:
+        store: the job's weights.
+        roles: whose versions to watch.
+        poll_seconds: how often to look: two small files per role.
+    """
+
+    def __init__(self, store: WeightStore, roles: Collection[str], poll_seconds: float = 0.05) -> None:
+        self._store = store
+        self._newest = dict.fromkeys(roles, UNPUBLISHED)
+        self._poll_seconds = poll_seconds
+        self._changed = asyncio.Condition()
+
+    def newest(self, role: str) -> int:
+        """The newest version of ``role``; −1 before the first."""
+        return self._newest[role]
+
+    async def watch(self) -> None:
+        """Keep looking. Never returns."""
+        while True:
+            for role in self._newest:
+                manifest = await asyncio.to_thread(self._store.latest, role)
+                if manifest is not None and manifest.version > self._newest[role]:
+                    self._newest[role] = manifest.version
+                    async with self._changed:
+                        self._changed.notify_all()
+            await asyncio.sleep(self._poll_seconds)
+
+    async def wait(self, role: str, version: int, timeout_seconds: float | None = None) -> int:
+        """The newest version of ``role`` once it is at least ``version``.
+
+        Raises:
+            DeadlineError: it did not come in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_seconds), self._changed:
+                await self._changed.wait_for(lambda: self._newest[role] >= version)
+        except TimeoutError:
+            raise DeadlineError(
+                f"version {version} of the {role}'s weights", timeout_seconds or 0.0, "Look at the learner's log."
+            ) from None
+        return self._newest[role]
