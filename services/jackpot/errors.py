@@ -93,3 +93,7 @@ class JobFailedError(JackpotError):
 
 class RequestRefusedError(JackpotError):
     """A server refuses a request that cannot work as it stands; retrying is no use."""
+
+
+class ScoringError(JackpotError):
+    """A group for which the target policy gives no finite scores."""
