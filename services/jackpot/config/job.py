@@ -23,13 +23,15 @@ def _refuse_words(value: Any) -> Any:
     return value
 
 
-Int = Annotated[int, BeforeValidator(_refuse_words)]
-Float = Annotated[float, BeforeValidator(_refuse_words)]
-PositiveInt = Annotated[Int, Field(gt=0)]
-NonNegativeInt = Annotated[Int, Field(ge=0)]
-PositiveFloat = Annotated[Float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[Float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[Float, Field(ge=0, le=1)]
+# The check comes last, which is outermost: pydantic writes ranges into the JSON Schema only next to the type.
+_Number = BeforeValidator(_refuse_words)
+Int = Annotated[int, _Number]
+Float = Annotated[float, _Number]
+PositiveInt = Annotated[int, Field(gt=0), _Number]
+NonNegativeInt = Annotated[int, Field(ge=0), _Number]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
+Fraction = Annotated[float, Field(ge=0, le=1), _Number]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -91,7 +93,7 @@ class SamplingConfig(Section):
     """Longest completion in tokens. Completions cut here are counted as truncated."""
     stop: tuple[str, ...] = ()
     """Extra stop strings, each a single token of the tokenizer. The tokenizer's end-of-sequence token always stops."""
-    group_size: Annotated[Int, Field(ge=1)] = 8
+    group_size: Annotated[int, Field(ge=1), _Number] = 8
     """Trajectories per prompt. GRPO needs at least 2; 8 is the paper's and the field's usual value."""
     top_p: Float = 1.0
     """Must be 1: nucleus sampling changes p_inf behind the engine's log-probabilities."""
@@ -124,7 +126,7 @@ class RolloutConfig(Section):
     """Rollout processes. Each pulls new weights on its own."""
     device: Device = "auto"
     """``auto`` is CUDA where there is one."""
-    top_logprobs: Annotated[Int, Field(ge=1, le=1024)] = 20
+    top_logprobs: Annotated[int, Field(ge=1, le=1024), _Number] = 20
     """k: how many of the actor's most probable tokens come back per position (paper §4.4 uses 20)."""
     max_batch_size: PositiveInt = 256
     """Trajectories decoded together by the transformers engine."""
@@ -182,7 +184,7 @@ class JackpotCorrection(Section):
     normalizer: Literal["tail", "union_tail", "union_kappa", "full"] = "tail"
     """Estimator of Z. ``tail`` needs nothing but the actor's returned top-k. The other three run the actor's forward
     pass in the scorer; ``full`` looks at the whole vocabulary (tests, small models)."""
-    top_k: Annotated[Int, Field(ge=1, le=1024)] = 20
+    top_k: Annotated[int, Field(ge=1, le=1024), _Number] = 20
     """How many of the target's most probable tokens enter the estimate (paper §4.4)."""
 
     @model_validator(mode="after")
@@ -358,7 +360,7 @@ class BusConfig(Section):
 class WeightStoreConfig(Section):
     """Versioned weights between learner and replicas."""
 
-    keep_versions: Annotated[Int, Field(ge=2)] = 8
+    keep_versions: Annotated[int, Field(ge=2), _Number] = 8
     """Versions kept per role; more lets slow replicas and evaluations find the version that they want."""
 
 
@@ -380,7 +382,7 @@ class JobSpec(Section):
 
     name: str = Field(default="job", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
     """Start of the job id: lower-case letters, digits and hyphens, at most 40."""
-    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63), _Number] = 0
     """Seeds prompts, sampling, masks and training."""
     policy: ModelConfig
     """The model that is trained."""
