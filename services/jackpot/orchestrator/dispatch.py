@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +20,7 @@ from jackpot.errors import (
     EngineError,
     JackpotError,
     JobFailedError,
+    PayloadError,
     RequestRefusedError,
     RewardError,
 )
@@ -105,6 +108,7 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._in_flight = 0
         self._failures_in_a_row = 0
+        self._held_since: float | None = None  # dispatch holds for the bus's budget
         self._baseline_done = False
 
     def slots_changed(self) -> None:
@@ -137,13 +141,12 @@ class Dispatcher:
                 self._wake.clear()
                 while self._in_flight < self._job.orchestrator.max_in_flight_groups:
                     key = first.pop(0) if first else self._take_next()
-                    if key is None:
+                    if key is None or not await self._reserve(key):
                         break
-                    await self._reserve(key)
                     self._count_in_flight(1)
                     # Not in the task itself: one that is cancelled before it begins runs no finally.
                     tasks.create_task(self._carry(key)).add_done_callback(lambda _: self._count_in_flight(-1))
-                await self._wake.wait()
+                await self._wait_for_change()
 
     def _take_next(self) -> GroupKey | None:
         end = None if self._baseline_done else self._job.learner.groups_per_batch - 1
@@ -158,31 +161,40 @@ class Dispatcher:
             await self._versions.wait(self._job.rollout_role, self._current_version + 1)
             self._wake.set()
 
-    async def _reserve(self, key: GroupKey) -> None:
-        """Hold until the bus has room for the group: nothing is ever trimmed to make room."""
-        group_id, num_bytes = key.group_id(self._job_id), largest_group_bytes(self._job)
-        held_seconds = 0.0
-        while not await self._bus.reserve(group_id, num_bytes):
-            if held_seconds % BUDGET_LOG_SECONDS < BUDGET_POLL_SECONDS:
-                LOG.warning("dispatch holds: the bus's budget (bus.max_bytes) is spent", extra={"group_id": group_id})
-            await asyncio.sleep(BUDGET_POLL_SECONDS)
-            held_seconds += BUDGET_POLL_SECONDS
+    async def _wait_for_change(self) -> None:
+        held = self._held_since is not None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(BUDGET_POLL_SECONDS if held else None):
+                await self._wake.wait()
+
+    async def _reserve(self, key: GroupKey) -> bool:
+        """Make room for the group on the bus, or put it back: dispatch holds, and nothing is trimmed to make room."""
+        # A group of the batch that is being filled passes over the budget: those that fill it wait for this one.
+        urgent = self._book.pacing.start_step(key.slot) <= self._current_version
+        if await self._bus.reserve(key.group_id(self._job_id), largest_group_bytes(self._job), urgent=urgent):
+            self._held_since = None
+            return True
+        self._book.put_back(key)
+        now = time.monotonic()
+        if self._held_since is None or now - self._held_since > BUDGET_LOG_SECONDS:
+            LOG.warning("dispatch holds: the bus's budget (bus.max_bytes) is spent", extra={"slot": key.slot})
+            self._held_since = now
+        return False
 
     async def _carry(self, key: GroupKey) -> None:
         """One group from its prompt to the bus, or to its drop."""
         group_id = key.group_id(self._job_id)
         try:
             group = await self._make_group(key, group_id)
-        except RewardError as error:
-            await self._drop_failed(group_id, "reward_failed", error)
-        except (EngineError, RequestRefusedError, ConfigError) as error:
-            await self._drop_failed(group_id, "rollout_failed", error)
-        else:
-            self._failures_in_a_row = 0
             if self._job.algorithm.advantage.filter_zero_variance and _all_equal(group.trajectories):
                 await self._bus.drop(group_id, "zero_variance", f"every reward is {group.trajectories[0].reward}")
             else:
                 await self._bus.publish(group)
+            self._failures_in_a_row = 0
+        except RewardError as error:
+            await self._drop_failed(group_id, "reward_failed", error)
+        except (EngineError, RequestRefusedError, ConfigError, PayloadError) as error:
+            await self._drop_failed(group_id, "rollout_failed", error)
 
     async def _make_group(self, key: GroupKey, group_id: str) -> Group:
         item, prompt_ids = await self._prompts.prompt(key.prompt_index)
@@ -198,7 +210,7 @@ class Dispatcher:
                 top_logprobs=self._job.rollout.top_logprobs,
                 seed=sampling_seed(self._job.seed, group_id),
             ),
-            min_version=self._book.min_version(key.slot),
+            min_version=self._book.pacing.min_version(key.slot),
         )
         trajectories = await self._replicas.generate(request)
         texts = [self._tokenizer.decode(trajectory.token_ids) for trajectory in trajectories]

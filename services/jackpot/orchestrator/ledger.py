@@ -5,23 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from jackpot.errors import JackpotError
 from jackpot.orchestrator.slots import TerminalState
+from jackpot.runtime.bus import TerminalRecord
 from jackpot.trajectory import GroupKey
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerRow:
-    """How one group ended."""
-
-    group_id: str
-    state: TerminalState
-    reason: str = ""  # of a dropped group
-    step: int | None = None  # the optimizer step after which a trained group's batch was done
-    detail: str = ""
 
 
 class LedgerFile:
@@ -38,7 +28,7 @@ class LedgerFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._rows: dict[str, LedgerRow] = {}
+        self._rows: dict[str, TerminalRecord] = {}
         if path.exists():
             self._load()
 
@@ -50,7 +40,7 @@ class LedgerFile:
     def __contains__(self, group_id: str) -> bool:
         return group_id in self._rows
 
-    def append(self, rows: Iterable[LedgerRow]) -> list[LedgerRow]:
+    def append(self, rows: Iterable[TerminalRecord]) -> list[TerminalRecord]:
         """Add rows durably.
 
         Returns:
@@ -65,7 +55,7 @@ class LedgerFile:
             self._rows.update((row.group_id, row) for row in fresh)
         return fresh
 
-    def _is_news(self, row: LedgerRow) -> bool:
+    def _is_news(self, row: TerminalRecord) -> bool:
         known = self._rows.get(row.group_id)
         return known is None or (known.reason == "lost" and row.state == "trained")
 
@@ -76,7 +66,7 @@ class LedgerFile:
             os.truncate(self._path, whole)
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
-                row = LedgerRow(**json.loads(line))
+                row = TerminalRecord(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise JackpotError(
                     f"{self._path}, line {number}, is damaged ({error}); restore it or start a new run"

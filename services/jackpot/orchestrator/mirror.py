@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from jackpot.orchestrator.ledger import LedgerFile, LedgerRow
+from jackpot.orchestrator.ledger import LedgerFile
 from jackpot.orchestrator.slots import SlotBook
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.metrics import Metrics
@@ -39,13 +39,15 @@ class LedgerMirror:
         self._book = book
         self._metrics = metrics
         self._on_ended = on_ended
-        self._after = "0"
+        self._after = ""
         self._depths_at = 0.0
+        self.succeeded_at = time.monotonic()  # when the bus last answered
 
     async def run(self) -> None:
         """Mirror until cancelled."""
         while True:
             await self.catch_up()
+            self.succeeded_at = time.monotonic()
             if time.monotonic() - self._depths_at >= DEPTHS_SECONDS:
                 self._metrics.observe_bus(await self._bus.depths())
                 self._depths_at = time.monotonic()
@@ -53,12 +55,12 @@ class LedgerMirror:
 
     def rewind(self) -> None:
         """Read from the start again: the bus may be another one than before."""
-        self._after = "0"
+        self._after = ""
 
     async def catch_up(self) -> None:
         """Mirror every record that there is."""
         while records := await self._bus.read_terminal(self._after, PAGE):
-            rows = [LedgerRow(r.group_id, r.state, r.reason, r.step, r.detail) for _, r in records]
+            rows = [record for _, record in records]
             for row in await asyncio.to_thread(self._file.append, rows):
                 self._metrics.count_group(row.state, row.reason)
             for row in rows:

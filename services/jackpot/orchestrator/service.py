@@ -6,17 +6,17 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.errors import BusLostError, DeadlineError
+from jackpot.errors import BusError, BusLostError, DeadlineError
 from jackpot.orchestrator.dispatch import Dispatcher, TrainingPrompts
 from jackpot.orchestrator.evaluation import EvaluationLog, PolicyEvaluation
 from jackpot.orchestrator.failures import first_error
-from jackpot.orchestrator.ledger import LedgerFile, LedgerRow
+from jackpot.orchestrator.ledger import LedgerFile
 from jackpot.orchestrator.mirror import LedgerMirror
 from jackpot.orchestrator.replicas import ReplicaPool
 from jackpot.orchestrator.rewards import RewardPool
@@ -24,7 +24,7 @@ from jackpot.orchestrator.slots import SlotBook
 from jackpot.orchestrator.tasks import build_task
 from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
-from jackpot.runtime.bus import TrajectoryBus
+from jackpot.runtime.bus import TerminalRecord, TrajectoryBus
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.process import announce_ready
 from jackpot.runtime.rpc import open_channel
@@ -34,6 +34,8 @@ from jackpot.trajectory import GroupKey
 LOG = logging.getLogger(__name__)
 
 TRAINED_POLL_SECONDS = 0.05
+OUTAGE_POLL_SECONDS = 0.5
+OUTAGE_SECONDS = 120.0  # a bus that stays away for longer ends the process
 
 
 async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
@@ -121,6 +123,7 @@ class Orchestrator:
         self._bus = bus
         self._replicas = replicas
         self._evaluator = evaluator
+        self._bus_lost = False
         self._ledger = LedgerFile(run_dir / "ledger.jsonl")
         self._book = SlotBook.of_job(job, task.num_prompts)
         self._versions = VersionWatch(WeightStore(run_dir / "weights"), {"policy", job.rollout_role})
@@ -156,13 +159,8 @@ class Orchestrator:
         Raises:
             JackpotError: what cannot be repaired here.
         """
-        while True:
-            try:
-                await self._run_until_bus_is_lost()
-                break
-            except BusLostError as error:
-                LOG.error("incident: the bus lost the job's state (%s)", error)
-            await self._declare_lost()
+        while not await self._run_until_bus_fails():
+            await asyncio.sleep(OUTAGE_POLL_SECONDS)
         await self._close_ledger()
         LOG.info("done", extra={"trained": self._book.num_trained})
 
@@ -170,9 +168,25 @@ class Orchestrator:
         """End the thread that makes prompts."""
         self._prompts.close()
 
-    async def _run_until_bus_is_lost(self) -> None:
+    async def _run_until_bus_fails(self) -> bool:
+        """Orchestrate from what bus and ledger say; whether the job is done. False: the bus failed, begin again."""
         try:
-            again = await self._recover()
+            if self._bus_lost:
+                await self._declare_lost()
+            await self._orchestrate(await self._recover())
+            return True
+        except BusLostError as error:
+            LOG.error("incident: the bus lost the job's state (%s)", error)
+            self._bus_lost = True
+        except BusError as error:
+            if time.monotonic() - self._mirror.succeeded_at > OUTAGE_SECONDS:
+                raise
+            LOG.warning("the bus is not available: %s", error)
+        return False
+
+    async def _orchestrate(self, again: Iterable[GroupKey]) -> None:
+        startup = self._job.run.startup_timeout_seconds
+        try:
             async with asyncio.TaskGroup() as tasks:
                 background = [
                     tasks.create_task(coroutine)
@@ -185,8 +199,7 @@ class Orchestrator:
                     )
                 ]
                 announce_ready()
-                timeout = self._job.run.startup_timeout_seconds
-                await self._versions.wait(self._job.rollout_role, 0, timeout)
+                await self._versions.wait(self._job.rollout_role, 0, startup)
                 await self._evaluation.run(self._dispatcher.baseline_done)
                 await self._wait_until_all_trained()
                 for task in background:
@@ -224,7 +237,8 @@ class Orchestrator:
         kept = {GroupKey.parse(group_id) for group_id in await self._bus.dispatched()} | self._claimed_by_learner()
         lost = [key.group_id(self._job_id) for key in self._book.open_groups if key not in kept]
         detail = "the bus lost the job's state"
-        self._ledger.append(LedgerRow(group_id, "dropped", "lost", detail=detail) for group_id in lost)
+        self._ledger.append(TerminalRecord(group_id, "dropped", "lost", -1, detail) for group_id in lost)
+        self._bus_lost = False
         LOG.warning("%d groups are lost and will be generated again", len(lost))
 
     async def _wait_until_all_trained(self) -> None:
@@ -237,6 +251,5 @@ class Orchestrator:
             await asyncio.sleep(TRAINED_POLL_SECONDS)
 
     async def _close_ledger(self) -> None:
-        for group_id in await self._bus.dispatched():
-            await self._bus.drop(group_id, "unused", "the job was over")
+        await self._bus.close_job()
         await self._mirror.catch_up()

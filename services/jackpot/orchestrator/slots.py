@@ -90,7 +90,7 @@ class SlotBook:
 
     def __init__(self, num_slots: int, pacing: Pacing, order: PromptOrder) -> None:
         self._num_slots = num_slots
-        self._pacing = pacing
+        self.pacing = pacing
         self._order = order
         self._next_slot = 0
         self._next_position = 0
@@ -115,10 +115,6 @@ class SlotBook:
         """The groups that hold a slot and have not ended."""
         return tuple(self._holders.values())
 
-    def min_version(self, slot: int) -> int:
-        """See :meth:`Pacing.min_version`."""
-        return self._pacing.min_version(slot)
-
     def take_next(self, version: int, num_slots: int | None = None) -> GroupKey | None:
         """The next group to dispatch at weight version ``version``, its slot now taken; None if none is due.
 
@@ -128,7 +124,7 @@ class SlotBook:
         """
         slot, again = self._vacant[0] if self._vacant else (self._next_slot, None)
         end = self._num_slots if num_slots is None else min(num_slots, self._num_slots)
-        if slot >= end or version < self._pacing.min_version(slot):
+        if slot >= end or version < self.pacing.min_version(slot):
             return None
         if self._vacant:
             heapq.heappop(self._vacant)
@@ -138,6 +134,11 @@ class SlotBook:
         self._next_position += again is None
         self._holders[slot] = key
         return key
+
+    def put_back(self, key: GroupKey) -> None:
+        """Undo :meth:`take_next`: the group could not be dispatched yet and comes again in its turn."""
+        del self._holders[key.slot]
+        heapq.heappush(self._vacant, (key.slot, key))
 
     def close(self, key: GroupKey, state: TerminalState, reason: str) -> None:
         """A group ended. Safe to repeat; groups that do not hold their slot change nothing."""

@@ -7,11 +7,12 @@ import json
 import pytest
 
 from jackpot.errors import JackpotError
-from jackpot.orchestrator.ledger import LedgerFile, LedgerRow
+from jackpot.orchestrator.ledger import LedgerFile
+from jackpot.runtime.bus import TerminalRecord
 from jackpot.trajectory import GroupKey
 
-TRAINED = LedgerRow("job.s0.e0.p3.a0", "trained", step=1)
-DROPPED = LedgerRow("job.s1.e0.p4.a0", "dropped", "rollout_failed", detail="three attempts failed")
+TRAINED = TerminalRecord("job.s0.e0.p3.a0", "trained", "", 1, "")
+DROPPED = TerminalRecord("job.s1.e0.p4.a0", "dropped", "rollout_failed", -1, "three attempts failed")
 
 
 def test_rows_survive_and_are_recognised(tmp_path):
@@ -25,7 +26,7 @@ def test_rows_survive_and_are_recognised(tmp_path):
             "group_id": "job.s1.e0.p4.a0",
             "state": "dropped",
             "reason": "rollout_failed",
-            "step": None,
+            "step": -1,
             "detail": "three attempts failed",
         },
     ]
@@ -49,9 +50,9 @@ def test_a_line_that_a_crash_cut_short_is_written_again(tmp_path):
 def test_a_group_declared_lost_may_turn_out_trained(tmp_path):
     path = tmp_path / "ledger.jsonl"
     ledger = LedgerFile(path)
-    ledger.append([LedgerRow(TRAINED.group_id, "dropped", "lost")])
+    ledger.append([TerminalRecord(TRAINED.group_id, "dropped", "lost", -1, "")])
     assert ledger.append([TRAINED]) == [TRAINED]
-    assert ledger.append([TRAINED, LedgerRow(TRAINED.group_id, "dropped", "unused")]) == []
+    assert ledger.append([TRAINED, TerminalRecord(TRAINED.group_id, "dropped", "unused", -1, "")]) == []
     assert LedgerFile(path).ended == {GroupKey(0, 0, 3): ("trained", "")}
 
 

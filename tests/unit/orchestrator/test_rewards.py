@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from jackpot.config import TaskConfig
 from jackpot.errors import JackpotError, RewardError
 from jackpot.orchestrator.rewards import RewardPool

@@ -61,6 +61,15 @@ def test_a_dropped_group_gives_its_slot_to_the_next_prompt():
     assert slots.open_groups == (first[0], first[2], first[3], again)
 
 
+def test_a_group_that_is_put_back_comes_again_in_its_turn():
+    slots = book(staleness=1)
+    first = take_all(slots, 0)
+    slots.put_back(first[6])
+    slots.close(first[2], "dropped", "rollout_failed")
+    assert [key.slot for key in take_all(slots, 0)] == [2, 6]
+    assert first[6] in slots.open_groups
+
+
 def test_a_lost_group_is_the_same_prompt_again_and_an_unused_one_is_not():
     slots = book(staleness=0)
     first = take_all(slots, 0)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from jackpot.config import TaskConfig
 from jackpot.errors import ConfigError
 from jackpot.orchestrator.tasks import TaskItem, build_task, validate_task

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jackpot.errors import ConfigError
-from jackpot.orchestrator.tokenizer import PromptTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from jackpot.errors import ConfigError
+from jackpot.orchestrator.tokenizer import PromptTokenizer
 
 CORPUS = ["What is 12 + 34? The answer is 46.", "user assistant system\n\n", "Grüße, 世界! Does it  keep spaces?"]
 CHATML = (
