@@ -25,8 +25,6 @@ from jackpot.algorithm.output_head import (
     widened,
 )
 
-_TOPK_BLOCK = 64
-
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class VocabularyScores:
@@ -68,7 +66,7 @@ def token_logprobs(
         logits = slice_logits(head, hidden[tokens], temperature)
         scores.logprobs[tokens] = logits.gather(1, wanted[tokens])
         if scores.topk_ids is not None and scores.topk_logprobs is not None:
-            scores.topk_logprobs[tokens], scores.topk_ids[tokens] = _topk(logits, k)
+            scores.topk_logprobs[tokens], scores.topk_ids[tokens] = logits.topk(k, dim=-1)
         # Last, since it overwrites the logits: a slice never has a second array of its size.
         log_sum = _reduce_(logits, None if scores.entropy is None else scores.entropy[tokens])
         scores.logprobs[tokens] -= log_sum
@@ -184,24 +182,3 @@ def _reduce_(logits: Tensor, entropy: Tensor | None) -> Tensor:
     mean_shifted = torch.bmm(exponentials[:, None, :], shifted[:, :, None])[:, 0] / total
     entropy.copy_((total.log() - mean_shifted)[:, 0])
     return total.log_().add_(greatest)
-
-
-def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``torch.topk`` over the last dimension, several times faster on wide rows.
-
-    The k greatest elements lie in the k blocks with the greatest maxima, so that only those need to be searched.
-    """
-    rows, vocabulary = logits.shape
-    num_blocks = vocabulary // _TOPK_BLOCK
-    if k * 4 > num_blocks:
-        values, ids = logits.topk(k, dim=-1)
-        return values, ids
-    edge = num_blocks * _TOPK_BLOCK
-    blocks = logits[:, :edge].view(rows, num_blocks, _TOPK_BLOCK)
-    chosen = blocks.amax(-1).topk(k, dim=-1, sorted=False).indices
-    inside = torch.arange(_TOPK_BLOCK, device=logits.device)
-    candidates = (chosen[:, :, None] * _TOPK_BLOCK + inside).view(rows, -1)
-    remainder = torch.arange(edge, vocabulary, device=logits.device).expand(rows, -1)
-    candidates = torch.cat([candidates, remainder], dim=-1)
-    values, places = logits.gather(1, candidates).topk(k, dim=-1)
-    return values, candidates.gather(1, places)
