@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,9 +60,9 @@ class ManifestLog:
         except (ValueError, KeyError, TypeError) as error:
             raise JackpotError(f"{path} is damaged ({error}); restore it or start a new run") from None
 
-    def first(self, num_batches: int) -> Sequence[Manifest]:
-        """The manifests of batches 0 … num_batches − 1; gaps are left out."""
-        return [manifest for batch in range(num_batches) if (manifest := self.read(batch)) is not None]
+    def between(self, first: int, last: int) -> list[Manifest]:
+        """The manifests of batches ``first`` … ``last`` − 1; gaps are left out."""
+        return [manifest for batch in range(first, last) if (manifest := self.read(batch)) is not None]
 
     def discard_from(self, batch: int) -> None:
         """Forget batch ``batch`` and all later ones: they can no longer be trained as written."""

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from jackpot.algorithm.output_head import OutputHead
 from jackpot.errors import ConfigError, WeightCorruptError
 
 LOG = logging.getLogger(__name__)
@@ -34,28 +34,6 @@ _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.0
 # How architectures name a factor on their logits, and one that they divide by.
 _SCALE_FIELDS = ("logit_scale", "lm_head_multiplier")
 _DIVISOR_FIELDS = ("logits_scaling",)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OutputHead:
-    """From a hidden state h ``[H]`` to logits ``[V]``: softcap · tanh(scale · (W h + b) / softcap).
-
-    The tensors are the model's own, not copies: gradients flow into them and weight swaps show.
-    """
-
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    softcap: float | None  # None: no tanh
-    scale: float  # 1.0 in most architectures
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., H]``, in the weight's number format."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
 
 
 def set_threads(num_threads: int) -> None:

@@ -19,11 +19,11 @@ def test_discarding_forgets_the_batch_and_all_later_ones(tmp_path: Path) -> None
     for batch in range(4):
         log.write(Manifest(batch, batch, (f"job.s{batch}.e0.p0.a0",)))
     log.discard_from(2)
-    assert [manifest.batch for manifest in log.first(4)] == [0, 1]
+    assert [manifest.batch for manifest in log.between(0, 4)] == [0, 1]
 
 
 def test_a_damaged_manifest_names_its_file(tmp_path: Path) -> None:
     log = ManifestLog(tmp_path)
     (tmp_path / "00000000.json").write_text('{"batch": 0')
-    with pytest.raises(JackpotError, match="00000000.json is damaged"):
+    with pytest.raises(JackpotError, match=r"00000000\.json is damaged"):
         log.read(0)

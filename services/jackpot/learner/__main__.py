@@ -1,0 +1,57 @@
+"""``python -m jackpot.learner``: the learner process. Settings come from the JACKPOT_* variables."""
+
+from __future__ import annotations
+
+import asyncio
+
+from jackpot.config import JobSpec
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.runtime.process import announce_ready, run_service
+
+# The job is not finished and nothing is wrong: whoever started the learner may start it again (EX_TEMPFAIL).
+STOPPED_EARLY = 75
+
+
+async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
+    """Train to the last step: 0; stopped before that: 75."""
+    from jackpot.learner.checkpoint import CheckpointStore
+    from jackpot.learner.manifests import ManifestLog
+    from jackpot.learner.publisher import WeightPublisher
+    from jackpot.learner.service import Learner
+    from jackpot.learner.step_log import StepLog
+    from jackpot.learner.trainer import Trainer
+    from jackpot.runtime.bus import TrajectoryBus
+    from jackpot.runtime.metrics import Metrics
+    from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
+    from jackpot.runtime.weights import WeightStore
+
+    set_threads(environment.threads)
+    device = resolve_device(job.learner.device, field="learner.device")
+    policy = load_causal_lm(job.policy.model, job.policy.dtype, device, field="policy.model")
+    actor = None
+    if not isinstance(job.actor, str):
+        actor = load_causal_lm(job.actor.model, job.actor.dtype, device, field="actor.model")
+    run_dir = environment.run_dir
+    bus = await TrajectoryBus.connect(
+        environment.redis_url, environment.job_id, job.bus, f"learner-{environment.instance}", run_dir / "payloads"
+    )
+    try:
+        await bus.open()
+        learner = Learner(
+            job,
+            bus,
+            Trainer(job, policy, actor),
+            WeightPublisher(job, WeightStore(run_dir / "weights"), run_dir),
+            CheckpointStore(run_dir / "checkpoints", job.learner.keep_checkpoints),
+            ManifestLog(run_dir / "manifests"),
+            StepLog(run_dir, Metrics(environment.job_id)),
+        )
+        announce_ready(device=str(device))
+        finished = await learner.run(stop.is_set)
+    finally:
+        await bus.close()
+    return 0 if finished else STOPPED_EARLY
+
+
+if __name__ == "__main__":
+    run_service("learner", main)

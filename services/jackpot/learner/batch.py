@@ -1,0 +1,159 @@
+"""From scored groups to flat arrays that a batch is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jackpot.algorithm.advantage import group_advantages
+from jackpot.config import AdvantageConfig
+from jackpot.trajectory import ScoredGroup
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceSlice:
+    """One trajectory in the flat arrays: its tokens are [start, end); its model input is ``input_ids``."""
+
+    trajectory_id: str
+    input_ids: NDArray[np.int64]  # [P + T], prompt and completion
+    prompt_length: int  # P
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TokenArrays:
+    """Everything known per completion token before the learner's own forward pass. N tokens in all."""
+
+    token_ids: Tensor  # [N] int64
+    actor_logprobs: Tensor  # [N] float32, log p_inf
+    reference_logprobs: Tensor  # [N] float32, log p_ref
+    acceptance_probs: Tensor  # [N] float32, a(x)
+    mask: Tensor  # [N] float32, Bernoulli(a)
+    normalizer_head: Tensor  # [N] float32, Z_S
+    normalizer_tail: Tensor  # [N] float32, U
+    topk_mass: Tensor  # [N] float32
+    advantages: Tensor  # [N] float32, the trajectory's advantage at each of its tokens
+    topk_ids: Tensor | None  # [N, k] int64, the actor's; only with target = policy
+    topk_logprobs: Tensor | None  # [N, k] float32
+
+    def select(self, index: Tensor) -> TokenArrays:
+        """The same arrays at the given token positions."""
+        return self._each(lambda value: value[index])
+
+    def to(self, device: torch.device) -> TokenArrays:
+        """The same arrays on ``device``."""
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenArrays:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+        return TokenArrays(**changed)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Batch:
+    """Scored groups, flattened. Groups keep their order, so that a replayed batch is the same batch."""
+
+    sequences: tuple[SequenceSlice, ...]
+    tokens: TokenArrays
+    group_starts: tuple[int, ...]  # index of each group's first sequence
+    rewards: NDArray[np.float64]  # [sequences]
+    truncated: NDArray[np.bool_]  # [sequences]
+    oldest_versions: NDArray[np.int64]  # [groups]
+    temperature: float
+    obrs_lambda: float
+
+    @property
+    def num_tokens(self) -> int:
+        """N, completion tokens in all."""
+        return len(self.tokens.token_ids)
+
+    def token_index(self, rows: Sequence[int]) -> Tensor:
+        """Positions in the flat arrays of the given sequences' tokens, in the order given; int64."""
+        return torch.cat([torch.arange(self.sequences[row].start, self.sequences[row].end) for row in rows])
+
+    def split(self, parts: int) -> list[Batch]:
+        """Split into ``parts`` batches of equally many groups (one per optimizer step)."""
+        per_part = len(self.group_starts) // parts
+        bounds = [*self.group_starts, len(self.sequences)]
+        return [self._groups(bounds, part * per_part, (part + 1) * per_part) for part in range(parts)]
+
+    def _groups(self, bounds: Sequence[int], first: int, last: int) -> Batch:
+        sequences = self.sequences[bounds[first] : bounds[last]]
+        offset = sequences[0].start
+        return Batch(
+            sequences=tuple(
+                replace(sequence, start=sequence.start - offset, end=sequence.end - offset) for sequence in sequences
+            ),
+            tokens=self.tokens.select(torch.arange(offset, sequences[-1].end)),
+            group_starts=tuple(start - bounds[first] for start in bounds[first:last]),
+            rewards=self.rewards[bounds[first] : bounds[last]],
+            truncated=self.truncated[bounds[first] : bounds[last]],
+            oldest_versions=self.oldest_versions[first:last],
+            temperature=self.temperature,
+            obrs_lambda=self.obrs_lambda,
+        )
+
+
+def build_batch(groups: Sequence[ScoredGroup], advantage: AdvantageConfig) -> Batch:
+    """Flatten scored groups.
+
+    All groups share one sampling temperature (it is the job's); λ is the first group's, which differs between
+    groups only while a new λ is on its way.
+    """
+    sequences: list[SequenceSlice] = []
+    group_starts: list[int] = []
+    advantages: list[float] = []
+    end = 0
+    for scored in groups:
+        group_starts.append(len(sequences))
+        prompt = scored.group.prompt_token_ids.astype(np.int64)
+        for trajectory in scored.group.trajectories:
+            start, end = end, end + trajectory.num_tokens
+            input_ids = np.concatenate([prompt, trajectory.token_ids.astype(np.int64)])
+            sequences.append(SequenceSlice(trajectory.trajectory_id, input_ids, len(prompt), start, end))
+        group_rewards = torch.tensor([t.reward for t in scored.group.trajectories], dtype=torch.float64)
+        advantages += group_advantages(group_rewards[None], normalize_std=advantage.normalize_std)[0].tolist()
+    trajectories = [t for scored in groups for t in scored.group.trajectories]
+    return Batch(
+        sequences=tuple(sequences),
+        tokens=_token_arrays(groups, np.repeat(advantages, [t.num_tokens for t in trajectories])),
+        group_starts=tuple(group_starts),
+        rewards=np.array([t.reward for t in trajectories], dtype=np.float64),
+        truncated=np.array([t.finish_reason == "length" for t in trajectories]),
+        oldest_versions=np.array([scored.group.oldest_version for scored in groups], dtype=np.int64),
+        temperature=groups[0].group.temperature,
+        obrs_lambda=groups[0].obrs_lambda,
+    )
+
+
+def _token_arrays(groups: Sequence[ScoredGroup], advantages: NDArray[np.float64]) -> TokenArrays:
+    trajectories = [t for scored in groups for t in scored.group.trajectories]
+    scores = [s for scored in groups for s in scored.scores]
+
+    def flat(arrays: Sequence[NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays).astype(np.float32 if dtype.is_floating_point else np.int64))
+
+    with_topk = all(t.topk_ids is not None for t in trajectories)
+    return TokenArrays(
+        token_ids=flat([t.token_ids for t in trajectories], torch.int64),
+        actor_logprobs=flat([t.actor_logprobs for t in trajectories], torch.float32),
+        reference_logprobs=flat([s.target_logprobs for s in scores], torch.float32),
+        acceptance_probs=flat([s.acceptance_probs for s in scores], torch.float32),
+        mask=flat([s.mask for s in scores], torch.float32),
+        normalizer_head=flat([s.normalizer_head for s in scores], torch.float32),
+        normalizer_tail=flat([s.normalizer_tail for s in scores], torch.float32),
+        topk_mass=flat([s.topk_mass for s in scores], torch.float32),
+        advantages=torch.from_numpy(advantages.astype(np.float32)),
+        topk_ids=flat([t.topk_ids for t in trajectories if t.topk_ids is not None], torch.int64) if with_topk else None,
+        topk_logprobs=flat([t.topk_logprobs for t in trajectories if t.topk_logprobs is not None], torch.float32)
+        if with_topk
+        else None,
+    )

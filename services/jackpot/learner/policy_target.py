@@ -1,0 +1,95 @@
+"""OBRS against the policy itself (target = policy): the learner makes the scores that the scorer could not.
+
+For many optimizer steps per rollout batch the reference falls behind; p_t = p_new moves with every step. The scores
+come from the same functions as the scorer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from jackpot.algorithm.normalizer import Candidates, estimate_normalizer
+from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance_uniforms
+from jackpot.algorithm.vocabulary import VocabularyScores, token_logprobs
+from jackpot.config import JackpotCorrection
+from jackpot.learner.batch import Batch, TokenArrays
+from jackpot.learner.token_weights import TokenWeights, obrs_weights
+from jackpot.runtime.forward import completion_hidden
+from jackpot.runtime.models import output_head
+
+
+def policy_target_weights(
+    policy: PreTrainedModel,
+    batch: Batch,
+    micro_batches: Sequence[Sequence[int]],
+    correction: JackpotCorrection,
+    job_seed: int,
+    chunk_tokens: int,
+) -> TokenWeights:
+    """Weights of a step's trajectories with p_t = p_new as it stands before the step.
+
+    Z's batch scalar needs every token before the first gradient, so this is a pass without gradients of its own.
+
+    Args:
+        policy: θ.
+        batch: trajectories that still carry the actor's top-k.
+        micro_batches: indices of sequences that go through the model together.
+        correction: clips, mask, estimator and the target's own k.
+        job_seed: seeds the mask.
+        chunk_tokens: slice of the vocabulary pass.
+    """
+    tokens = batch.tokens
+    target = torch.empty_like(tokens.reference_logprobs)
+    parts = {name: torch.empty_like(target) for name in ("head", "tail", "mass")}
+    for rows in micro_batches:
+        index = batch.token_index(rows)
+        scores, candidates = _score(policy, batch, rows, tokens.select(index), correction.top_k, chunk_tokens)
+        estimate = estimate_normalizer(correction.normalizer, candidates, batch.obrs_lambda)
+        target[index] = scores
+        parts["head"][index] = estimate.head.cpu()
+        parts["tail"][index] = estimate.tail.cpu()
+        parts["mass"][index] = estimate.mass.cpu()
+    acceptance = acceptance_probs(target, tokens.actor_logprobs, batch.obrs_lambda)
+    uniforms = torch.cat([acceptance_uniforms(job_seed, s.trajectory_id, s.end - s.start) for s in batch.sequences])
+    scored = replace(
+        tokens,
+        reference_logprobs=target,
+        acceptance_probs=acceptance,
+        mask=acceptance_mask(acceptance, uniforms).float(),
+        normalizer_head=parts["head"],
+        normalizer_tail=parts["tail"],
+        topk_mass=parts["mass"],
+    )
+    return obrs_weights(scored, correction, batch.obrs_lambda, reference_logprobs=tokens.reference_logprobs)
+
+
+@torch.no_grad()
+def _score(
+    policy: PreTrainedModel, batch: Batch, rows: Sequence[int], tokens: TokenArrays, top_k: int, chunk_tokens: int
+) -> tuple[Tensor, Candidates]:
+    assert tokens.topk_ids is not None and tokens.topk_logprobs is not None
+    sequences = [batch.sequences[row] for row in rows]
+    hidden = completion_hidden(policy, [s.input_ids for s in sequences], [s.prompt_length for s in sequences])
+    ids = torch.cat([tokens.token_ids[:, None], tokens.topk_ids], dim=1).to(policy.device)
+    scores: VocabularyScores = token_logprobs(
+        hidden,
+        output_head(policy),
+        ids,
+        temperature=batch.temperature,
+        chunk_tokens=chunk_tokens,
+        top_k=top_k,
+    )
+    assert scores.topk_ids is not None and scores.topk_logprobs is not None
+    candidates = Candidates(
+        actor_ids=tokens.topk_ids.to(policy.device),
+        actor_logprobs=tokens.topk_logprobs.to(policy.device),
+        target_logprobs_on_actor=scores.logprobs[:, 1:],
+        target_ids=scores.topk_ids,
+        target_logprobs=scores.topk_logprobs,
+    )
+    return scores.logprobs[:, 0].cpu(), candidates

@@ -1,0 +1,70 @@
+"""Publication of weight versions, and the export at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from jackpot.config import JobSpec
+from jackpot.learner.trainer import Trainer
+from jackpot.runtime.models import save_weights
+from jackpot.runtime.weights import WeightStore
+from jackpot.trajectory import Role
+
+# What makes a weights file a Hugging Face directory; whatever of it the initial model has is carried over.
+MODEL_FILES: Sequence[str] = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class WeightPublisher:
+    """Writes versions of policy and actor to the weight store.
+
+    Args:
+        job: the job as resolved.
+        store: the job's weight store.
+        run_dir: where ``export/`` goes.
+    """
+
+    def __init__(self, job: JobSpec, store: WeightStore, run_dir: Path) -> None:
+        self._job = job
+        self._store = store
+        self._export_dir = run_dir / "export"
+
+    def publish(self, trainer: Trainer, version: int) -> None:
+        """Publish every role's weights as ``version``; a no-op for a version that is there already."""
+        for role, model in trainer.models.items():
+
+            def write(directory: Path, model: nn.Module = model) -> None:
+                save_weights(model, directory)
+
+            self._store.publish(role, version, write, {"obrs_lambda": trainer.obrs_lambda})
+            self._store.prune(role, self._job.weights.keep_versions)
+
+    def export(self, trainer: Trainer) -> None:
+        """Write both models as Hugging Face directories under ``export/``, atomically each."""
+        sources: dict[Role, str] = {"policy": self._job.policy.model, "actor": self._job.rollout_model.model}
+        for role, model in trainer.models.items():
+            aside = self._export_dir / f".{role}.{os.getpid()}"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            for name in MODEL_FILES:
+                source = Path(sources[role]) / name
+                if source.exists():
+                    shutil.copyfile(source, aside / name)
+            save_weights(model, aside)
+            final = self._export_dir / role
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)

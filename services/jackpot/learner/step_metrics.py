@@ -1,0 +1,96 @@
+"""The figures of one optimizer step, gathered while its micro-batches pass. Names are those of ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jackpot.algorithm.objective import TokenLoss
+from jackpot.learner.batch import Batch
+from jackpot.learner.token_weights import TokenWeights
+from jackpot.trajectory import Role
+
+
+class StepMeter:
+    """Sums over a step's tokens; :meth:`row` divides once at the end.
+
+    Args:
+        batch: the step's trajectories.
+        weights: their token weights.
+        denominator: what the policy's loss sum is divided by.
+        step: the optimizer step, 0-based.
+    """
+
+    def __init__(self, batch: Batch, weights: TokenWeights, denominator: float, step: int) -> None:
+        self._num_tokens = max(1, batch.num_tokens)
+        self._denominator = denominator
+        self._row: dict[str, float] = {"step": step + 1}
+        self._row |= _batch_figures(batch, step) | _mismatch_figures(batch, weights)
+        self._nonfinite = self._row["rollout_corr/nonfinite"]
+        self._sums: dict[str, float] = {}
+
+    def policy(self, loss: TokenLoss, entropy: Tensor) -> None:
+        """Add a micro-batch of the policy; ``entropy`` is [n], in nats."""
+        self._add("policy/loss", loss.loss_sum, self._denominator)
+        clipped = loss.num_clipped_low + loss.num_clipped_high
+        self._add("policy/clip_fraction", clipped, self._num_tokens)
+        self._add("policy/entropy", entropy.sum(), self._num_tokens)
+        self._nonfinite += float(loss.num_nonfinite)
+
+    def actor(self, loss: TokenLoss) -> None:
+        """Add a micro-batch of the actor's PPO loss."""
+        self._add("actor/ppo_loss", loss.loss_sum, self._num_tokens)
+        self._nonfinite += float(loss.num_nonfinite)
+
+    def distillation(self, kl: Tensor) -> None:
+        """Add a micro-batch of KL(policy ‖ actor), [n] nats per token."""
+        self._add("actor/distill_loss", kl.sum(), self._num_tokens)
+        self._add("kl/policy_actor", kl.sum(), self._num_tokens)
+
+    def optimizer_step(self, role: Role, grad_norm: float, lr: float) -> None:
+        """Record one model's update."""
+        self._row[f"{role}/grad_norm"] = grad_norm
+        self._row[f"{role}/lr"] = lr
+
+    def row(self) -> dict[str, float]:
+        """The finished row."""
+        return self._row | self._sums | {"rollout_corr/nonfinite": self._nonfinite}
+
+    def _add(self, name: str, amount: Tensor, divisor: float) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + float(amount.detach()) / divisor
+
+
+def _batch_figures(batch: Batch, step: int) -> dict[str, float]:
+    staleness = step - batch.oldest_versions
+    return {
+        "reward/mean": float(batch.rewards.mean()),
+        "reward/std": float(batch.rewards.std()),
+        "response/length_mean": batch.num_tokens / max(1, len(batch.sequences)),
+        "response/truncated_fraction": float(batch.truncated.mean()),
+        "staleness/mean": float(staleness.mean()),
+        "staleness/max": float(staleness.max()),
+    }
+
+
+def _mismatch_figures(batch: Batch, weights: TokenWeights) -> dict[str, float]:
+    log_ratio = (weights.target_logprobs - batch.tokens.actor_logprobs).double()
+    weight = (weights.weight * weights.mask).double()
+    # 1 when all weights are equal, 1/N when one token carries everything, 0 when nothing is accepted.
+    effective = weight.sum().square() / (weight.square().sum() * len(weight)) if weight.any() else torch.zeros(())
+    return {
+        "rollout_corr/kl": float(-log_ratio.mean()),
+        "rollout_corr/k3_kl": float((log_ratio.exp() - 1 - log_ratio).mean()),
+        "rollout_corr/rollout_is_eff_sample_size": float(effective),
+        "rollout_corr/rollout_is_max": float(log_ratio.max().exp()),
+        "rollout_corr/obrs_acceptance_rate": float(weights.acceptance_probs.double().mean()),
+        "rollout_corr/obrs_accepted_fraction": float(weights.mask.double().mean()),
+        "rollout_corr/obrs_normalizer": float(weights.normalizer.double().mean()),
+        "rollout_corr/obrs_bias_correction": weights.bias_correction,
+        "rollout_corr/obrs_topk_mass": float(weights.topk_mass.double().mean()),
+        "rollout_corr/obrs_lambda": batch.obrs_lambda,
+        "rollout_corr/weight_mean": float(weights.weight.double().mean()),
+        "rollout_corr/weight_raw_max": float(weights.raw_weight.max()),
+        "rollout_corr/clipped_fraction_c1": float(weights.clipped_c1.double().mean()),
+        "rollout_corr/clipped_fraction_c2": float(weights.clipped_c2.double().mean()),
+        "rollout_corr/nonfinite": float((~(log_ratio.isfinite() & weights.weight.isfinite())).sum()),
+    }

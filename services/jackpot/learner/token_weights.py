@@ -1,0 +1,110 @@
+"""The weight, mask and normalizer of every token of a batch, for each correction (paper eq. 5, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jackpot.algorithm.correction import no_weights, tis_weights
+from jackpot.algorithm.normalizer import mean_acceptance, normalizer_from
+from jackpot.algorithm.obrs import jackpot_weights
+from jackpot.config import CorrectionConfig, JackpotCorrection
+from jackpot.learner.batch import TokenArrays
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TokenWeights:
+    """What multiplies each token's loss. N tokens; nothing here carries a gradient."""
+
+    weight: Tensor  # [N] float32, ρ after clipping
+    raw_weight: Tensor  # [N] float32, ρ before clipping
+    clipped_c1: Tensor  # [N] bool; for tis, where C cut it
+    clipped_c2: Tensor  # [N] bool
+    mask: Tensor  # [N] float32, Bernoulli draw or acceptance probability; 1 without OBRS
+    acceptance_probs: Tensor  # [N] float32
+    normalizer: Tensor  # [N] float32, Z
+    topk_mass: Tensor  # [N] float32
+    target_logprobs: Tensor  # [N] float32, log p_t
+    bias_correction: float  # κ or τ, before τ is clipped to [0, 1]
+
+    def select(self, index: Tensor) -> TokenWeights:
+        """The weights at the given token positions."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenWeights(**values | {name: v[index] for name, v in values.items() if isinstance(v, Tensor)})
+
+    def split(self, counts: Sequence[int]) -> list[TokenWeights]:
+        """Consecutive parts of so many tokens each."""
+        positions = torch.split(torch.arange(sum(counts)), list(counts))
+        return [self.select(index) for index in positions]
+
+
+def reference_target_weights(tokens: TokenArrays, correction: CorrectionConfig, obrs_lambda: float) -> TokenWeights:
+    """Weights of a whole batch from what the scorer found; target = reference, or no OBRS at all.
+
+    Args:
+        tokens: the batch; its scores belong to λ = ``obrs_lambda``.
+        correction: which correction.
+        obrs_lambda: the λ that the scorer applied.
+    """
+    if correction.name == "jackpot":
+        return obrs_weights(tokens, correction, obrs_lambda, reference_logprobs=None)
+    found = (
+        no_weights(tokens.reference_logprobs, tokens.actor_logprobs)
+        if correction.name == "none"
+        else tis_weights(tokens.reference_logprobs, tokens.actor_logprobs, cap=correction.cap)
+    )
+    ones = torch.ones_like(found.value)
+    return TokenWeights(
+        weight=found.value,
+        raw_weight=found.raw,
+        clipped_c1=found.clipped,
+        clipped_c2=torch.zeros_like(found.clipped),
+        mask=ones,
+        acceptance_probs=ones,
+        normalizer=ones,
+        topk_mass=tokens.topk_mass,
+        target_logprobs=tokens.reference_logprobs,
+        bias_correction=1.0,
+    )
+
+
+def obrs_weights(
+    tokens: TokenArrays, correction: JackpotCorrection, obrs_lambda: float, reference_logprobs: Tensor | None
+) -> TokenWeights:
+    """Jackpot's weights, with the batch scalar of Z calibrated over exactly these tokens.
+
+    Args:
+        tokens: acceptance, mask and normalizer ingredients belong to the target; its log-probabilities stand in
+            ``reference_logprobs`` of the arrays when the target is the reference.
+        correction: clips, mask and estimator.
+        obrs_lambda: λ.
+        reference_logprobs: log p_ref when the target is the policy (``tokens.reference_logprobs`` then holds the
+            target's), else None.
+    """
+    acceptance = mean_acceptance(tokens.acceptance_probs)
+    normalizer = normalizer_from(tokens.normalizer_head, tokens.normalizer_tail, correction.normalizer, acceptance)
+    found = jackpot_weights(
+        tokens.reference_logprobs,
+        tokens.actor_logprobs,
+        normalizer.value,
+        obrs_lambda=obrs_lambda,
+        c1=correction.c1,
+        reference_logprobs=reference_logprobs,
+        c2=None if reference_logprobs is None else correction.c2,
+    )
+    return TokenWeights(
+        weight=found.value,
+        raw_weight=found.raw,
+        clipped_c1=found.clipped,
+        clipped_c2=found.clipped_c2,
+        mask=tokens.acceptance_probs if correction.mask == "expected" else tokens.mask,
+        acceptance_probs=tokens.acceptance_probs,
+        normalizer=normalizer.value,
+        topk_mass=tokens.topk_mass,
+        target_logprobs=tokens.reference_logprobs,
+        bias_correction=normalizer.raw_scalar,
+    )

@@ -1,0 +1,169 @@
+"""The training step against a literal float64 transcription of the paper's equations on whole logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from jackpot.config import JobSpec
+from jackpot.learner.batch import build_batch
+from jackpot.runtime.models import load_causal_lm
+from jackpot.trajectory import ScoredGroup
+
+from .conftest import MakeGroups, MakeJob, MakeTrainer, full_logprobs
+
+
+def literal_loss(job: JobSpec, groups: Sequence[ScoredGroup], policy: Any, actor: Any) -> Tensor:
+    """eq. 5 + eq. 6 + λ_distill · eq. 7, token by token."""
+    correction, algorithm = job.algorithm.correction, job.algorithm
+    pairs = [(group, t, s) for group in groups for t, s in zip(group.group.trajectories, group.scores, strict=True)]
+    accept = np.concatenate([s.acceptance_probs for *_, s in pairs]).astype(np.float64)
+    head = np.concatenate([s.normalizer_head for *_, s in pairs]).astype(np.float64)
+    tail = np.concatenate([s.normalizer_tail for *_, s in pairs]).astype(np.float64)
+    tau = min(max((accept.mean() - head.mean()) / tail.mean(), 0.0), 1.0)
+    policy_sum, actor_sum, distill_sum = torch.zeros(3, dtype=torch.float64)
+    accepted, total = 0.0, 0
+    for group, trajectory, score in pairs:
+        rewards = np.array([t.reward for t in group.group.trajectories])
+        spread = rewards.std(ddof=1)
+        advantage = 0.0 if spread == 0 else (trajectory.reward - rewards.mean()) / (spread + 1e-6)
+        p_new = full_logprobs(policy, group.group.prompt_token_ids, trajectory.token_ids)
+        p_omega = full_logprobs(actor, group.group.prompt_token_ids, trajectory.token_ids)
+        for i, token in enumerate(trajectory.token_ids.astype(int)):
+            p_ref, p_inf = float(score.target_logprobs[i]), float(trajectory.actor_logprobs[i])
+            ratio = torch.exp(p_new[i, token] - p_ref)
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            if correction.name == "jackpot":
+                z = score.normalizer_head[i] + tau * score.normalizer_tail[i]
+                rho = min(z * max(correction.obrs_lambda, np.exp(p_ref - p_inf)), correction.c1)
+                mask = float(score.acceptance_probs[i] if correction.mask == "expected" else score.mask[i])
+            else:
+                rho = min(np.exp(p_ref - p_inf), correction.cap) if correction.name == "tis" else 1.0
+                mask = 1.0
+            policy_sum = policy_sum - rho * mask * surrogate
+            accepted += mask
+            total += 1
+            weight = min(np.exp(float(p_omega[i, token].detach()) - p_inf), algorithm.actor_cap)
+            omega_ratio = torch.exp(p_omega[i, token] - p_omega[i, token].detach())
+            actor_sum = actor_sum - weight * omega_ratio * advantage
+            teacher = p_new[i].detach()
+            distill_sum = distill_sum + (teacher.exp() * (teacher - p_omega[i])).sum()
+    denominator = accepted if algorithm.denominator == "accepted" else total
+    return policy_sum / denominator + (actor_sum + algorithm.distillation.weight * distill_sum) / total
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == expected.keys()
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=0, atol=tolerance * scale, msg=name)
+
+
+SETTINGS = [
+    ["algorithm.correction=jackpot"],
+    ["algorithm.correction=jackpot", "algorithm.correction.mask=expected", "algorithm.correction.c1=1.1"],
+    ["algorithm.correction=jackpot", "algorithm.denominator=all", "algorithm.distillation.weight=0.3"],
+    ["algorithm.correction=tis"],
+    ["algorithm.correction=none"],
+]
+
+
+@pytest.mark.parametrize("overrides", SETTINGS, ids=lambda overrides: overrides[-1])
+def test_gradients_are_those_of_the_papers_equations(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups, overrides: list[str]
+) -> None:
+    job = make_job(*overrides)
+    groups = make_groups(job)
+    policy, actor = (load_causal_lm(path, "float32", "cpu") for path in (job.policy.model, job.actor.model))
+    policy.double(), actor.double()
+    literal_loss(job, groups, policy, actor).backward()
+
+    trainer = make_trainer(job)
+    trainer.train_batch(build_batch(groups, job.algorithm.advantage), first_step=0)
+
+    assert_same(gradients(trainer.models["policy"]), gradients(policy), 1e-5)
+    assert_same(gradients(trainer.models["actor"]), gradients(actor), 1e-5)
+
+
+def test_gradients_do_not_depend_on_the_split_into_micro_batches(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    whole, split = make_job(), make_job("learner.max_batch_tokens=20")
+    groups = make_groups(whole)
+    results = []
+    for job in (whole, split):
+        trainer = make_trainer(job)
+        row = trainer.train_batch(build_batch(groups, job.algorithm.advantage), first_step=0)[0]
+        results.append((gradients(trainer.models["policy"]), gradients(trainer.models["actor"]), row))
+    assert_same(results[1][0], results[0][0], 1e-5)
+    assert_same(results[1][1], results[0][1], 1e-5)
+    assert results[1][2] == pytest.approx(results[0][2], rel=1e-4, abs=1e-6)
+
+
+def test_policy_as_target_equals_reference_as_target_while_both_are_the_same_model(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    job = make_job("algorithm.correction=jackpot", "algorithm.correction.target=policy")
+    groups = make_groups(job, with_topk=True, disturb=0.0)
+    trainer = make_trainer(job)
+    batch = build_batch(groups, job.algorithm.advantage)
+    weights = trainer._policy_weights(batch)
+    torch.testing.assert_close(weights.target_logprobs, batch.tokens.reference_logprobs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(weights.acceptance_probs, batch.tokens.acceptance_probs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(weights.mask, batch.tokens.mask, rtol=0, atol=0)
+    assert not weights.clipped_c2.any()
+    assert float(weights.normalizer.min()) > 0 and float(weights.normalizer.max()) <= 1
+
+
+def test_a_frozen_actor_stays_as_it_is_while_the_policy_moves(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    job = make_job("actor.train=false")
+    trainer = make_trainer(job)
+    before = {role: [p.clone() for p in model.parameters()] for role, model in trainer.models.items()}
+    row = trainer.train_batch(build_batch(make_groups(job), job.algorithm.advantage), first_step=0)[0]
+    moved = {
+        role: any(not torch.equal(old, new) for old, new in zip(before[role], model.parameters(), strict=True))
+        for role, model in trainer.models.items()
+    }
+    assert moved == {"policy": True, "actor": False}
+    assert "kl/policy_actor" not in row and row["policy/grad_norm"] > 0
+
+
+def test_several_updates_per_batch_are_several_steps(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    job = make_job("learner.updates_per_batch=2", "learner.schedule.warmup_steps=1")
+    trainer = make_trainer(job)
+    rows = trainer.train_batch(build_batch(make_groups(job), job.algorithm.advantage), first_step=2)
+    assert [row["step"] for row in rows] == [3, 4]
+    assert [row["staleness/max"] for row in rows] == [2, 3]
+    assert rows[0]["rollout_corr/obrs_bias_correction"] == rows[1]["rollout_corr/obrs_bias_correction"]
+    assert all(row["policy/lr"] == job.learner.lr for row in rows)
+
+
+def test_the_row_holds_the_figures_of_the_batch(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    job = make_job()
+    groups = make_groups(job)
+    row = make_trainer(job).train_batch(build_batch(groups, job.algorithm.advantage), first_step=0)[0]
+    acceptance = np.concatenate([score.acceptance_probs for group in groups for score in group.scores])
+    masks = np.concatenate([score.mask for group in groups for score in group.scores])
+    rewards = [trajectory.reward for group in groups for trajectory in group.group.trajectories]
+    assert row["rollout_corr/obrs_acceptance_rate"] == pytest.approx(acceptance.mean(), rel=1e-5)
+    assert row["rollout_corr/obrs_accepted_fraction"] == pytest.approx(masks.mean())
+    assert row["rollout_corr/obrs_normalizer"] == pytest.approx(acceptance.mean(), rel=1e-4)
+    assert row["reward/mean"] == pytest.approx(np.mean(rewards))
+    assert row["response/truncated_fraction"] == pytest.approx(1 / 3)
+    assert 0 < row["rollout_corr/rollout_is_eff_sample_size"] <= 1
+    assert row["kl/policy_actor"] > 0 and row["rollout_corr/nonfinite"] == 0
