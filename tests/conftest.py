@@ -1,8 +1,9 @@
-"""Fixtures shared by all tests: tiny random models, made on the spot."""
+"""Fixtures shared by all tests: tiny random models, made on the spot, and a server for the trajectory bus."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,17 @@ MakeModel = Callable[..., Path]
 
 # Characters of the tiny tokenizer, after <s>, </s> and <pad>.
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz+-*/= .,?:"
+
+
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An embedded server that all tests share: each takes a job id of its own."""
+    from jackpot.runtime.bus.server import EmbeddedServer
+
+    server = EmbeddedServer(tmp_path_factory.mktemp("valkey"))
+    asyncio.run(server.start())
+    yield server.url
+    asyncio.run(server.stop())
 
 
 @pytest.fixture(scope="session")

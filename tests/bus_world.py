@@ -1,0 +1,118 @@
+"""Groups to put on a bus, and the invariants that must hold on it after every fault."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from redis.asyncio import Redis
+
+from jackpot.config import BusConfig
+from jackpot.runtime.bus import Ledger, TrajectoryBus
+from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan
+
+STORES = ("redis", "file")
+
+
+def make_group(job_id: str, slot: int = 0, *, tokens: int = 6, top_k: int | None = 3, size: int = 2) -> Group:
+    """A valid group with arrays that depend on its slot; ``size`` trajectories of about ``tokens`` tokens."""
+    rng = np.random.default_rng(slot)
+    key = GroupKey(slot=slot, epoch=0, prompt_index=slot)
+    group_id = key.group_id(job_id)
+
+    def trajectory(index: int) -> Trajectory:
+        length = tokens + index
+        return Trajectory(
+            trajectory_id=f"{group_id}#{index}",
+            token_ids=rng.integers(0, 2**32, length, dtype=np.uint32),
+            actor_logprobs=-rng.random(length, dtype=np.float32),
+            topk_ids=None if top_k is None else rng.integers(0, 2**32, (length, top_k), dtype=np.uint32),
+            topk_logprobs=None if top_k is None else -rng.random((length, top_k)).astype(np.float16),
+            version_spans=(VersionSpan(3, 0, 2), VersionSpan(4, 2, length)),
+            finish_reason="stop" if index % 2 else "length",
+            reward=None if index == 0 else 0.5 * index,
+        )
+
+    return Group(
+        group_id=group_id,
+        prompt_index=slot,
+        prompt_token_ids=rng.integers(0, 2**32, 4, dtype=np.uint32),
+        trajectories=tuple(trajectory(index) for index in range(size)),
+        temperature=0.75,
+        dispatch_version=4,
+        metadata={"task": "complement", "slot": slot, "nested": {"list": [1, 2.5, None, "ä"]}},
+    )
+
+
+def make_scored(group: Group) -> ScoredGroup:
+    """The group with made-up but valid scores."""
+
+    def scores(length: int) -> TokenScores:
+        rng = np.random.default_rng(length)
+        return TokenScores(
+            target_logprobs=-rng.random(length, dtype=np.float32),
+            acceptance_probs=rng.random(length, dtype=np.float32),
+            mask=rng.random(length) < 0.5,
+            normalizer_head=rng.random(length, dtype=np.float32),
+            normalizer_tail=rng.random(length, dtype=np.float32),
+            topk_mass=rng.random(length, dtype=np.float32),
+        )
+
+    return ScoredGroup(
+        group=group,
+        scores=tuple(scores(trajectory.num_tokens) for trajectory in group.trajectories),
+        obrs_lambda=1.25,
+        policy_version=5,
+        normalizer="tail",
+    )
+
+
+def plain(value: Any) -> Any:
+    """Nested tuples of a value from jackpot.trajectory, to compare with ==; arrays with their dtype."""
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, tuple):
+        return tuple(plain(item) for item in value)
+    if hasattr(value, "__dataclass_fields__"):
+        return tuple(plain(getattr(value, name)) for name in value.__dataclass_fields__)
+    return value
+
+
+def bus_settings(store: str, **settings: Any) -> BusConfig:
+    """A bus section with short leases."""
+    return BusConfig.model_validate({"payload_store": store, "lease_seconds": 0.3, "max_bytes": 1 << 20, **settings})
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
+    """Wait until the condition holds; fails after ``seconds``."""
+    async with asyncio.timeout(seconds):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+async def assert_closed(bus: TrajectoryBus, url: str, job_id: str, payload_dir: Path, dispatched: set[str]) -> Ledger:
+    """Every dispatched group has one terminal state, the counters add up, and nothing is left behind."""
+    ledger = await bus.ledger()
+    assert ledger.open == 0
+    assert ledger.dispatched == len(dispatched) == ledger.trained + sum(ledger.dropped.values())
+    records = [record for _, record in await bus.read_terminal("", 1_000_000)]
+    assert len(records) == len(dispatched)
+    assert {record.group_id for record in records} == dispatched
+    assert sum(record.state == "trained" for record in records) == ledger.trained
+    states = await bus.terminal_states(sorted(dispatched))
+    for record in records:
+        assert states[record.group_id] == (f"dropped:{record.reason}" if record.reason else "trained")
+
+    depths = await bus.depths()
+    assert depths.bytes_used == 0
+    assert (depths.rollouts_waiting, depths.rollouts_pending) == (0, 0)
+    assert (depths.scored_waiting, depths.scored_pending) == (0, 0)
+    async with Redis.from_url(url, decode_responses=True) as redis:
+        keys = {key.rpartition(":")[2] async for key in redis.scan_iter(f"jackpot:{{{job_id}}}:*")}
+    # No payload, and no hash about single groups, is left; empty streams keep their consumer groups.
+    assert keys <= {"incarnation", "terminal", "counters", "values", "rollouts", "scored", "ledger"}, keys
+    assert not [path for path in payload_dir.rglob("*") if path.is_file()]
+    return ledger
