@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import TypeVar
 
 from jackpot.config import JobSpec
-from jackpot.errors import BusError, DeadlineError
+from jackpot.errors import BusError, BusLostError, DeadlineError
 from jackpot.learner.batch import build_batch
 from jackpot.learner.checkpoint import CheckpointStore, Progress
 from jackpot.learner.manifests import Manifest, ManifestLog
@@ -24,6 +26,8 @@ from jackpot.runtime.bus import Delivery, TrajectoryBus
 from jackpot.trajectory import GroupKey, ScoredGroup
 
 LOG = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # Short enough that a stop request or a lease renewal is never late, long enough not to spin.
 BLOCK_SECONDS = 1.0
@@ -100,13 +104,14 @@ class Learner:
     async def _replay(self, stopped: Callable[[], bool]) -> None:
         """Train the batches again whose manifests were written but whose effect no checkpoint holds."""
         while not stopped() and (manifest := self._manifests.read(self._progress.batch)) is not None:
-            found = await self._bus.fetch_scored(manifest.group_ids)
+            found = await self._with_bus(partial(self._bus.fetch_scored, manifest.group_ids))
             missing = [group_id for group_id in manifest.group_ids if group_id not in found]
             if missing:
                 LOG.warning("batch %d cannot be trained again: %d groups are lost", manifest.batch, len(missing))
                 self._manifests.discard_from(manifest.batch)
                 for group_id in missing:
-                    await self._bus.drop(group_id, "lost", "payload missing when its batch was to be trained again")
+                    detail = "payload missing when its batch was to be trained again"
+                    await self._with_bus(partial(self._bus.drop, group_id, "lost", detail))
                 return
             LOG.info("training batch %d again from its manifest", manifest.batch)
             await self._train([found[group_id] for group_id in manifest.group_ids], waited_seconds=0.0)
@@ -141,12 +146,28 @@ class Learner:
         return [delivery.value for delivery in batch]
 
     async def _take(self, count: int) -> list[Delivery[ScoredGroup]]:
-        try:
-            return await self._bus.take_scored(count, BLOCK_SECONDS)
-        except BusError as error:
-            LOG.warning("the bus is not available: %s", error)
-            await asyncio.sleep(BLOCK_SECONDS)
-            return []
+        return await self._with_bus(lambda: self._bus.take_scored(count, BLOCK_SECONDS))
+
+    async def _with_bus(self, call: Callable[[], Awaitable[Result]]) -> Result:
+        """Repeat a call, safe to repeat as all of the bus's are, until the server is back.
+
+        Raises:
+            DeadlineError: it stayed away for ``batch_timeout_seconds``.
+        """
+        timeout = self._job.learner.batch_timeout_seconds
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return await call()
+            except BusLostError:
+                # What was held is generated anew by the orchestrator; what was trained is in the manifests.
+                self._held.clear()
+                await self._bus.open()
+            except BusError as error:
+                if time.monotonic() > deadline:
+                    raise DeadlineError("the bus", timeout, f"The last error was: {error}") from error
+                LOG.warning("the bus is not available: %s", error)
+                await asyncio.sleep(BLOCK_SECONDS)
 
     async def _hold(self, delivery: Delivery[ScoredGroup]) -> None:
         slot = GroupKey.parse(delivery.group_id).slot
@@ -154,7 +175,8 @@ class Learner:
             # Delivered again after a restart; its batch has just been trained from the manifest.
             self._trained.append(delivery)
         elif slot in self._held and self._held[slot].group_id != delivery.group_id:
-            await self._bus.drop(delivery.group_id, "unused", "its slot was already filled")
+            detail = "its slot was already filled"
+            await self._with_bus(partial(self._bus.drop, delivery.group_id, "unused", detail))
         else:
             self._held[slot] = delivery
 
@@ -179,7 +201,7 @@ class Learner:
             "time/step_seconds": (now - started + waited_seconds) / len(rows),
             "throughput/tokens_per_second": batch.num_tokens / (now - started + waited_seconds),
         }
-        self._step_log.write([row | times for row in rows])
+        self._step_log.write([row | times for row in rows], batch.num_tokens)
 
     def _checkpoint_is_due(self, step_before: int) -> bool:
         every = self._job.learner.checkpoint_every
@@ -197,7 +219,8 @@ class Learner:
         """Close the ledger on every group that the last checkpoint holds; safe to repeat."""
         size = self._job.learner.updates_per_batch
         for manifest in self._manifests.between(self._committed_batch, self._progress.batch):
-            await self._bus.commit_trained(dict.fromkeys(manifest.group_ids, manifest.start_step + size))
+            steps = dict.fromkeys(manifest.group_ids, manifest.start_step + size)
+            await self._with_bus(partial(self._bus.commit_trained, steps))
         self._committed_batch = self._progress.batch
         self._trained.clear()
 

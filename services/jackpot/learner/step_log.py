@@ -22,8 +22,14 @@ class StepLog:
         self._resumed_path = run_dir / "resumed.json"
         self._metrics = metrics
 
-    def write(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Append rows in one write, so that a reader never sees half a line of a crash-free run."""
+    def write(self, rows: Sequence[Mapping[str, float]], num_tokens: int) -> None:
+        """Append rows in one write, so that a reader never sees half a line of a crash-free run.
+
+        Args:
+            rows: one per optimizer step of a batch.
+            num_tokens: completion tokens of the batch.
+        """
+        self._metrics.tokens_trained_total.inc(num_tokens)
         for row in rows:
             self._metrics.observe_step(row)
         now = time.time()
