@@ -1,0 +1,111 @@
+"""The one place where models are used: scoring and weight swaps take turns here, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from jackpot.errors import DeadlineError
+from jackpot.runtime.metrics import Metrics
+from jackpot.scorer.scoring import GroupScorer
+from jackpot.scorer.target import TargetPolicy
+from jackpot.trajectory import Group, ScoredGroup
+
+LOG = logging.getLogger(__name__)
+
+
+class ScoringEngine:
+    """Serves the worker on the bus and the RPC alike.
+
+    The models belong to one thread: health checks, leases and RPCs stay live, and a swap never meets a forward
+    pass, not even that of a call which was cancelled half-way.
+
+    Args:
+        target: the target policy.
+        scorer: scores groups with it.
+        metrics: where tokens and weight versions are counted.
+        instance: this replica's name in metrics.
+        poll_seconds: how often to look for newer weights.
+    """
+
+    def __init__(
+        self, target: TargetPolicy, scorer: GroupScorer, metrics: Metrics, instance: str, poll_seconds: float
+    ) -> None:
+        self._target = target
+        self._scorer = scorer
+        self._metrics = metrics
+        self._instance = instance
+        self._poll_seconds = poll_seconds
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
+        self._refreshing = asyncio.Lock()
+        self.tokens_scored = 0
+
+    @property
+    def version(self) -> int | None:
+        """The policy version held; None before the first."""
+        return self._target.version
+
+    @property
+    def obrs_lambda(self) -> float:
+        """The λ that the next score applies."""
+        return self._target.obrs_lambda
+
+    @property
+    def num_refused_versions(self) -> int:
+        """How many times a damaged policy version was refused."""
+        return self._target.num_refused
+
+    async def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        """Score groups with the version held. Errors as :meth:`GroupScorer.score_groups`."""
+        loop = asyncio.get_running_loop()
+        scored = await loop.run_in_executor(self._thread, self._scorer.score_groups, groups)
+        num_tokens = sum(group.num_tokens for group in groups)
+        self.tokens_scored += num_tokens
+        self._metrics.tokens_scored_total.inc(num_tokens)
+        return scored
+
+    async def refresh(self) -> None:
+        """Take up the newest policy version, if there is a newer one. Scoring goes on while it is read."""
+        async with self._refreshing:
+            pending = await asyncio.to_thread(self._target.read_newer)
+            if pending is None:
+                return
+            started = time.monotonic()
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._target.apply, pending)
+            seconds = pending.read_seconds + time.monotonic() - started
+        self._metrics.observe_weights("policy", self._instance, pending.version, seconds)
+        details = {"version": pending.version, "obrs_lambda": pending.obrs_lambda, "seconds": seconds}
+        LOG.info("policy weights loaded", extra=details)
+
+    async def follow(self) -> None:
+        """Keep up with the newest policy version until cancelled."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(self._poll_seconds)
+
+    async def wait_for_version(self, min_version: int, timeout_seconds: float) -> None:
+        """Return once a policy version ≥ ``min_version`` is held.
+
+        Raises:
+            DeadlineError: it was not published, or could not be loaded, in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while self.version is None or self.version < min_version:
+            await self.refresh()
+            if self.version is not None and self.version >= min_version:
+                return
+            if time.monotonic() >= deadline:
+                held = "none is held" if self.version is None else f"version {self.version} is held"
+                raise DeadlineError(
+                    f"version {min_version} of the policy's weights ({held})",
+                    timeout_seconds,
+                    "Look at the learner's log and for refused weights in the scorer's.",
+                )
+            await asyncio.sleep(min(self._poll_seconds, max(0.0, deadline - time.monotonic())))
+
+    def close(self) -> None:
+        """Wait for the work under way and refuse more."""
+        self._thread.shutdown(wait=True, cancel_futures=True)

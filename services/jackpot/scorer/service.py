@@ -1,0 +1,156 @@
+"""The scorer's process: models, gRPC server and worker, from start to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import grpc
+
+from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.errors import BusError, ConfigError, DeadlineError
+from jackpot.runtime.bus import TrajectoryBus
+from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.models import set_threads
+from jackpot.runtime.process import announce_ready
+from jackpot.runtime.rpc import create_server
+from jackpot.runtime.weights import WeightStore
+from jackpot.scorer.engine import ScoringEngine
+from jackpot.scorer.scoring import GroupScorer, needs_actor
+from jackpot.scorer.servicer import SERVICE_NAME, ScoringServicer
+from jackpot.scorer.target import ActorVersions, TargetPolicy
+from jackpot.scorer.worker import ScorerWorker
+from jackpot.v1 import scoring_pb2_grpc
+
+CONNECT_PAUSE_SECONDS = 0.5
+RPC_GRACE_SECONDS = 2.0
+
+
+async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
+    """Score until ``stop`` is set; the exit code.
+
+    Raises:
+        ConfigError: an address or a model that cannot work.
+        DeadlineError: no policy version, or no bus, within ``run.startup_timeout_seconds``.
+    """
+    _require_addresses(environment)
+    set_threads(environment.threads)
+    metrics = Metrics(environment.job_id)
+    engine = await asyncio.to_thread(make_engine, environment, job, metrics)
+    server = create_server(
+        environment.listen,
+        lambda grpc_server: _register(engine, grpc_server),
+        [SERVICE_NAME],
+        metrics=metrics,
+        tls_dir=environment.tls_dir,
+    )
+    await server.start()
+    bus: TrajectoryBus | None = None
+    try:
+        timeout = job.run.startup_timeout_seconds
+        if not await _unless_stopped(engine.wait_for_version(0, timeout), stop):
+            return 0
+        bus = await connect_bus(environment, job, timeout)
+        await server.health.set_ready(True)
+        announce_ready(address=server.address, version=engine.version)
+        await _work(ScorerWorker(job, bus, engine, stop), engine)
+    finally:
+        await server.stop(RPC_GRACE_SECONDS)
+        if bus is not None:
+            await bus.close()
+        engine.close()
+    return 0
+
+
+def make_engine(environment: ServiceEnvironment, job: JobSpec, metrics: Metrics) -> ScoringEngine:
+    """Load the models. Slow.
+
+    Raises:
+        ConfigError: a model cannot be loaded or used.
+    """
+    store = WeightStore(environment.run_dir / "weights")
+    correction = job.algorithm.correction
+    obrs_lambda = correction.obrs_lambda if isinstance(correction, JackpotCorrection) else 1.0
+    target = TargetPolicy(job.policy, store, job.scorer.device, obrs_lambda)
+    actors = None
+    if needs_actor(job):
+        actors = ActorVersions(job.rollout_model, job.rollout_role, store, job.scorer.device)
+        if actors.vocabulary != target.vocabulary:
+            raise ConfigError(
+                "actor.model",
+                job.rollout_model.model,
+                f"has {actors.vocabulary} tokens and the policy {target.vocabulary}",
+                "Both must share one vocabulary.",
+            )
+    scorer = GroupScorer(job, target, actors)
+    return ScoringEngine(target, scorer, metrics, environment.instance, job.scorer.weight_poll_seconds)
+
+
+async def connect_bus(environment: ServiceEnvironment, job: JobSpec, timeout_seconds: float) -> TrajectoryBus:
+    """An open bus, as soon as its server is up.
+
+    Raises:
+        DeadlineError: it did not come up in time.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            bus = await TrajectoryBus.connect(
+                environment.redis_url,
+                environment.job_id,
+                job.bus,
+                f"scorer-{environment.instance}",
+                environment.run_dir / "payloads",
+            )
+            await bus.open()
+            return bus
+        except BusError as error:
+            if time.monotonic() >= deadline:
+                raise DeadlineError("the bus", timeout_seconds, str(error)) from None
+        await asyncio.sleep(CONNECT_PAUSE_SECONDS)
+
+
+def _register(engine: ScoringEngine, grpc_server: grpc.aio.Server) -> None:
+    scoring_pb2_grpc.add_ScoringServiceServicer_to_server(  # type: ignore[no-untyped-call]
+        ScoringServicer(engine), grpc_server
+    )
+
+
+async def _work(worker: ScorerWorker, engine: ScoringEngine) -> None:
+    """Run the worker, with weights followed beside it; an error in either ends both."""
+    working = asyncio.create_task(worker.run())
+    following = asyncio.create_task(engine.follow())
+    try:
+        done, _ = await asyncio.wait((working, following), return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        working.cancel()
+        following.cancel()
+        await asyncio.gather(working, following, return_exceptions=True)
+
+
+async def _unless_stopped(awaited: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
+    """Whether it came about before the stop. Its errors are raised."""
+    task, stopping = asyncio.create_task(awaited), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            return True
+        return False
+    finally:
+        task.cancel()
+        stopping.cancel()
+        await asyncio.gather(task, stopping, return_exceptions=True)
+
+
+def _require_addresses(environment: ServiceEnvironment) -> None:
+    for field in ("redis_url", "listen"):
+        if not getattr(environment, field):
+            raise ConfigError(
+                f"JACKPOT_{field.upper()}", "", "is required by the scorer", "Start services with `jackpot run`."
+            )

@@ -1,0 +1,151 @@
+"""The models behind the scores: the target policy, which follows the newest weights, and the actor at the very
+versions that sampled."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from jackpot.config import ModelConfig
+from jackpot.errors import WeightCorruptError, WeightMissingError
+from jackpot.runtime.models import apply_state, load_causal_lm, output_head, read_state, resolve_device
+from jackpot.runtime.weights import WeightStore
+from jackpot.trajectory import Role
+
+LOG = logging.getLogger(__name__)
+
+# A version that cannot be loaded is tried again now and then, since its publisher may repair it. Verifying means
+# hashing the whole file, so not at every poll.
+RETRY_SECONDS = 1.0
+
+# With updates in flight a trajectory mixes a few versions; this many are kept in host memory.
+ACTOR_VERSIONS_HELD = 3
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingWeights:
+    """A policy version, read and verified, not yet in the model."""
+
+    version: int
+    obrs_lambda: float
+    state: State
+    read_seconds: float
+
+
+class TargetPolicy:
+    """θ: one model, swapped in place to the newest version of the policy's weights.
+
+    Reading a version and swapping it in are apart, so that scoring goes on while a file is read.
+
+    Args:
+        config: the policy's model; gives the architecture.
+        store: the job's weight store.
+        device: ``auto``, ``cpu`` or ``cuda[:n]``.
+        obrs_lambda: λ for versions that do not carry one.
+    """
+
+    def __init__(self, config: ModelConfig, store: WeightStore, device: str, obrs_lambda: float) -> None:
+        resolved = resolve_device(device, field="scorer.device")
+        self.model: PreTrainedModel = load_causal_lm(config.model, config.dtype, resolved, field="policy.model")
+        self.version: int | None = None
+        self.obrs_lambda = obrs_lambda
+        self.num_refused = 0
+        self._default_lambda = obrs_lambda
+        self._store = store
+        self._retry_at = 0.0  # monotonic
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of token ids."""
+        return len(output_head(self.model).weight)
+
+    def read_newer(self) -> PendingWeights | None:
+        """The newest version if it is newer than the one held, read from the store.
+
+        A version that is damaged or just pruned is logged, counted and left alone; the one held stays in use.
+        """
+        started = time.monotonic()
+        if started < self._retry_at:
+            return None
+        try:
+            newest = self._store.latest("policy")
+            if newest is None or (self.version is not None and newest.version <= self.version):
+                return None
+            state = read_state(self.model, self._store.open("policy", newest.version))
+        except (WeightCorruptError, WeightMissingError, FileNotFoundError) as error:
+            self.num_refused += 1
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            LOG.error("policy weights refused, version %s stays in use: %s", self.version, error)
+            return None
+        obrs_lambda = float(newest.metadata.get("obrs_lambda", self._default_lambda))
+        return PendingWeights(newest.version, obrs_lambda, state, time.monotonic() - started)
+
+    def apply(self, pending: PendingWeights) -> None:
+        """Swap a version in. Nothing may be using the model."""
+        apply_state(self.model, pending.state)
+        self.version = pending.version
+        self.obrs_lambda = pending.obrs_lambda
+
+
+class ActorVersions:
+    """ω at the versions that sampled, for normalizers that need the actor's own forward pass.
+
+    One model on the device; the weights of the last few versions stay in host memory.
+
+    Args:
+        config: the model that samples.
+        role: whose versions the rollout service stamps on its tokens.
+        store: the job's weight store.
+        device: ``auto``, ``cpu`` or ``cuda[:n]``.
+        num_held: versions kept in memory; the least recently used gives way.
+    """
+
+    def __init__(
+        self, config: ModelConfig, role: Role, store: WeightStore, device: str, num_held: int = ACTOR_VERSIONS_HELD
+    ) -> None:
+        resolved = resolve_device(device, field="scorer.device")
+        self._model = load_causal_lm(config.model, config.dtype, resolved, field=f"{role}.model")
+        self._role: Role = role
+        self._store = store
+        self._num_held = num_held
+        self._states: OrderedDict[int, State] = OrderedDict()
+        self._version: int | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of token ids."""
+        return len(output_head(self._model).weight)
+
+    def at(self, version: int) -> PreTrainedModel:
+        """The actor with the weights of ``version``, until the next call.
+
+        Raises:
+            WeightMissingError: the store does not hold that version any more.
+            WeightCorruptError: its bytes are damaged.
+        """
+        if version not in self._states:
+            self._states[version] = self._read(version)
+            if len(self._states) > self._num_held:
+                self._states.popitem(last=False)
+        self._states.move_to_end(version)
+        if self._version != version:
+            apply_state(self._model, self._states[version])
+            self._version = version
+        return self._model
+
+    def _read(self, version: int) -> State:
+        directory = self._store.open(self._role, version)
+        try:
+            return read_state(self._model, directory)
+        except FileNotFoundError:
+            raise WeightMissingError(
+                f"version {version} of the {self._role}'s weights was pruned meanwhile. Raise weights.keep_versions."
+            ) from None

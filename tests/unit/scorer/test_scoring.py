@@ -1,0 +1,157 @@
+"""Scores against a slow float64 reference, and what must not change them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scoring_world import SEED, VOCABULARY, World, expected_scores, make_world, sample_group
+
+from jackpot.algorithm.obrs import acceptance_uniforms
+from jackpot.errors import PayloadError, ScoringError, WeightMissingError
+from jackpot.scorer.scoring import GroupScorer, needs_actor
+from jackpot.scorer.target import ActorVersions, TargetPolicy
+from jackpot.trajectory import Group, ScoredGroup
+
+NORMALIZERS = ("tail", "union_tail", "union_kappa", "full")
+TOP_K = 5
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"), actor_versions=(0, 1, 2))
+
+
+def scorer_for(world: World, correction: dict | str, **scorer: int) -> GroupScorer:
+    job = world.job(correction, scorer=scorer)
+    target = TargetPolicy(job.policy, world.store, "cpu", getattr(job.algorithm.correction, "obrs_lambda", 1.0))
+    pending = target.read_newer()
+    assert pending is not None
+    target.apply(pending)
+    actors = ActorVersions(job.rollout_model, job.rollout_role, world.store, "cpu") if needs_actor(job) else None
+    return GroupScorer(job, target, actors)
+
+
+def jackpot(normalizer: str, obrs_lambda: float = 1.3, **more: str) -> dict:
+    return {"name": "jackpot", "normalizer": normalizer, "obrs_lambda": obrs_lambda, "top_k": TOP_K, **more}
+
+
+def assert_expected(world: World, group: Group, scored: ScoredGroup, normalizer: str, obrs_lambda: float) -> None:
+    for trajectory, scores in zip(group.trajectories, scored.scores, strict=True):
+        expected = expected_scores(
+            world, group, trajectory,
+            policy_version=0, normalizer=normalizer, obrs_lambda=obrs_lambda, top_k=TOP_K,
+        )  # fmt: skip
+        for name in ("target_logprobs", "acceptance_probs", "normalizer_head", "normalizer_tail", "topk_mass"):
+            found, wanted = getattr(scores, name), getattr(expected, name)
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-5, err_msg=name)
+        uniforms = acceptance_uniforms(SEED, trajectory.trajectory_id, trajectory.num_tokens).numpy()
+        np.testing.assert_array_equal(scores.mask, uniforms < scores.acceptance_probs)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_scores_are_those_of_the_reference(world: World, normalizer: str, temperature: float) -> None:
+    group = sample_group(world, lengths=(7, 1, 4), temperature=temperature)
+    (scored,) = scorer_for(world, jackpot(normalizer)).score_groups([group])
+    assert_expected(world, group, scored, normalizer, obrs_lambda=1.3)
+    assert scored.normalizer == normalizer
+    assert scored.obrs_lambda == 1.3
+    assert scored.policy_version == 0
+
+
+@pytest.mark.parametrize("normalizer", ["union_tail", "union_kappa", "full"])
+def test_each_span_is_scored_with_the_actor_version_that_sampled_it(world: World, normalizer: str) -> None:
+    group = sample_group(world, lengths=(9, 6), versions=(0, 1, 2))
+    assert [span.version for span in group.trajectories[0].version_spans] == [0, 1, 2]
+    (scored,) = scorer_for(world, jackpot(normalizer)).score_groups([group])
+    assert_expected(world, group, scored, normalizer, obrs_lambda=1.3)
+
+
+@pytest.mark.parametrize("correction", ["none", "tis"])
+def test_without_obrs_everything_is_accepted_and_the_target_is_still_asked(world: World, correction: str) -> None:
+    group = sample_group(world)
+    (scored,) = scorer_for(world, correction).score_groups([group])
+    for trajectory, scores in zip(group.trajectories, scored.scores, strict=True):
+        expected = expected_scores(
+            world, group, trajectory, policy_version=0, normalizer="tail", obrs_lambda=1.0, top_k=TOP_K
+        )
+        np.testing.assert_allclose(scores.target_logprobs, expected.target_logprobs, atol=2e-5)
+        assert scores.mask.all() and (scores.acceptance_probs == 1).all()
+        assert (scores.normalizer_head == 1).all() and (scores.normalizer_tail == 0).all()
+    assert scored.normalizer == "none"
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_neither_batching_nor_slicing_changes_a_score(world: World, normalizer: str) -> None:
+    groups = [
+        sample_group(world, slot=1, lengths=(2, 9), prompt_length=3),
+        sample_group(world, slot=2, lengths=(4,), temperature=0.7),
+        sample_group(world, slot=3, lengths=(11, 1, 6), prompt_length=8),
+        sample_group(world, slot=4, lengths=(3, 3), top_k=3),
+    ]
+    together = scorer_for(world, jackpot(normalizer)).score_groups(groups)
+    small = scorer_for(world, jackpot(normalizer), max_batch_tokens=12, chunk_tokens=2)
+    for group, one in zip(groups, together, strict=True):
+        (alone,) = small.score_groups([group])
+        for left, right in zip(one.scores, alone.scores, strict=True):
+            for name in ("target_logprobs", "acceptance_probs", "normalizer_head", "normalizer_tail", "topk_mass"):
+                np.testing.assert_allclose(getattr(left, name), getattr(right, name), rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(left.mask, right.mask)
+
+
+def test_topk_leaves_the_group_unless_the_learner_needs_it(world: World) -> None:
+    group = sample_group(world)
+    (reference,) = scorer_for(world, jackpot("tail")).score_groups([group])
+    (policy,) = scorer_for(world, jackpot("tail", target="policy")).score_groups([group])
+    assert all(t.topk_ids is None and t.topk_logprobs is None for t in reference.group.trajectories)
+    for before, after in zip(group.trajectories, policy.group.trajectories, strict=True):
+        np.testing.assert_array_equal(before.topk_ids, after.topk_ids)
+    assert [t.reward for t in reference.group.trajectories] == [t.reward for t in group.trajectories]
+    np.testing.assert_array_equal(reference.scores[0].normalizer_head, policy.scores[0].normalizer_head)
+
+
+def broken(group: Group, **changes: object) -> Group:
+    first, *others = group.trajectories
+    return replace(group, trajectories=(replace(first, **changes), *others))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"token_ids": np.full(5, VOCABULARY, dtype=np.uint32)}, "beyond the vocabulary, 97"),
+        ({"topk_ids": np.full((5, 6), VOCABULARY, dtype=np.uint32)}, "beyond the vocabulary, 97"),
+        ({"topk_ids": None, "topk_logprobs": None}, "lacks the actor's most probable tokens"),
+        ({"actor_logprobs": np.full(5, np.nan, dtype=np.float32)}, "not finite"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused_by_name(world: World, changes: dict, problem: str) -> None:
+    group = broken(sample_group(world), **changes)
+    with pytest.raises(PayloadError, match=problem) as refusal:
+        scorer_for(world, jackpot("tail")).score_groups([group])
+    assert group.trajectories[0].trajectory_id in str(refusal.value)
+
+
+@pytest.mark.parametrize("changes", [{"prompt_token_ids": np.zeros(0, dtype=np.uint32)}, {"temperature": 0.0}])
+def test_groups_that_no_model_can_be_asked_about_are_refused(world: World, changes: dict) -> None:
+    with pytest.raises(PayloadError, match=r"job-1\.s0"):
+        scorer_for(world, "none").score_groups([replace(sample_group(world), **changes)])
+
+
+def test_diverged_weights_do_not_pass_as_scores(world: World, tmp_path: Path) -> None:
+    diverged = make_world(tmp_path)
+    scorer = scorer_for(diverged, jackpot("tail"))
+    model = scorer._target.model
+    next(iter(model.parameters())).data.fill_(float("nan"))
+    with pytest.raises(ScoringError, match="policy version 0 are not finite"):
+        scorer.score_groups([sample_group(world)])
+
+
+def test_an_actor_version_that_is_gone_is_named(world: World) -> None:
+    group = sample_group(world)
+    span = replace(group.trajectories[0].version_spans[0], version=7)
+    with pytest.raises(WeightMissingError, match="version 7 of the actor's weights"):
+        scorer_for(world, jackpot("union_tail")).score_groups([broken(group, version_spans=(span,))])
