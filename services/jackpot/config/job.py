@@ -151,6 +151,9 @@ class ScorerConfig(Section):
     """Groups taken from the bus at once."""
     weight_poll_seconds: PositiveFloat = 0.05
     """How often the scorer looks for a newer policy version."""
+    version_timeout_seconds: PositiveFloat = 120.0
+    """How long a group waits in the scorer for the policy version it was dispatched with, before that counts as a
+    failed attempt. Versions are published before groups are dispatched with them, so waiting long means damage."""
 
 
 class NoCorrection(Section):
