@@ -110,21 +110,6 @@ class PromptTokenizer:
         return int(known)
 
 
-def validate_tokenizer(job: JobSpec, sample: Prompt) -> None:
-    """Check before anything starts that the policy's tokenizer, chat template and stop strings serve the job.
-
-    Args:
-        job: the job, its models resolved to directories.
-        sample: one prompt of its task.
-
-    Raises:
-        ConfigError: naming field, value and remedy.
-    """
-    tokenizer = PromptTokenizer.of_job(job)
-    tokenizer.stop_token_ids(job.sampling.stop)
-    tokenizer.encode_prompt(sample)
-
-
 def _messages(prompt: Prompt) -> Sequence[Message]:
     return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
 
