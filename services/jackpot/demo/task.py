@@ -3,8 +3,8 @@
     999999-381592=   →   6 1,8;4 0-7
 
 Every digit of the answer is nine minus the digit below it; there is never a borrow. Between the digits stands
-a separator that the model is free to choose. Only the digits count, so the two models of the demo can be equally
-right and still write quite differently: that difference in style is the mismatch that training has to survive.
+a separator that the model is free to choose. Only the digits count: no reward ever brings the styles of the two models
+together. The actor prefers other separators than the policy and errs more often; that is the mismatch.
 """
 
 from __future__ import annotations
