@@ -1,0 +1,160 @@
+"""The learner process, killed between its checkpoints: what it trains in the end is what it would have trained."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from jackpot.config import JobSpec, parse_job
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.runtime.bus import TrajectoryBus
+from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan
+
+STEPS, GROUPS_PER_BATCH, CHECKPOINT_EVERY = 6, 2, 4
+DEADLINE_SECONDS = 90.0
+
+
+async def fill(url: str, job: JobSpec, job_id: str, run_dir: Path) -> TrajectoryBus:
+    """Put all groups of the job on the bus, scored."""
+    bus = await TrajectoryBus.connect(url, job_id, job.bus, "test", run_dir / "payloads")
+    await bus.open()
+    for slot in range(STEPS * GROUPS_PER_BATCH):
+        scored = scored_group(GroupKey(slot, 0, slot).group_id(job_id), np.random.default_rng(slot))
+        assert await bus.reserve(scored.group_id, 10_000)
+        assert await bus.publish(scored.group) == "published"
+        (delivery,) = await bus.take_groups(1, 1.0)
+        await bus.publish_scored(delivery, scored)
+    return bus
+
+
+def scored_group(group_id: str, random: np.random.Generator) -> ScoredGroup:
+    trajectories, scores = [], []
+    for index in range(2):
+        ones = np.ones(5, np.float32)
+        trajectories.append(
+            Trajectory(
+                trajectory_id=f"{group_id}#{index}",
+                token_ids=random.integers(3, 40, 5).astype(np.uint32),
+                actor_logprobs=-3.5 * ones,
+                topk_ids=None,
+                topk_logprobs=None,
+                version_spans=(VersionSpan(0, 0, 5),),
+                finish_reason="length",
+                reward=float(index),
+            )
+        )
+        scores.append(
+            TokenScores(
+                target_logprobs=-3.6 * ones,
+                acceptance_probs=0.9 * ones,
+                mask=random.random(5) < 0.9,
+                normalizer_head=0.7 * ones,
+                normalizer_tail=0.3 * ones,
+                topk_mass=0.8 * ones,
+            )
+        )
+    group = Group(
+        group_id=group_id,
+        prompt_index=0,
+        prompt_token_ids=np.array([4, 5], np.uint32),
+        trajectories=tuple(trajectories),
+        temperature=1.0,
+        dispatch_version=0,
+    )
+    return ScoredGroup(group=group, scores=tuple(scores), obrs_lambda=1.0, policy_version=0, normalizer="tail")
+
+
+def start_learner(environment: ServiceEnvironment) -> subprocess.Popen[bytes]:
+    log = (environment.run_dir / "learner.log").open("ab")
+    variables = os.environ | environment.to_env() | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jackpot.learner"], env=variables, stdout=log, stderr=subprocess.STDOUT
+    )
+    log.close()
+    return process
+
+
+async def wait_until(condition: Callable[[], bool], what: str) -> None:
+    for _ in range(int(DEADLINE_SECONDS / 0.02)):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"waited {DEADLINE_SECONDS} s for {what}")
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def new_run(tmp_path: Path, name: str, url: str, make_model: Callable[..., Path]) -> tuple[ServiceEnvironment, JobSpec]:
+    job = parse_job(
+        {
+            "policy": {"model": str(make_model("qwen3", seed=1))},
+            "actor": {"model": str(make_model("qwen3", seed=2, hidden_size=16, num_hidden_layers=1))},
+            "task": {"name": "complement"},
+            "learner": {
+                "steps": STEPS,
+                "groups_per_batch": GROUPS_PER_BATCH,
+                "checkpoint_every": CHECKPOINT_EVERY,
+                "lr": 1e-3,
+            },
+        }
+    )
+    run_dir = tmp_path / name
+    run_dir.mkdir()
+    (run_dir / "job.json").write_text(job.model_dump_json())
+    return ServiceEnvironment(run_dir=run_dir, job_id=name, redis_url=url), job
+
+
+async def train(environment: ServiceEnvironment, job: JobSpec, *, kill_after_step: int | None) -> None:
+    bus = await fill(environment.redis_url, job, environment.job_id, environment.run_dir)
+    process = start_learner(environment)
+    try:
+        if kill_after_step is not None:
+            reached = lambda: len(rows(environment.run_dir)) >= kill_after_step  # noqa: E731
+            await wait_until(reached, f"step {kill_after_step}")
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            process = start_learner(environment)
+        await wait_until(lambda: process.poll() is not None, "the learner to finish")
+        assert process.returncode == 0, (environment.run_dir / "learner.log").read_text()
+        ledger = await bus.ledger()
+        assert (ledger.dispatched, ledger.trained, ledger.dropped, ledger.open) == (12, 12, {}, 0)
+        assert (await bus.depths()).bytes_used == 0
+    finally:
+        process.kill()
+        process.wait()
+        await bus.close()
+
+
+async def test_a_killed_learner_ends_with_the_very_weights_of_an_undisturbed_one(
+    tmp_path: Path, valkey_url: str, make_model: Callable[..., Path]
+) -> None:
+    undisturbed, job = new_run(tmp_path, "undisturbed", valkey_url, make_model)
+    killed, _ = new_run(tmp_path, "killed", valkey_url, make_model)
+    await train(undisturbed, job, kill_after_step=None)
+    await train(killed, job, kill_after_step=2)
+
+    for role in ("policy", "actor"):
+        expected = load_file(undisturbed.run_dir / "export" / role / "model.safetensors")
+        got = load_file(killed.run_dir / "export" / role / "model.safetensors")
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+        model = AutoModelForCausalLM.from_pretrained(killed.run_dir / "export" / role)
+        assert torch.equal(model.get_input_embeddings().weight, expected["model.embed_tokens.weight"])
+    assert [row["step"] for row in rows(undisturbed.run_dir)] == [1, 2, 3, 4, 5, 6]
+    assert {row["step"] for row in rows(killed.run_dir)} == {1, 2, 3, 4, 5, 6}
+    assert len(list((killed.run_dir / "manifests").glob("*.json"))) == STEPS
+    newest = (killed.run_dir / "weights" / "actor" / "LATEST").read_text()
+    assert str(STEPS) in newest
