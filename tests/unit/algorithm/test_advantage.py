@@ -1,0 +1,49 @@
+"""Group advantages by hand, and where rewards do not differ."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jackpot.algorithm.advantage import group_advantages
+
+
+def test_normalized_by_the_sample_standard_deviation() -> None:
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 4.0, 6.0, 8.0]]), eps=0.0)
+    std = (20 / 3) ** 0.5
+    expected = torch.tensor([[0.5, -0.5, -0.5, 0.5], [-3.0, -1.0, 1.0, 3.0]])
+    torch.testing.assert_close(advantages, expected / torch.tensor([[(1 / 3) ** 0.5], [std]]))
+    torch.testing.assert_close(advantages.mean(1), torch.zeros(2), rtol=0, atol=1e-7)
+
+
+def test_differences_alone() -> None:
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), normalize_std=False)
+    assert advantages.tolist() == [[0.5, -0.5, -0.5, 0.5]]
+
+
+def test_groups_of_different_sizes_in_any_order() -> None:
+    rewards, index = torch.tensor([3.0, 1.0, 0.0, 5.0, 1.0]), torch.tensor([1, 0, 0, 1, 0])
+    advantages = group_advantages(rewards, index, normalize_std=False)
+    torch.testing.assert_close(advantages, torch.tensor([-1.0, 1 / 3, -2 / 3, 1.0, 1 / 3]))
+    normalized = group_advantages(rewards, index)
+    torch.testing.assert_close(normalized[[0, 3]], group_advantages(rewards[[0, 3]][None])[0])
+    torch.testing.assert_close(normalized[[1, 2, 4]], group_advantages(rewards[[1, 2, 4]][None])[0])
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 1e8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_give_exactly_nothing(reward: float, dtype: torch.dtype) -> None:
+    """Rounding of the mean, divided by eps, would be a gradient of its own."""
+    assert (group_advantages(torch.full((2, 7), reward, dtype=dtype)) == 0).all()
+
+
+def test_single_trajectory_and_none() -> None:
+    assert group_advantages(torch.tensor([[0.7], [0.2]])).tolist() == [[0.0], [0.0]]
+    assert group_advantages(torch.zeros(0, 8)).shape == (0, 8)
+
+
+def test_shape_and_index_go_together() -> None:
+    with pytest.raises(ValueError, match="group index"):
+        group_advantages(torch.zeros(4))
+    with pytest.raises(ValueError, match="group index"):
+        group_advantages(torch.zeros(2, 2), torch.zeros(4, dtype=torch.int64))
