@@ -100,7 +100,10 @@ def decode_scored(data: bytes, *, max_bytes: int = DEFAULT_MAX_BYTES) -> ScoredG
 
 
 def _seal(kind: int, fields: Mapping[str, Any], compress: bool, max_bytes: int) -> bytes:
-    body: bytes = msgpack.packb(fields)
+    try:
+        body: bytes = msgpack.packb(fields)
+    except (ValueError, OverflowError) as error:
+        raise PayloadError(f"cannot be written: {error}") from None
     if len(body) > max_bytes:
         raise PayloadError(f"{len(body)} bytes exceed the limit of {max_bytes}. Raise bus.max_payload_bytes.")
     stored = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(body) if compress else body

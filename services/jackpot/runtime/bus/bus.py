@@ -17,18 +17,12 @@ from typing import Any, cast
 
 from jackpot.config import BusConfig
 from jackpot.errors import BusError, ConfigError, LeaseLostError, PayloadError, PayloadMissingError
+from jackpot.runtime.bus.claims import Claims
 from jackpot.runtime.bus.client import BusClient
-from jackpot.runtime.bus.ledger import (
-    BusDepths,
-    Delivery,
-    GroupState,
-    Ledger,
-    PublishOutcome,
-    TerminalRecord,
-    Value,
-)
-from jackpot.runtime.bus.payloads import FilePayloads, PayloadStore, RedisPayloads, payload_name
+from jackpot.runtime.bus.ledger import Delivery, PublishOutcome, Value
+from jackpot.runtime.bus.payloads import FilePayloads, PayloadStore, RedisPayloads
 from jackpot.runtime.bus.reader import Entry, StreamReader
+from jackpot.runtime.bus.readings import BusReadings
 from jackpot.runtime.codec import decode_group, decode_scored, encode_group, encode_scored
 from jackpot.trajectory import Group, GroupKey, ScoredGroup
 
@@ -38,7 +32,7 @@ _GROUPS_PER_SCRIPT = 64  # a script holds the server up while it runs
 _DETAIL_CHARACTERS = 500
 
 
-class TrajectoryBus:
+class TrajectoryBus(BusReadings):
     """One process's access to one job's bus. Make it with :meth:`connect`, then :meth:`open` it.
 
     Every method raises BusError if the server cannot be reached or refuses, and BusLostError if it lost the job's
@@ -46,14 +40,14 @@ class TrajectoryBus:
     """
 
     def __init__(self, client: BusClient, store: PayloadStore, settings: BusConfig, job_id: str, consumer: str) -> None:
-        self._client = client
+        super().__init__(client, settings.max_bytes)
         self._store = store
+        self._claims = Claims(client, store, settings.max_payload_bytes)
         self._settings = settings
         self._job_id = job_id
         lease = settings.lease_seconds
         self._rollouts = StreamReader(client, client.keys.rollouts, "scorers", consumer, lease, counts_attempts=True)
         self._scored = StreamReader(client, client.keys.scored, "learner", consumer, lease, counts_attempts=False)
-        self._unsettled: dict[tuple[str, str], str] = {}  # payloads whose publication was cut off: reused by a retry
 
     # --- life cycle ---
 
@@ -96,14 +90,15 @@ class TrajectoryBus:
         Returns:
             Whether the state was created just now. After a BusLostError this tells who came first.
         """
-        incarnation, created = await self._client.run_unfenced("open", [secrets.token_hex(8)])
+        proposed = secrets.token_hex(8)
+        incarnation = await self._client.run_unfenced("open", [proposed])
         if self._client.incarnation and incarnation != self._client.incarnation:
             LOG.warning("the bus of job %s lost its state and was begun anew", self._job_id)
             self._rollouts.restart()
             self._scored.restart()
         self._client.incarnation = incarnation
-        await self._sweep(self._ended)
-        return bool(created)
+        await self._sweep(self._lost if incarnation == proposed else self._ended)
+        return bool(incarnation == proposed)
 
     # --- orchestrator ---
 
@@ -134,11 +129,6 @@ class TrajectoryBus:
             raise BusError(f"group {group_id} cannot be dispatched: it has ended already ({outcome})")
         return bool(outcome == "reserved")
 
-    async def dispatched(self) -> dict[str, GroupState]:
-        """All groups that have not ended, and how far they are."""
-        (states,) = await self._client.read(("HGETALL", self._client.keys.open))
-        return cast("dict[str, GroupState]", states)
-
     async def publish(self, group: Group) -> PublishOutcome:
         """Put a group on the bus for scoring; safe to repeat.
 
@@ -151,10 +141,7 @@ class TrajectoryBus:
             PayloadError: the group breaks a rule of its format or is larger than ``bus.max_payload_bytes``.
         """
         self._check_id(group.group_id)
-        data = await asyncio.to_thread(
-            encode_group, group, compress=self._store.compress, max_bytes=self._settings.max_payload_bytes
-        )
-        outcome = await self._publish("publish", group.group_id, "rollout", (), data)
+        outcome = await self._claims.publish("publish", "rollout", group, encode_group)
         return cast("PublishOutcome", outcome)
 
     # --- scorer ---
@@ -180,10 +167,7 @@ class TrajectoryBus:
         group_id = delivery.group_id
         if scored.group_id != group_id:
             raise ValueError(f"scores of {scored.group_id} for the delivery of {group_id}")
-        data = await asyncio.to_thread(
-            encode_scored, scored, compress=self._store.compress, max_bytes=self._settings.max_payload_bytes
-        )
-        outcome = await self._publish("scored", group_id, "scored", (delivery.entry_id,), data)
+        outcome = await self._claims.publish("scored", "scored", scored, encode_scored, [delivery.entry_id])
         self._rollouts.release(group_id)
         if outcome == "lost":
             raise LeaseLostError(f"group {group_id} was taken over or has ended; its scores are thrown away")
@@ -191,18 +175,14 @@ class TrajectoryBus:
 
     async def fail(self, delivery: Delivery[Group], reason: str, detail: str = "") -> None:
         """Give a group back for another attempt, or end it as ``dropped:<reason>`` if that was the last."""
-        attempts = self._settings.max_attempts
-        outcome = await self._client.run("release", [delivery.group_id, delivery.entry_id, attempts, 0])
-        self._rollouts.release(delivery.group_id)
+        outcome = await self._give_back(delivery, attempts=delivery.attempt)
         if outcome == "exhausted":
-            await self.drop(delivery.group_id, reason, detail)
+            await self._finish("dropped", reason, detail, [(delivery.group_id, -1, delivery.entry_id)])
 
     async def release(self, deliveries: Sequence[Delivery[Group]]) -> None:
         """Give groups back untried, as when stopping: the attempt does not count."""
         for delivery in deliveries:
-            args = [delivery.group_id, delivery.entry_id, self._settings.max_attempts, 1]
-            await self._client.run("release", args)
-            self._rollouts.release(delivery.group_id)
+            await self._give_back(delivery, attempts=delivery.attempt - 1)
 
     # --- learner ---
 
@@ -227,7 +207,7 @@ class TrajectoryBus:
         for group_id, state, name in zip(group_ids, states, names, strict=True):
             if state == "scored":
                 try:
-                    found[group_id] = await self._load(group_id, name, decode_scored)
+                    found[group_id] = await self._claims.load(group_id, name, decode_scored)
                 except PayloadError as error:
                     LOG.warning("scored group %s cannot be read: %s", group_id, error)
         return found
@@ -238,7 +218,7 @@ class TrajectoryBus:
         Returns:
             Groups that had ended otherwise before, and stay so: normally none.
         """
-        ends = await self._finish("trained", "", "", list(step_by_group.items()))
+        ends = await self._finish("trained", "", "", [(group_id, step, "") for group_id, step in step_by_group.items()])
         conflicts = [group_id for group_id, ended in ends.items() if ended.startswith("dropped")]
         if conflicts:
             LOG.error("trained, but dropped before: %s", ", ".join(conflicts))
@@ -261,72 +241,21 @@ class TrajectoryBus:
         A group that the bus does not know is entered as dispatched and dropped, so that the counters still add up.
         """
         self._check_id(group_id)
-        await self._finish("dropped", reason, detail, [(group_id, -1)])
+        await self._finish("dropped", reason, detail, [(group_id, -1, "")])
 
     async def close_job(self, detail: str = "the job is over") -> int:
         """Drop every group that has not ended as ``unused``, and remove what crashed processes left in the payload
         store; how many groups that were."""
         dropped = 0
         while still_open := list(await self.dispatched()):
-            ends = await self._finish("dropped", "unused", detail, [(group_id, -1) for group_id in still_open])
+            ends = await self._finish("dropped", "unused", detail, [(group_id, -1, "") for group_id in still_open])
             dropped += sum(not ended for ended in ends.values())
-        await self._sweep(self._not_open)
+        await self._sweep(self._lost)
         return dropped
-
-    async def ledger(self) -> Ledger:
-        """The counters, all from one moment."""
-        keys = self._client.keys
-        counters, still_open = await self._client.read(("HGETALL", keys.counters), ("HLEN", keys.open))
-        counts = {name: int(value) for name, value in counters.items()}
-        dropped = {name.removeprefix("dropped:"): n for name, n in counts.items() if name.startswith("dropped:")}
-        return Ledger(counts.get("dispatched", 0), counts.get("trained", 0), dropped, still_open)
-
-    async def terminal_states(self, group_ids: Sequence[str]) -> dict[str, str]:
-        """``trained`` or ``dropped:<reason>`` of those groups that have ended."""
-        if not group_ids:
-            return {}
-        (states,) = await self._client.read(("HMGET", self._client.keys.terminal, *group_ids))
-        return {group_id: state for group_id, state in zip(group_ids, states, strict=True) if state}
-
-    async def read_terminal(self, after: str, count: int) -> list[tuple[str, TerminalRecord]]:
-        """Terminal states in the order in which they came, with their positions.
-
-        Args:
-            after: the position of the last record known; empty for the start.
-            count: at most so many.
-        """
-        start = f"({after}" if after else "-"
-        (rows,) = await self._client.read(("XRANGE", self._client.keys.ledger, start, "+", "COUNT", count))
-        return [(position, _record(fields)) for position, fields in rows]
-
-    async def depths(self) -> BusDepths:
-        """How much lies on the bus."""
-        keys = self._client.keys
-        rollouts, rollouts_pending, scored, scored_pending, used = await self._client.read(
-            ("XLEN", keys.rollouts),
-            ("XPENDING", keys.rollouts, "scorers"),
-            ("XLEN", keys.scored),
-            ("XPENDING", keys.scored, "learner"),
-            ("HGET", keys.counters, "bytes"),
-        )
-        in_scorers, in_learner = rollouts_pending["pending"], scored_pending["pending"]
-        return BusDepths(
-            rollouts_waiting=rollouts - in_scorers,
-            rollouts_pending=in_scorers,
-            scored_waiting=scored - in_learner,
-            scored_pending=in_learner,
-            bytes_used=int(used or 0),
-            bytes_budget=self._settings.max_bytes,
-        )
 
     async def set_value(self, name: str, value: str) -> None:
         """Keep a small value of the job."""
         await self._client.run("set_value", [name, value])
-
-    async def get_value(self, name: str) -> str | None:
-        """A value kept by :meth:`set_value`."""
-        (value,) = await self._client.read(("HGET", self._client.keys.values, name))
-        return cast("str | None", value)
 
     # --- the parts ---
 
@@ -342,17 +271,6 @@ class TrajectoryBus:
             raise BusError(str(error)) from None
         if not group_id.startswith(f"{self._job_id}.s"):
             raise BusError(f"group {group_id} does not belong to job {self._job_id}")
-
-    async def _publish(self, script: str, group_id: str, stage: str, args: Sequence[str], data: bytes) -> str:
-        """Store a payload and run the script that makes its claim valid; a refused payload is removed again."""
-        name = self._unsettled.setdefault((group_id, stage), payload_name(group_id, stage))
-        inline = await self._store.put(name, data)
-        extra = [self._client.keys.payload(group_id)]
-        outcome: str = await self._client.run(script, [group_id, *args, name, len(data), inline], extra)
-        del self._unsettled[(group_id, stage)]
-        if outcome != "published":
-            await self._store.delete(name)
-        return outcome
 
     async def _take(
         self, reader: StreamReader, decode: Callable[..., Value], max_groups: int, block_seconds: float
@@ -379,7 +297,7 @@ class TrajectoryBus:
             reason, detail = "scoring_failed", f"taken up {entry.attempt - 1} times and never finished"
         else:
             try:
-                value = await self._load(entry.group_id, entry.payload, decode)
+                value = await self._claims.load(entry.group_id, entry.payload, decode)
                 return Delivery(
                     group_id=entry.group_id,
                     value=value,
@@ -388,54 +306,60 @@ class TrajectoryBus:
                     payload=entry.payload,
                 )
             except PayloadMissingError as error:
-                # Between the claim and this look at its payload the group may have ended: nothing is lost then.
                 reason, detail = "lost", str(error)
             except PayloadError as error:
                 reason, detail = "corrupt_payload", str(error)
-        await self.drop(entry.group_id, reason, detail)
+        # Another consumer may have finished the group since, and its payload be gone for that reason: only the claim
+        # that was read is dropped.
+        await self._finish("dropped", reason, detail, [(entry.group_id, -1, entry.entry_id)])
         return None
 
-    async def _load(self, group_id: str, name: str, decode: Callable[..., Value]) -> Value:
-        data = await self._store.get(name)
-        value = await asyncio.to_thread(decode, data, max_bytes=self._settings.max_payload_bytes)
-        if value.group_id != group_id:
-            raise PayloadError(f"payload {name} holds group {value.group_id}")
-        return value
+    async def _give_back(self, delivery: Delivery[Group], attempts: int) -> str:
+        args = [delivery.group_id, delivery.entry_id, delivery.attempt, attempts, self._settings.max_attempts]
+        outcome: str = await self._client.run("release", args)
+        self._rollouts.release(delivery.group_id)
+        return outcome
 
-    async def _finish(self, state: str, reason: str, detail: str, steps: Sequence[tuple[str, int]]) -> dict[str, str]:
-        """Give groups their terminal state; the state that each had before, empty if it ended just now."""
-        ends: dict[str, str] = {}
-        for start in range(0, len(steps), _GROUPS_PER_SCRIPT):
-            part = steps[start : start + _GROUPS_PER_SCRIPT]
-            args = [state, reason, detail[:_DETAIL_CHARACTERS], *(value for pair in part for value in pair)]
-            payload_keys = [self._client.keys.payload(group_id) for group_id, _ in part]
+    async def _finish(
+        self, state: str, reason: str, detail: str, ends: Sequence[tuple[str, int, str]]
+    ) -> dict[str, str]:
+        """Give groups their terminal state.
+
+        Args:
+            state: ``trained`` or ``dropped``.
+            reason: why dropped.
+            detail: for people.
+            ends: group, step, and the entry that must still be the group's claim (empty: whatever its claim).
+
+        Returns:
+            By group: empty if it ended just now, its earlier end, or ``lost`` if its claim is another by now.
+        """
+        answers: dict[str, str] = {}
+        for start in range(0, len(ends), _GROUPS_PER_SCRIPT):
+            part = ends[start : start + _GROUPS_PER_SCRIPT]
+            args = [state, reason, detail[:_DETAIL_CHARACTERS], *(value for end in part for value in end)]
+            payload_keys = [self._client.keys.payload(group_id) for group_id, *_ in part]
             results = await self._client.run("finish", args, payload_keys)
-            for (group_id, _), (before, payload) in zip(part, results, strict=True):
-                ends[group_id] = before
+            for (group_id, *_), (answer, payload) in zip(part, results, strict=True):
+                answers[group_id] = answer
                 self._rollouts.release(group_id)
                 self._scored.release(group_id)
                 if payload:
                     await self._store.delete(payload)
-                if not before and state == "dropped":
+                if not answer and state == "dropped":
                     LOG.info("group %s dropped: %s %s", group_id, reason, detail)
-        return ends
+        return answers
 
-    async def _sweep(self, select: Callable[[Sequence[str]], Awaitable[set[str]]]) -> None:
-        if removed := await self._store.sweep(select):
+    async def _sweep(self, left_behind: Callable[[Sequence[str]], Awaitable[set[str]]]) -> None:
+        """Remove payloads that no finished call will ever remove: of processes that crashed in between."""
+        if removed := await self._store.sweep(left_behind):
             LOG.info("removed %d payloads that crashed processes had left behind", removed)
 
     async def _ended(self, group_ids: Sequence[str]) -> set[str]:
         return set(await self.terminal_states(group_ids))
 
-    async def _not_open(self, group_ids: Sequence[str]) -> set[str]:
-        return set(group_ids) - set(await self.dispatched())
-
-
-def _record(fields: Mapping[str, str]) -> TerminalRecord:
-    return TerminalRecord(
-        group_id=fields["group"],
-        state="trained" if fields["state"] == "trained" else "dropped",
-        reason=fields["reason"],
-        step=int(fields["step"]),
-        detail=fields["detail"],
-    )
+    async def _lost(self, group_ids: Sequence[str]) -> set[str]:
+        """Those of this job's groups that the bus does not know, or that have ended."""
+        return {group_id for group_id in group_ids if group_id.startswith(f"{self._job_id}.s")} - set(
+            await self.dispatched()
+        )

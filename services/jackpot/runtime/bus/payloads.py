@@ -124,7 +124,7 @@ class FilePayloads:
         return len(left_behind)
 
     def _path(self, name: str) -> Path:
-        if Path(name).name != name:
+        if not name or Path(name).name != name:
             raise PayloadError(f"{name!r} is not a payload's name")
         return self._directory / name
 

@@ -124,6 +124,9 @@ class StreamReader:
                 if not (expired and self._counts_attempts):
                     continue
                 del self._held[group_id]
+            waiting = self._queue.get(group_id)
+            if waiting is not None and waiting.entry_id == entry_id:
+                continue
             self._queue[group_id] = Entry(entry_id, group_id, payload, attempts + 1)
 
     async def _begin(self, entries: list[Entry]) -> list[Entry]:

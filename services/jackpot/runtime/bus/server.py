@@ -144,7 +144,11 @@ class EmbeddedServer:
                 start_new_session=True,  # Ctrl-C is for the launcher, which stops the server last
                 preexec_fn=_dies_with(os.getpid()) if sys.platform == "linux" else None,
             )
-        await self._wait_until_ready(deadline, timeout_seconds)
+        try:
+            await self._wait_until_ready(deadline, timeout_seconds)
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self, timeout_seconds: float = 10.0) -> None:
         """Ask the server to finish writing and exit, and wait for it; no-op if it does not run."""

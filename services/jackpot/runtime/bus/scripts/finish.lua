@@ -1,17 +1,19 @@
 -- Give groups their one terminal state. ARGV: incarnation, 'trained' or 'dropped', reason, detail, then per group: id,
--- step. KEYS[13 …]: the groups' payloads, same order.
--- Returns per group: '' with the payload's name if it ended now, else the state that it already had.
+-- step, entry (if given, the group only ends if this still is its claim). KEYS[13 …]: the groups' payloads, same order.
+-- Returns per group: '' with the payload's name if it ended now, else the state that it already had, or 'lost'.
 local state, reason, detail = ARGV[2], ARGV[3], ARGV[4]
 local name = reason == '' and state or state .. ':' .. reason
 local results = {}
-for i = 5, #ARGV, 2 do
-  local group_id, step, payloads = ARGV[i], ARGV[i + 1], KEYS[13 + (i - 5) / 2]
+for i = 5, #ARGV, 3 do
+  local group_id, step, claim, payloads = ARGV[i], ARGV[i + 1], ARGV[i + 2], KEYS[13 + (i - 5) / 3]
   local ended = redis.call('HGET', TERMINAL, group_id)
+  local entry_id = redis.call('HGET', ENTRIES, group_id)
   if ended then
     results[#results + 1] = { ended, '' }
+  elseif claim ~= '' and claim ~= entry_id then
+    results[#results + 1] = { 'lost', '' }
   else
     local was = redis.call('HGET', OPEN, group_id)
-    local entry_id = redis.call('HGET', ENTRIES, group_id)
     -- A group that the bus does not know (any more) is entered here, so that the counters add up.
     if not was then redis.call('HINCRBY', COUNTERS, 'dispatched', 1) end
     -- Not take_off: an entry that nobody has read yet cannot be acknowledged, but goes all the same.

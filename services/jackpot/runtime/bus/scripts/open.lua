@@ -1,4 +1,4 @@
--- Create what is missing; ARGV[1] becomes the incarnation unless there is one. Returns it, and whether it is new.
+-- Create what is missing; ARGV[1] becomes the incarnation unless there is one. Returns it.
 local function ensure(stream, consumers)
   if redis.call('EXISTS', stream) == 1 then
     for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
@@ -10,5 +10,5 @@ end
 
 ensure(ROLLOUTS, SCORERS)
 ensure(SCORED, LEARNER)
-local created = redis.call('SETNX', INCARNATION, ARGV[1])
-return { redis.call('GET', INCARNATION), created }
+redis.call('SETNX', INCARNATION, ARGV[1])
+return redis.call('GET', INCARNATION)
