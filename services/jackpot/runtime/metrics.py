@@ -161,6 +161,9 @@ class Metrics:
             buckets=LOAD_BUCKETS,
             registry=registry,
         )
+        self._weights_refused = self._counter(
+            "jackpot_weights_refused", "Weight versions refused as damaged or not fitting", "role"
+        )
         self._restarts = self._counter("jackpot_process_restarts", "Restarts of a process by the launcher", "process")
         build = Info("jackpot_build", "What is running", ("job_id",), registry=registry)
         build.labels(job_id).info({"version": version("jackpot"), "python": platform.python_version()})
@@ -210,6 +213,10 @@ class Metrics:
         """Show that a replica now holds a weight version, and how long the swap took."""
         self._weight_version.labels(self._job_id, role, instance).set(version)
         self._weight_load.labels(self._job_id, role).observe(load_seconds)
+
+    def count_weights_refused(self, role: str) -> None:
+        """Count a weight version that a replica refused."""
+        self._weights_refused.labels(self._job_id, role).inc()
 
     def rpc_started(self, service: str, method: str) -> None:
         """An RPC is being answered; follow with :meth:`rpc_finished`."""

@@ -1,0 +1,177 @@
+"""Trajectories decoded together, one token each per step. Rows join, leave and change weights between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from jackpot.rollout.engine import GroupRequest
+from jackpot.rollout.kv_cache import RowCache, prefill
+from jackpot.rollout.rows import Row, RowTensors
+from jackpot.rollout.sampling import draw_tokens
+from jackpot.runtime.batching import length_buckets
+from jackpot.runtime.models import output_head
+from jackpot.trajectory import Trajectory, VersionSpan
+
+# Tokens of one prefill pass. Longer work is split, which bounds the memory of activations.
+PREFILL_TOKENS = 8192
+
+
+class DecodeBatch:
+    """The rows being decoded by one model. Not thread-safe; call inside ``torch.inference_mode()``.
+
+    The invariant between steps: the cache holds all tokens of a row but the last, which is the next input. Joining,
+    and starting over after a weight swap, are therefore the same thing: a prefill of all tokens but the last.
+
+    Args:
+        model: from ``load_causal_lm``.
+        eos_ids: tokens that end every trajectory.
+    """
+
+    def __init__(self, model: PreTrainedModel, eos_ids: Sequence[int]) -> None:
+        self.rows: list[Row] = []
+        self._model = model
+        self._head = output_head(model)
+        self._eos_ids = tuple(eos_ids)
+        self._state: RowTensors | None = None
+        self._cache: RowCache | None = None
+        self._any_greedy = False
+        self._max_count = 0  # of tokens sampled in a row, known without asking the device
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Let rows join, of which nothing has been sampled yet. Siblings next to each other share one prefill."""
+        prompts: list[NDArray[np.uint32]] = []
+        prompt_of_row: list[int] = []
+        for place, row in enumerate(rows):
+            if place == 0 or row.request is not rows[place - 1].request:
+                prompts.append(row.request.prompt_token_ids)
+            prompt_of_row.append(len(prompts) - 1)
+        cache = self._prefill([prompt[:-1] for prompt in prompts], prompt_of_row)
+        state = RowTensors.start(rows, self._eos_ids, self._model.device)
+        if self._state is None or self._cache is None:
+            self._state, self._cache = state, cache
+        else:
+            self._state.join(state)
+            self._cache.join(cache)
+        self.rows.extend(rows)
+        self._any_greedy = any(row.request.sampling.temperature == 0 for row in self.rows)
+
+    def step(self) -> list[tuple[Row, Trajectory]]:
+        """Sample one token for every row; the trajectories that are finished by it, which leave."""
+        if self._state is None or self._cache is None:
+            return []
+        state = self._state
+        if self._max_count == state.columns:
+            state.grow()
+        logits = self._forward(state, self._cache)
+        uniforms = state.uniforms.gather(1, state.counts[:, None])[:, 0]
+        drawn = draw_tokens(logits, state.temperatures, uniforms, state.top_k, self._any_greedy)
+        ended = state.record(drawn)
+        self._max_count += 1
+        if not bool(ended.any()):
+            return []
+        finished = ended.nonzero()[:, 0]
+        trajectories = self._harvest(state, finished)
+        done = set(finished.tolist())
+        pairs = list(zip((self.rows[place] for place in sorted(done)), trajectories, strict=True))
+        self._keep([place for place in range(len(self.rows)) if place not in done])
+        return pairs
+
+    def drop(self, requests: Collection[GroupRequest]) -> None:
+        """Remove the rows of these requests."""
+        self._keep([place for place, row in enumerate(self.rows) if row.request not in requests])
+
+    def clear(self) -> None:
+        """Remove all rows."""
+        self._keep([])
+
+    def change_version(self, version: int) -> None:
+        """The model's weights are another version's now: compute keys and values of all rows anew."""
+        if self._state is None:
+            return
+        counts = self._state.counts.tolist()
+        sampled = self._state.token_ids.cpu().numpy()
+        sequences = []
+        for row, count, tokens in zip(self.rows, counts, sampled, strict=True):
+            if row.versions[-1][1] == count:
+                row.versions.pop()  # it has sampled nothing
+            row.versions.append((version, count))
+            sequences.append(np.concatenate([row.request.prompt_token_ids, tokens[:count]])[:-1])
+        self._cache = None  # before the new one is made, not after: both may not fit
+        self._cache = self._prefill(sequences, range(len(sequences)))
+
+    def _prefill(self, sequences: Sequence[NDArray[Any]], sequence_of_row: Sequence[int]) -> RowCache:
+        """Keys and values of all sequences, repeated as rows need them."""
+        buckets = length_buckets([len(sequence) for sequence in sequences], PREFILL_TOKENS)
+        cache: RowCache | None = None
+        for bucket in buckets:
+            part = prefill(self._model, [sequences[index] for index in bucket])
+            if cache is None:
+                cache = part
+            else:
+                cache.join(part)
+        assert cache is not None
+        place_of = {index: place for place, index in enumerate(index for bucket in buckets for index in bucket)}
+        places = [place_of[index] for index in sequence_of_row]
+        if places != list(range(len(sequences))):
+            cache.select(torch.tensor(places, device=self._model.device))
+        return cache
+
+    def _forward(self, state: RowTensors, cache: RowCache) -> Tensor:
+        output = self._model.base_model(
+            input_ids=state.next_inputs[:, None],
+            position_ids=state.positions[:, None],
+            attention_mask=cache.step_mask(),
+            past_key_values=cache.past,
+            use_cache=True,
+        )
+        cache.length += 1
+        return self._head.logits(output.last_hidden_state[:, -1])
+
+    def _harvest(self, state: RowTensors, finished: Tensor) -> list[Trajectory]:
+        """The trajectories of these rows, copied to numpy together."""
+        counts = state.counts[finished].tolist()
+        tokens = state.token_ids[finished].cpu().numpy().astype(np.uint32)
+        logprobs = state.logprobs[finished].cpu().numpy()
+        topk_ids = state.topk_ids[finished].cpu().numpy().astype(np.uint32)
+        topk_logprobs = state.topk_logprobs[finished].cpu().numpy()
+        last = state.next_inputs[finished]
+        stopped = (state.stop_ids[finished] == last[:, None]).any(dim=1).tolist()
+        trajectories = []
+        for place, index in enumerate(finished.tolist()):
+            row, count = self.rows[index], counts[place]
+            top_k = row.request.sampling.top_logprobs
+            trajectories.append(
+                Trajectory(
+                    trajectory_id=f"{row.request.group_id}#{row.index}",
+                    token_ids=tokens[place, :count].copy(),
+                    actor_logprobs=logprobs[place, :count].copy(),
+                    topk_ids=topk_ids[place, :count, :top_k].copy() if top_k else None,
+                    topk_logprobs=topk_logprobs[place, :count, :top_k].copy() if top_k else None,
+                    version_spans=_spans(row.versions, count),
+                    finish_reason="stop" if stopped[place] else "length",
+                )
+            )
+        return trajectories
+
+    def _keep(self, places: list[int]) -> None:
+        if not places:
+            self.rows, self._state, self._cache, self._max_count = [], None, None, 0
+        elif len(places) < len(self.rows) and self._state is not None and self._cache is not None:
+            kept = torch.tensor(places, device=self._model.device)
+            self._state.select(kept)
+            self._cache.select(kept)
+            self.rows = [self.rows[place] for place in places]
+            self._max_count = int(self._state.counts.max())
+        self._any_greedy = any(row.request.sampling.temperature == 0 for row in self.rows)
+
+
+def _spans(versions: Sequence[tuple[int, int]], num_tokens: int) -> tuple[VersionSpan, ...]:
+    ends = [start for _, start in versions[1:]] + [num_tokens]
+    return tuple(VersionSpan(version, start, end) for (version, start), end in zip(versions, ends, strict=True))

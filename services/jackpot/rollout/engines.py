@@ -1,0 +1,84 @@
+"""Which engine serves, and making it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+
+from jackpot.config import JobSpec
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.errors import ConfigError
+from jackpot.rollout.decode_check import check_decoding
+from jackpot.rollout.engine import RolloutEngine
+from jackpot.rollout.transformers_engine import TransformersEngine
+from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
+
+LOG = logging.getLogger(__name__)
+
+
+def create_engine(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> RolloutEngine:
+    """The engine that the job asks for, holding the model of this process's role. Reads the model's files: slow.
+
+    Raises:
+        ConfigError: the engine, the role or the model cannot work.
+    """
+    if environment.role == "actor" and job.on_policy:
+        problem = "the job is on-policy, so there is no actor beside the policy"
+        raise ConfigError("JACKPOT_ROLE", "actor", problem, "Set JACKPOT_ROLE=policy.")
+    name, reason = choose_engine(job.rollout.engine, ENGINES.keys(), has_vllm(), torch.cuda.is_available())
+    LOG.info("engine %s: %s", name, reason)
+    return ENGINES[name](job, environment, metrics)
+
+
+def choose_engine(setting: str, built: Collection[str], vllm_installed: bool, has_gpu: bool) -> tuple[str, str]:
+    """The engine that ``rollout.engine`` means here, and why.
+
+    Args:
+        setting: ``auto``, ``transformers`` or ``vllm``.
+        built: the engines of this build.
+        vllm_installed: whether vLLM can be imported.
+        has_gpu: whether this process sees a CUDA device.
+
+    Raises:
+        ConfigError: an engine was asked for by name that this build does not have.
+    """
+    if setting != "auto":
+        if setting not in built:
+            problem = f"this build has only the {' and '.join(sorted(built))} engine"
+            raise ConfigError("rollout.engine", setting, problem, "Use auto or transformers.")
+        return setting, "asked for by rollout.engine"
+    if "vllm" not in built:
+        return "transformers", "this build has no vLLM engine"
+    if not vllm_installed:
+        return "transformers", "vLLM is not installed"
+    if not has_gpu:
+        return "transformers", "no CUDA device is visible"
+    return "vllm", "vLLM is installed and a CUDA device is visible"
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed; it is not imported, which takes many seconds."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> RolloutEngine:
+    config, field = (job.policy, "policy.model") if environment.role == "policy" else (job.rollout_model, "actor.model")
+    set_threads(environment.threads)
+    device = resolve_device(job.rollout.device, field="rollout.device")
+    model = load_causal_lm(config.model, config.dtype, device, field=field)
+    check_decoding(model, field=field)
+    return TransformersEngine(
+        model,
+        max_batch_size=job.rollout.max_batch_size,
+        max_queue=job.rollout.max_queue,
+        on_tokens=metrics.tokens_generated_total.inc,
+    )
+
+
+ENGINES: Mapping[str, Callable[[JobSpec, ServiceEnvironment, Metrics], RolloutEngine]] = {
+    "transformers": _transformers,
+}

@@ -1,0 +1,91 @@
+"""Keys and values of rows that come and go. Rows are aligned at their ends: what is missing in front is padding.
+
+Every layer keeps all positions, sliding-window layers too (their mask hides what is outside the window), so rows of
+any age fit together by padding alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+
+@dataclass(slots=True, eq=False)
+class RowCache:
+    """Keys and values ``[B, heads, L, head size]`` of every layer; row b's first ``pads[b]`` columns are padding."""
+
+    past: DynamicCache
+    pads: Tensor  # int64 [B]
+    length: int  # L ≥ 1
+    max_pad: int  # the largest of pads, known without asking the device
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order (a row may repeat), and drop columns that are padding in all of them."""
+        self.past.batch_select_indices(rows)
+        self.pads = self.pads[rows]
+        if self.max_pad:
+            # One column always stays, so that layers are never empty.
+            self._drop_front(min(int(self.pads.min()), self.length - 1))
+
+    def join(self, other: RowCache) -> None:
+        """Append the rows of another cache. The shorter of the two is padded in front."""
+        length = max(self.length, other.length)
+        ours, theirs = length - self.length, length - other.length
+        for mine, their in zip(_layers(self.past), _layers(other.past), strict=True):
+            mine.keys = torch.cat([_pad_front(mine.keys, ours), _pad_front(their.keys, theirs)])
+            mine.values = torch.cat([_pad_front(mine.values, ours), _pad_front(their.values, theirs)])
+        self.pads = torch.cat([self.pads + ours, other.pads + theirs])
+        self.max_pad = max(self.max_pad + ours, other.max_pad + theirs)
+        self.length = length
+
+    def step_mask(self) -> Tensor | None:
+        """What each row's next token attends to, itself included: bool ``[B, L + 1]``; None if nothing is hidden."""
+        if not self.max_pad:
+            return None
+        return torch.arange(self.length + 1, device=self.pads.device) >= self.pads[:, None]
+
+    def _drop_front(self, columns: int) -> None:
+        for layer in _layers(self.past):
+            layer.keys, layer.values = layer.keys[:, :, columns:], layer.values[:, :, columns:]
+        self.length -= columns
+        self.pads = self.pads - columns
+        self.max_pad = int(self.pads.max())
+
+
+def prefill(model: PreTrainedModel, prefixes: Sequence[NDArray[Any]]) -> RowCache:
+    """One pass over token sequences (empty ones are allowed): their keys and values, one row each."""
+    lengths = torch.tensor([len(prefix) for prefix in prefixes])
+    length = max(1, int(lengths.max()))
+    ids = np.zeros((len(prefixes), length), dtype=np.int64)
+    for row, prefix in zip(ids, prefixes, strict=True):
+        row[: len(prefix)] = prefix
+    # Padding behind needs no mask: attention is causal. It is moved to the front afterwards.
+    past = DynamicCache()
+    model.base_model(input_ids=torch.from_numpy(ids).to(model.device), past_key_values=past, use_cache=True)
+    pads = (length - lengths).to(model.device)
+    max_pad = length - int(lengths.min())
+    if max_pad:
+        for layer in _layers(past):
+            layer.keys, layer.values = _to_the_end(layer.keys, pads), _to_the_end(layer.values, pads)
+    return RowCache(past, pads, length, max_pad)
+
+
+def _to_the_end(states: Tensor, pads: Tensor) -> Tensor:
+    """Rotate row b of ``[B, heads, L, size]`` by ``pads[b]`` columns, so that its padding comes first."""
+    columns = (torch.arange(states.shape[2], device=states.device) - pads[:, None]) % states.shape[2]
+    return states.gather(2, columns[:, None, :, None].expand_as(states))
+
+
+def _pad_front(states: Tensor, columns: int) -> Tensor:
+    return nn.functional.pad(states, (0, 0, columns, 0)) if columns else states
+
+
+def _layers(past: DynamicCache) -> Sequence[Any]:
+    return past.layers

@@ -1,0 +1,93 @@
+"""The rollout service's process: an engine, kept at the newest weights, behind gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import grpc
+
+from jackpot.config import JobSpec
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.errors import DeadlineError
+from jackpot.rollout.engine import RolloutEngine
+from jackpot.rollout.engines import create_engine
+from jackpot.rollout.servicer import SERVICE_NAME, RolloutServicer
+from jackpot.rollout.weight_follower import WeightFollower
+from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.process import announce_ready
+from jackpot.runtime.rpc import RpcServer, create_server
+from jackpot.runtime.weights import WeightStore
+from jackpot.v1 import rollout_pb2_grpc
+
+LOG = logging.getLogger(__name__)
+
+
+async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
+    """Serve until ``stop``; the exit code. Ready once a version from the weight store is loaded.
+
+    Raises:
+        ConfigError: the engine, the model or the address cannot work.
+        EngineError: the engine failed; the process should be started again.
+    """
+    metrics = Metrics(environment.job_id)
+    engine = await asyncio.to_thread(create_engine, job, environment, metrics)
+    follower = WeightFollower(
+        engine,
+        WeightStore(environment.run_dir / "weights"),
+        environment.role,
+        job.rollout.weight_poll_seconds,
+        on_loaded=lambda version, seconds: metrics.observe_weights(
+            environment.role, environment.instance, version, seconds
+        ),
+        on_refused=lambda version: metrics.count_weights_refused(environment.role),
+    )
+
+    def register(server: grpc.aio.Server) -> None:
+        servicer = RolloutServicer(engine, follower, environment.role)
+        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+
+    server = create_server(environment.listen, register, [SERVICE_NAME], metrics=metrics, tls_dir=environment.tls_dir)
+    await server.start()
+    try:
+        await _until_stopped(stop, engine, follower, server, job.run.startup_timeout_seconds)
+    finally:
+        await server.stop()
+        await engine.close()
+    return 0
+
+
+async def _until_stopped(
+    stop: asyncio.Event, engine: RolloutEngine, follower: WeightFollower, server: RpcServer, patience_seconds: float
+) -> None:
+    """Return on ``stop``; raise what ends the engine or the follower."""
+    tasks = [
+        asyncio.create_task(work)
+        for work in (
+            stop.wait(),
+            engine.wait_failed(),
+            follower.follow(),
+            _become_ready(stop, engine, follower, server, patience_seconds),
+        )
+    ]
+    try:
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _become_ready(
+    stop: asyncio.Event, engine: RolloutEngine, follower: WeightFollower, server: RpcServer, patience_seconds: float
+) -> None:
+    while engine.version < 0:
+        try:
+            await follower.wait_for(0, patience_seconds)
+        except DeadlineError as error:
+            LOG.warning("not ready yet: %s", error)
+    await server.health.set_ready(True)
+    announce_ready(engine=engine.name, version=engine.version)
+    await stop.wait()

@@ -1,0 +1,85 @@
+"""gRPC face of the rollout service: decode, call, encode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jackpot.errors import ConfigError
+from jackpot.rollout.engine import GroupRequest, RolloutEngine, Sampling
+from jackpot.rollout.weight_follower import WeightFollower
+from jackpot.runtime.wire import ids_from_bytes, trajectory_to_proto
+from jackpot.trajectory import Role
+from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
+
+if TYPE_CHECKING:
+    import grpc
+
+SERVICE_NAME: str = rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name
+
+# Waits end a little before the caller's deadline, so that it hears what was waited for.
+_PART_OF_DEADLINE = 0.95
+
+
+class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
+    """Samples groups with the weights of one role."""
+
+    def __init__(self, engine: RolloutEngine, follower: WeightFollower, role: Role) -> None:
+        self._engine = engine
+        self._follower = follower
+        self._role = role
+
+    async def Generate(
+        self, request: rollout_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> rollout_pb2.GenerateResponse:
+        """Sample one group, once a version no older than ``min_version`` is held."""
+        group = _group_request(request)
+        self._engine.check(group)
+        # Version 0 at least: what was in the model directory is nobody's version.
+        await self._follower.wait_for(max(0, request.min_version), _seconds_left(context))
+        trajectories = await self._engine.generate(group)
+        return rollout_pb2.GenerateResponse(trajectories=[trajectory_to_proto(t) for t in trajectories])
+
+    async def LoadWeights(
+        self, request: rollout_pb2.RolloutServiceLoadWeightsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> rollout_pb2.RolloutServiceLoadWeightsResponse:
+        """Answer once a version no older than the one asked for is held; 0 is the newest in the store."""
+        wanted = request.weights.min_version or max(0, await self._follower.newest())
+        held = await self._follower.wait_for(wanted, _seconds_left(context))
+        return rollout_pb2.RolloutServiceLoadWeightsResponse(weights=weights_pb2.LoadWeightsResponse(version=held))
+
+    async def GetStatus(
+        self, request: rollout_pb2.RolloutServiceGetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> rollout_pb2.RolloutServiceGetStatusResponse:
+        """Engine, role, the version held (−1 before the first) and how busy it is."""
+        status = self._engine.status()
+        return rollout_pb2.RolloutServiceGetStatusResponse(
+            engine=self._engine.name,
+            role=self._role,
+            version=self._engine.version,
+            num_running=status.num_running,
+            num_waiting=status.num_waiting,
+            tokens_generated=status.tokens_generated,
+        )
+
+
+def _group_request(request: rollout_pb2.GenerateRequest) -> GroupRequest:
+    if not request.group_id:
+        raise ConfigError("group_id", "", "is empty", "Trajectories are named after it: send one.")
+    sampling = request.sampling
+    return GroupRequest(
+        group_id=request.group_id,
+        prompt_token_ids=ids_from_bytes(request.prompt_token_ids, "prompt_token_ids"),
+        num_trajectories=request.num_trajectories,
+        sampling=Sampling(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=tuple(sampling.stop_token_ids),
+            top_logprobs=sampling.top_logprobs,
+            seed=sampling.seed,
+        ),
+    )
+
+
+def _seconds_left(context: grpc.aio.ServicerContext[Any, Any]) -> float:
+    remaining = context.time_remaining()
+    return _PART_OF_DEADLINE * (remaining if remaining is not None else 0.0)
