@@ -2,38 +2,85 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from bus_world import STORES, assert_closed, bus_settings, make_group, make_scored, plain
+from bus_world import STORES, assert_closed, bus_settings, eventually, make_group, make_scored, plain
+from redis.asyncio import Redis
 
-from jackpot.runtime.bus import TrajectoryBus
+from jackpot.errors import BusError, BusLostError, ConfigError, LeaseLostError, PayloadError
+from jackpot.runtime.bus import BusDepths, Delivery, Ledger, TrajectoryBus
+from jackpot.trajectory import Group, GroupKey
 
 
-@pytest.fixture
-def job_id() -> str:
-    return f"bus-{uuid.uuid4().hex[:12]}"
+class Job:
+    """One job on the shared server: makes connections, and remembers what was dispatched."""
+
+    def __init__(self, url: str, store: str, payload_dir: Path) -> None:
+        self.url = url
+        self.store = store
+        self.payload_dir = payload_dir
+        self.job_id = f"bus-{uuid.uuid4().hex[:12]}"
+        self.dispatched: set[str] = set()
+
+    @asynccontextmanager
+    async def connect(self, consumer: str = "0", **settings: Any) -> AsyncIterator[TrajectoryBus]:
+        bus = await TrajectoryBus.connect(
+            self.url, self.job_id, bus_settings(self.store, **settings), consumer, self.payload_dir
+        )
+        try:
+            await bus.open()
+            yield bus
+        finally:
+            await bus.close()
+
+    def group(self, slot: int) -> Group:
+        return make_group(self.job_id, slot)
+
+    async def publish(self, bus: TrajectoryBus, *slots: int) -> list[str]:
+        groups = [self.group(slot) for slot in slots]
+        for group in groups:
+            assert await bus.reserve(group.group_id, 5000)
+            assert await bus.publish(group) == "published"
+            self.dispatched.add(group.group_id)
+        return [group.group_id for group in groups]
+
+    async def publish_scored(self, bus: TrajectoryBus, *slots: int) -> list[str]:
+        group_ids = await self.publish(bus, *slots)
+        for _ in slots:
+            (delivery,) = await bus.take_groups(1, 1.0)
+            await bus.publish_scored(delivery, make_scored(delivery.value))
+        return group_ids
+
+    async def assert_closed(self, bus: TrajectoryBus) -> Ledger:
+        return await assert_closed(bus, self.url, self.job_id, self.payload_dir, self.dispatched)
 
 
 @pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def job(request: pytest.FixtureRequest, valkey_url: str, tmp_path: Path) -> Job:
+    return Job(valkey_url, request.param, tmp_path)
 
 
 @pytest.fixture
-async def bus(valkey_url: str, job_id: str, store: str, tmp_path: Path) -> AsyncIterator[TrajectoryBus]:
-    bus = await TrajectoryBus.connect(valkey_url, job_id, bus_settings(store), "0", tmp_path)
-    await bus.open()
-    yield bus
-    await bus.close()
+async def bus(job: Job) -> AsyncIterator[TrajectoryBus]:
+    async with job.connect() as bus:
+        yield bus
 
 
-async def test_a_group_travels_from_dispatch_to_trained(
-    bus: TrajectoryBus, valkey_url: str, job_id: str, tmp_path: Path
-) -> None:
-    group = make_group(job_id, 7)
+def ids(deliveries: list[Delivery[Any]]) -> list[str]:
+    return [delivery.group_id for delivery in deliveries]
+
+
+# --- one group's way ---
+
+
+async def test_a_group_travels_from_dispatch_to_trained(job: Job, bus: TrajectoryBus) -> None:
+    group = job.group(7)
     assert await bus.reserve(group.group_id, 5000)
     assert await bus.dispatched() == {group.group_id: "dispatched"}
     assert await bus.publish(group) == "published"
@@ -47,5 +94,386 @@ async def test_a_group_travels_from_dispatch_to_trained(
     (ready,) = await bus.take_scored(4, 1.0)
     assert plain(ready.value) == plain(scored)
     assert await bus.commit_trained({group.group_id: 3}) == []
-    ledger = await assert_closed(bus, valkey_url, job_id, tmp_path, {group.group_id})
-    assert ledger.trained == 1
+    job.dispatched.add(group.group_id)
+    assert await job.assert_closed(bus) == Ledger(dispatched=1, trained=1)
+    ((_, record),) = await bus.read_terminal("", 10)
+    assert (record.group_id, record.state, record.reason, record.step) == (group.group_id, "trained", "", 3)
+
+
+async def test_depths_follow_the_groups(job: Job, bus: TrajectoryBus) -> None:
+    first, _, _ = await job.publish(bus, 0, 1, 2)
+    one, _ = await bus.take_groups(2, 1.0)
+    await bus.publish_scored(one, make_scored(one.value))
+    depths = await bus.depths()
+    assert depths == BusDepths(1, 1, 1, 0, depths.bytes_used, 1 << 20)
+    await bus.take_scored(2, 1.0)
+    assert (await bus.depths()).scored_pending == 1
+    await bus.commit_trained({first: 1})
+    assert await bus.close_job() == 2
+    ledger = await job.assert_closed(bus)
+    assert ledger == Ledger(dispatched=3, trained=1, dropped={"unused": 2})
+
+
+# --- dispatch and budget ---
+
+
+async def test_dispatch_holds_when_the_budget_is_spent(job: Job) -> None:
+    async with job.connect(max_bytes=10_000) as bus:
+        first, second, third = (job.group(slot).group_id for slot in range(3))
+        assert await bus.reserve(first, 6000)
+        assert await bus.reserve(first, 6000)  # again: no second reservation
+        assert not await bus.reserve(second, 6000)
+        assert second not in await bus.dispatched()
+        assert await bus.reserve(third, 6000, urgent=True)
+        assert (await bus.depths()).bytes_used == 12_000
+        await bus.publish(job.group(0))  # its real size replaces the estimate
+        assert 0 < (await bus.depths()).bytes_used - 6000 < 2000
+        await bus.drop(third, "rollout_failed")
+        assert await bus.reserve(second, 6000)
+        await bus.close_job()
+        job.dispatched = {first, second, third}
+        assert (await job.assert_closed(bus)).dropped == {"rollout_failed": 1, "unused": 2}
+
+
+async def test_a_group_larger_than_the_whole_budget_is_a_configuration_error(job: Job) -> None:
+    async with job.connect(max_bytes=10_000) as bus:
+        with pytest.raises(ConfigError, match=r"bus.max_bytes = 10000: one group may take 10001 bytes"):
+            await bus.reserve(job.group(0).group_id, 10_001)
+
+
+async def test_ended_groups_cannot_be_dispatched_again(job: Job, bus: TrajectoryBus) -> None:
+    (group_id,) = await job.publish(bus, 0)
+    await bus.drop(group_id, "stale")
+    with pytest.raises(BusError, match=r"it has ended already \(dropped:stale\)"):
+        await bus.reserve(group_id, 100)
+
+
+@pytest.mark.parametrize("group_id", ["nonsense", "other-job.s0.e0.p0.a0", "../x.s0.e0.p0.a0"])
+async def test_ids_of_other_jobs_are_refused(bus: TrajectoryBus, group_id: str) -> None:
+    for call in (bus.reserve(group_id, 100), bus.drop(group_id, "stale")):
+        with pytest.raises(BusError, match=r"not a group id|does not belong to job"):
+            await call
+
+
+async def test_publishing_twice_is_recognised(job: Job, bus: TrajectoryBus) -> None:
+    (group_id,) = await job.publish(bus, 0)
+    assert await bus.publish(job.group(0)) == "duplicate"
+    (delivery,) = await bus.take_groups(1, 1.0)
+    assert await bus.publish(job.group(0)) == "duplicate"
+    await bus.publish_scored(delivery, make_scored(delivery.value))
+    assert await bus.publish(job.group(0)) == "duplicate"
+    await bus.commit_trained({group_id: 1})
+    assert await bus.publish(job.group(0)) == "terminal"
+    await job.assert_closed(bus)
+
+
+async def test_a_group_that_the_server_forgot_is_registered_when_published(job: Job, bus: TrajectoryBus) -> None:
+    group = job.group(0)
+    assert await bus.publish(group) == "published"
+    job.dispatched.add(group.group_id)
+    assert (await bus.ledger()) == Ledger(dispatched=1, trained=0, open=1)
+    await bus.close_job()
+    await job.assert_closed(bus)
+
+
+async def test_groups_too_large_are_refused_at_the_producer(job: Job) -> None:
+    async with job.connect(max_payload_bytes=100) as bus:
+        with pytest.raises(PayloadError, match=r"Raise bus.max_payload_bytes"):
+            await bus.publish(job.group(0))
+
+
+# --- endings ---
+
+
+async def test_every_group_ends_once(job: Job, bus: TrajectoryBus) -> None:
+    trained, stale = await job.publish_scored(bus, 0, 1)
+    await bus.take_scored(2, 1.0)
+    await bus.drop(stale, "stale", "too old")
+    assert await bus.commit_trained({trained: 4, stale: 4}) == [stale]
+    await bus.drop(trained, "unused")
+    assert await bus.commit_trained({trained: 5}) == []
+    assert await bus.terminal_states([trained, stale, "none"]) == {trained: "trained", stale: "dropped:stale"}
+    ledger = await job.assert_closed(bus)
+    assert ledger == Ledger(dispatched=2, trained=1, dropped={"stale": 1})
+
+
+async def test_unknown_groups_that_end_are_entered_in_the_ledger(job: Job, bus: TrajectoryBus) -> None:
+    """So that the ledger can be rebuilt from its mirror after the server lost everything."""
+    lost, trained = (job.group(slot).group_id for slot in range(2))
+    await bus.drop(lost, "lost")
+    await bus.commit_trained({trained: 2})
+    job.dispatched = {lost, trained}
+    assert await job.assert_closed(bus) == Ledger(dispatched=2, trained=1, dropped={"lost": 1})
+
+
+async def test_a_dropped_group_is_never_delivered(job: Job, bus: TrajectoryBus) -> None:
+    waiting, taken, kept = await job.publish(bus, 0, 1, 2)
+    await bus.drop(waiting, "stale")
+    (delivery,) = await bus.take_groups(1, 1.0)
+    assert delivery.group_id == taken
+    await bus.drop(taken, "stale")
+    with pytest.raises(LeaseLostError, match="taken over or has ended"):
+        await bus.publish_scored(delivery, make_scored(delivery.value))
+    assert ids(await bus.take_groups(4, 1.0)) == [kept]
+
+
+async def test_the_ledger_is_read_on_from_any_position(job: Job, bus: TrajectoryBus) -> None:
+    group_ids = await job.publish(bus, *range(5))
+    for group_id in group_ids:
+        await bus.drop(group_id, "stale", f"detail of {group_id}")
+    read: list[str] = []
+    position = ""
+    while page := await bus.read_terminal(position, 2):
+        position = page[-1][0]
+        read += [record.group_id for _, record in page]
+        assert all(r.detail == f"detail of {r.group_id}" and (r.reason, r.step) == ("stale", -1) for _, r in page)
+    assert read == group_ids
+
+
+async def test_small_values_are_kept(bus: TrajectoryBus) -> None:
+    assert await bus.get_value("cursor") is None
+    await bus.set_value("cursor", "12")
+    assert await bus.get_value("cursor") == "12"
+
+
+# --- scorers ---
+
+
+async def test_taking_waits_for_what_is_published_meanwhile(job: Job, bus: TrajectoryBus) -> None:
+    taking = asyncio.create_task(bus.take_groups(1, 5.0))
+    await eventually(lambda: _blocked(job))
+    (group_id,) = await job.publish(bus, 0)
+    assert ids(await asyncio.wait_for(taking, 1.0)) == [group_id]
+
+
+async def _blocked(job: Job) -> bool:
+    async with Redis.from_url(job.url, decode_responses=True) as redis:
+        return int((await redis.info("clients"))["blocked_clients"]) > 0
+
+
+async def test_taking_returns_nothing_after_its_time(bus: TrajectoryBus) -> None:
+    async with asyncio.timeout(2.0):
+        assert await bus.take_groups(1, 0.05) == []
+        assert await bus.take_scored(1, 0.0) == []
+
+
+async def test_a_failed_group_is_tried_again_and_dropped_after_the_last_attempt(job: Job) -> None:
+    async with job.connect(max_attempts=3) as bus:
+        (group_id,) = await job.publish(bus, 0)
+        for attempt in (1, 2, 3):
+            (delivery,) = await bus.take_groups(4, 1.0)
+            assert delivery.attempt == attempt
+            await bus.fail(delivery, "scoring_failed", f"attempt {attempt}")
+        assert await bus.take_groups(4, 0.05) == []
+        assert (await bus.terminal_states([group_id])) == {group_id: "dropped:scoring_failed"}
+        ((_, record),) = await bus.read_terminal("", 10)
+        assert record.detail == "attempt 3"
+        await job.assert_closed(bus)
+
+
+async def test_released_groups_lose_no_attempt(job: Job) -> None:
+    async with job.connect(max_attempts=1) as bus:
+        await job.publish(bus, 0, 1)
+        for _ in range(3):
+            deliveries = await bus.take_groups(2, 1.0)
+            assert [delivery.attempt for delivery in deliveries] == [1, 1]
+            await bus.release(deliveries)
+        assert await bus.close_job() == 2
+        await job.assert_closed(bus)
+
+
+async def test_a_group_tried_before_travels_alone(job: Job, bus: TrajectoryBus) -> None:
+    suspect, second, third, fourth = await job.publish(bus, 0, 1, 2, 3)
+    first_batch = await bus.take_groups(2, 1.0)
+    assert ids(first_batch) == [suspect, second]
+    await bus.fail(first_batch[0], "scoring_failed")
+    # The others go on, but the suspect waits until nothing else is in the same hands, and then keeps them for itself.
+    assert ids(await bus.take_groups(4, 0.05)) == []
+    await bus.publish_scored(first_batch[1], make_scored(first_batch[1].value))
+    alone = await bus.take_groups(4, 1.0)
+    assert [(delivery.group_id, delivery.attempt) for delivery in alone] == [(suspect, 2)]
+    assert await bus.take_groups(4, 0.05) == []
+    await bus.publish_scored(alone[0], make_scored(alone[0].value))
+    assert ids(await bus.take_groups(4, 1.0)) == [third, fourth]
+
+
+async def test_a_waiting_suspect_is_handed_out_as_soon_as_the_hands_are_free(job: Job, bus: TrajectoryBus) -> None:
+    suspect, _ = await job.publish(bus, 0, 1)
+    failing, other = await bus.take_groups(2, 1.0)
+    await bus.fail(failing, "scoring_failed")
+    taking = asyncio.create_task(bus.take_groups(2, 5.0))
+    await bus.publish_scored(other, make_scored(other.value))
+    assert ids(await asyncio.wait_for(taking, 1.0)) == [suspect]
+
+
+async def test_a_restarted_scorer_gets_back_what_it_held(job: Job) -> None:
+    async with job.connect(lease_seconds=60) as before:
+        first, second = await job.publish(before, 0, 1)
+        assert ids(await before.take_groups(2, 1.0)) == [first, second]
+        async with job.connect(lease_seconds=60) as after:
+            for group_id in (first, second):
+                (delivery,) = await after.take_groups(2, 1.0)
+                assert (delivery.group_id, delivery.attempt) == (group_id, 2)
+                await after.publish_scored(delivery, make_scored(delivery.value))
+
+
+async def test_an_expired_lease_goes_to_another_scorer_and_the_first_is_fenced(job: Job) -> None:
+    async with job.connect("a") as slow, job.connect("b") as quick:
+        (group_id,) = await job.publish(slow, 0)
+        (zombie,) = await slow.take_groups(1, 1.0)
+        (delivery,) = await quick.take_groups(1, 5.0)
+        assert (delivery.group_id, delivery.attempt) == (group_id, 2)
+        await slow.fail(zombie, "scoring_failed")  # not its business any more
+        assert await slow.renew([zombie]) == [group_id]
+        await quick.publish_scored(delivery, make_scored(delivery.value))
+        with pytest.raises(LeaseLostError):
+            await slow.publish_scored(zombie, make_scored(zombie.value))
+        (ready,) = await quick.take_scored(1, 1.0)
+        assert await quick.commit_trained({ready.group_id: 1}) == []
+        assert await job.assert_closed(quick) == Ledger(dispatched=1, trained=1)
+
+
+async def test_renewed_leases_stay(job: Job) -> None:
+    async with job.connect("a") as slow, job.connect("b") as greedy:
+        await job.publish(slow, 0)
+        held = await slow.take_groups(1, 1.0)
+        taking = asyncio.create_task(greedy.take_groups(1, 1.0))  # more than three leases
+        while not taking.done():
+            assert await slow.renew(held) == []
+            await asyncio.wait([taking], timeout=0.05)
+        assert taking.result() == []
+        await slow.publish_scored(held[0], make_scored(held[0].value))
+
+
+async def test_a_lease_that_the_same_process_let_lapse_is_handed_out_again(job: Job, bus: TrajectoryBus) -> None:
+    (group_id,) = await job.publish(bus, 0)
+    (forgotten,) = await bus.take_groups(1, 1.0)
+    (again,) = await bus.take_groups(1, 5.0)
+    assert (again.group_id, again.attempt) == (group_id, 2)
+    await bus.publish_scored(again, make_scored(again.value))
+    with pytest.raises(LeaseLostError):
+        await bus.publish_scored(forgotten, make_scored(forgotten.value))
+
+
+async def test_a_cancelled_take_loses_nothing(job: Job, bus: TrajectoryBus) -> None:
+    group_ids = await job.publish(bus, *range(20))
+    taken: list[str] = []
+    for round_ in range(1000):
+        taking = asyncio.create_task(bus.take_groups(1, 1.0))
+        for _ in range(round_ % 40):  # cut off at ever other places
+            await asyncio.sleep(0)
+        taking.cancel()
+        try:
+            (delivery,) = await taking
+        except asyncio.CancelledError:
+            continue
+        assert delivery.attempt == 1
+        await bus.publish_scored(delivery, make_scored(delivery.value))
+        taken.append(delivery.group_id)
+        if len(taken) == len(group_ids):
+            break
+    while len(taken) < len(group_ids):
+        (delivery,) = await bus.take_groups(1, 1.0)
+        assert delivery.attempt == 1
+        await bus.publish_scored(delivery, make_scored(delivery.value))
+        taken.append(delivery.group_id)
+    assert taken == group_ids
+
+
+# --- the learner ---
+
+
+async def test_the_learner_gets_each_group_once_while_it_holds_them(job: Job, bus: TrajectoryBus) -> None:
+    group_ids = await job.publish_scored(bus, 0, 1, 2)
+    deliveries = await bus.take_scored(2, 1.0)
+    deliveries += await bus.take_scored(2, 1.0)
+    assert ids(deliveries) == group_ids
+    assert await bus.take_scored(4, 1.0) == []  # more than three leases without renewal: it is the only learner
+    assert await bus.renew(deliveries) == []
+    await bus.commit_trained(dict.fromkeys(group_ids, 1))
+    await job.assert_closed(bus)
+
+
+async def test_a_restarted_learner_gets_everything_uncommitted_in_order(job: Job) -> None:
+    async with job.connect() as before:
+        group_ids = await job.publish_scored(before, *range(5))
+        assert ids(await before.take_scored(3, 1.0)) == group_ids[:3]
+        await before.commit_trained({group_ids[0]: 1})
+    async with job.connect() as after:
+        found = await after.fetch_scored(group_ids)
+        assert list(found) == group_ids[1:]
+        assert plain(found[group_ids[1]]) == plain(make_scored(job.group(1)))
+        deliveries = [*await after.take_scored(2, 1.0), *await after.take_scored(2, 1.0)]
+        assert ids(deliveries) == group_ids[1:]
+
+
+async def test_only_scored_groups_are_fetched(job: Job, bus: TrajectoryBus) -> None:
+    await job.publish(bus, 0)
+    assert await bus.fetch_scored([job.group(0).group_id, job.group(1).group_id]) == {}
+    assert await bus.fetch_scored([]) == {}
+
+
+# --- opening ---
+
+
+async def test_opening_twice_changes_nothing(job: Job, bus: TrajectoryBus) -> None:
+    await job.publish(bus, 0)
+    assert await bus.open() is False
+    async with job.connect("1") as other:
+        assert list(await other.dispatched()) == [job.group(0).group_id]
+
+
+async def test_calls_before_open_are_refused(job: Job) -> None:
+    bus = await TrajectoryBus.connect(job.url, job.job_id, bus_settings(job.store), "0", job.payload_dir)
+    for call in (bus.dispatched(), bus.take_groups(1, 0.0), bus.set_value("x", "y")):
+        with pytest.raises(BusError, match=r"call open\(\) first"):
+            await call
+    await bus.close()
+
+
+async def test_nobody_there(tmp_path: Path) -> None:
+    url = f"unix://:secret@{tmp_path}/bus.sock"
+    with pytest.raises(BusError, match="does not answer") as raised:
+        await TrajectoryBus.connect(url, "job", bus_settings("file"), "0", tmp_path)
+    assert "secret" not in str(raised.value)
+
+
+async def test_jobs_do_not_see_each_other(job: Job, bus: TrajectoryBus) -> None:
+    other = Job(job.url, job.store, job.payload_dir)
+    await job.publish(bus, 0)
+    async with other.connect() as other_bus:
+        assert await other_bus.dispatched() == {}
+        assert await other_bus.take_groups(1, 0.05) == []
+
+
+async def test_a_job_begun_anew_fences_off_who_has_not_noticed(job: Job, bus: TrajectoryBus) -> None:
+    (group_id,) = await job.publish_scored(bus, 0)
+    deliveries = await bus.take_scored(1, 1.0)
+    async with Redis.from_url(job.url) as redis:
+        await redis.delete(*[key async for key in redis.scan_iter(f"jackpot:{{{job.job_id}}}:*")])
+    calls = (
+        bus.dispatched(),
+        bus.reserve(group_id, 1),
+        bus.publish(job.group(0)),
+        bus.take_groups(1, 0.0),
+        bus.take_scored(1, 0.0),
+        bus.fetch_scored([group_id]),
+        bus.renew(deliveries),
+        bus.drop(group_id, "lost"),
+        bus.commit_trained({group_id: 1}),
+        bus.ledger(),
+        bus.depths(),
+        bus.get_value("x"),
+        bus.set_value("x", "y"),
+    )
+    async with job.connect("1"):
+        for call in calls:
+            with pytest.raises(BusLostError, match="Open the bus again"):
+                await call
+        assert await bus.open() is False
+        assert await bus.dispatched() == {}
+        assert await bus.take_scored(1, 0.05) == []
+        assert await bus.reserve(GroupKey(9, 0, 9).group_id(job.job_id), 10)
+        assert await bus.close_job() == 1
+        job.dispatched = {GroupKey(9, 0, 9).group_id(job.job_id)}
+        await job.assert_closed(bus)

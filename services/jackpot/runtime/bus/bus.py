@@ -66,6 +66,7 @@ class TrajectoryBus(BusReadings):
 
         Raises:
             BusError: the server does not answer.
+            ConfigError: the server is too old, or evicts keys when it is full.
         """
         client = BusClient(url, job_id)
         store: PayloadStore
@@ -74,8 +75,8 @@ class TrajectoryBus(BusReadings):
         else:
             store = RedisPayloads(client, settings.max_payload_bytes)
         try:
-            await client.call("PING")
-        except BusError:
+            await client.check_server()
+        except (BusError, ConfigError):
             await client.close()
             raise
         return cls(client, store, settings, job_id, consumer)

@@ -14,11 +14,12 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import EqualJitterBackoff
 
-from jackpot.errors import BusError, BusLostError
+from jackpot.errors import BusError, BusLostError, ConfigError
 
 SOCKET_TIMEOUT_SECONDS = 10.0
 CONNECT_TIMEOUT_SECONDS = 5.0
 CALL_TIMEOUT_SECONDS = 30.0  # one call with all its retries; a server that restarts is back long before
+MIN_VERSION = 7  # of Redis; every Valkey speaks at least 7.2
 RETRIES = 10  # with the back-off below about six seconds, if the server refuses connections at once
 BACKOFF_SECONDS = (0.05, 1.0)  # first, greatest
 MAX_BLOCK_SECONDS = 2.0  # always well below the socket timeout, else blocked reads would look like a dead server
@@ -87,6 +88,29 @@ class BusClient:
             retry=Retry(EqualJitterBackoff(cap=greatest, base=first), RETRIES),
         )
         self._scripts = {name: self._redis.register_script(_source(name)) for name in _SCRIPTS}
+
+    async def check_server(self) -> None:
+        """Make sure that a server answers and can be relied on.
+
+        Raises:
+            BusError: it does not answer.
+            ConfigError: it is too old, or evicts keys when it is full.
+        """
+        async with self._translated():
+            try:
+                info = await self._redis.info()
+            except exceptions.NoPermissionError:
+                return  # an access list without INFO: whoever wrote it has looked at the server
+        version, policy = str(info["redis_version"]), str(info.get("maxmemory_policy", "noeviction"))
+        if int(version.partition(".")[0]) < MIN_VERSION:
+            raise ConfigError("bus.url", self.address, f"its server speaks Redis {version}", "Use Redis 7.0 or Valkey.")
+        if policy.startswith("allkeys-"):
+            raise ConfigError(
+                "bus.url",
+                self.address,
+                f"its server deletes keys when it is full (maxmemory-policy {policy})",
+                "Set maxmemory-policy to noeviction.",
+            )
 
     async def close(self) -> None:
         """Close all connections."""

@@ -27,8 +27,8 @@ from redis import exceptions
 from redis.asyncio import Redis
 
 from jackpot.errors import BusError, ConfigError, DeadlineError
+from jackpot.runtime.bus.client import MIN_VERSION
 
-_MIN_VERSION = 7  # of Redis; every Valkey is newer
 _SOCKET_PATH_LIMIT = 100  # the kernel's is 108 on Linux, 104 on macOS, the closing zero included
 _POLL_SECONDS = 0.02
 _PR_SET_PDEATHSIG = 1
@@ -66,7 +66,7 @@ def _is_new_enough(binary: str) -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     version = re.search(r"v=(\d+)\.", answer)
-    return version is not None and int(version[1]) >= _MIN_VERSION
+    return version is not None and int(version[1]) >= MIN_VERSION
 
 
 @dataclass(frozen=True, slots=True)
