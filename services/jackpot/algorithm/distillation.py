@@ -82,7 +82,7 @@ class _ForwardKl(torch.autograd.Function):
             policy = log_normalize_(slice_logits(wide_policy_head, wide_policy_hidden[tokens], temperature))
             actor = log_normalize_(slice_logits(wide_head, wide_hidden[tokens], temperature))
             difference = torch.sub(policy, actor, out=actor)
-            divergence[tokens] = torch.bmm(policy.exp_()[:, None, :], difference[:, :, None])[:, 0, 0]
+            divergence[tokens] = policy.exp_().mul_(difference).sum(-1)
         policy_bias = () if policy_head.bias is None else (policy_head.bias,)
         actor_bias = () if bias is None else (bias,)
         ctx.num_actor_tensors = 2 + len(actor_bias)

@@ -178,7 +178,7 @@ def _reduce_(logits: Tensor, entropy: Tensor | None) -> Tensor:
         return shifted.exp_().sum(-1, keepdim=True).log_().add_(greatest)
     exponentials = shifted.exp()
     total = exponentials.sum(-1, keepdim=True)
-    # H = log Σ e^s − Σ s·e^s / Σ e^s; as a product of matrices it needs no third array of the slice's size.
-    mean_shifted = torch.bmm(exponentials[:, None, :], shifted[:, :, None])[:, 0] / total
+    # H = log Σ e^s − Σ s·e^s / Σ e^s
+    mean_shifted = exponentials.mul_(shifted).sum(-1, keepdim=True) / total
     entropy.copy_((total.log() - mean_shifted)[:, 0])
     return total.log_().add_(greatest)

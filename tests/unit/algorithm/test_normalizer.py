@@ -185,7 +185,7 @@ def test_the_actor_as_its_own_target_accepts_everything_despite_half_precision()
 
 @pytest.mark.parametrize("obrs_lambda", [0.5, 1.0, 2.0])
 def test_calibrated_estimators_are_as_good_as_measured(obrs_lambda: float) -> None:
-    """Mean absolute error of Z: little for the tail estimators, several times more for κ, which makes Z more than it can be."""
+    """Mean absolute error of Z: little for the tail estimators, several times more for κ, which overshoots."""
     target, actor = models(0, 400, 5000)
     z = full_normalizer(target, actor, obrs_lambda).head
     rate = z.double().mean().item()

@@ -1,0 +1,231 @@
+"""Losses against a literal float64 transcription of the paper's equations, denominators, and degenerate batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from jackpot.algorithm.objective import TokenLoss, actor_loss_sum, policy_loss_sum, token_denominator
+from jackpot.algorithm.obrs import jackpot_weights
+
+CLIPS = [(0.2, 0.2), (0.2, 0.28), (None, 0.2), (0.2, None), (None, None)]
+
+
+def make_batch(num_tokens: int = 64, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
+    """Log-probabilities that differ enough for every clip to bite, advantages, Z and a mask; [num_tokens] each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(scale: float) -> Tensor:
+        return torch.randn(num_tokens, generator=generator, dtype=torch.float64) * scale
+
+    reference = -normal(1.0).abs() - 0.1
+    return {
+        "policy": (reference + normal(0.3)).to(dtype),
+        "reference": reference.to(dtype),
+        "target": (reference + normal(0.5)).to(dtype),
+        "actor": (reference + normal(1.0)).to(dtype),
+        "advantages": normal(1.0).to(dtype),
+        "normalizer": torch.rand(num_tokens, generator=generator, dtype=torch.float64).to(dtype),
+        "mask": torch.rand(num_tokens, generator=generator) < 0.6,
+    }
+
+
+def transcribed(
+    b: Mapping[str, Tensor], i: int, *, lam: float, c1: float, c2: float, low: float | None, high: float | None
+) -> Tensor:
+    """Eq. 5 for token i, with p_t another policy than p_ref, word by word."""
+    p_new, p_ref = b["policy"][i].exp(), b["reference"][i].exp()
+    p_t, p_inf, a = b["target"][i].exp(), b["actor"][i].exp(), b["advantages"][i]
+    w_obrs = b["normalizer"][i] * max(lam, (p_t / p_inf).item())
+    rho = (min(w_obrs.item(), c1) * min((p_ref / p_t).item(), c2)) if b["mask"][i] else 0.0
+    r = p_new / p_ref
+    clipped_r = r
+    if low is not None and r.item() < 1 - low:
+        clipped_r = torch.tensor(1 - low, dtype=torch.float64)
+    if high is not None and r.item() > 1 + high:
+        clipped_r = torch.tensor(1 + high, dtype=torch.float64)
+    unclipped, clipped = r * a, clipped_r * a
+    return -rho * (unclipped if unclipped.item() <= clipped.item() else clipped)
+
+
+@pytest.mark.parametrize(("low", "high"), CLIPS)
+def test_policy_loss_and_gradient_are_the_papers(low: float | None, high: float | None) -> None:
+    batch = make_batch()
+    policy = batch["policy"].requires_grad_()
+    weights = jackpot_weights(
+        batch["target"],
+        batch["actor"],
+        batch["normalizer"],
+        obrs_lambda=0.8,
+        c1=0.9,
+        reference_logprobs=batch["reference"],
+        c2=1.1,
+    )
+    assert 0 < weights.clipped.sum() < 64
+    assert 0 < weights.clipped_c2.sum() < 64
+    loss = policy_loss_sum(
+        policy, batch["reference"], batch["advantages"], weights.value, batch["mask"], clip_low=low, clip_high=high
+    )
+    (gradient,) = torch.autograd.grad(loss.loss_sum / token_denominator(batch["mask"], "accepted").double(), policy)
+    terms = [transcribed(batch, i, lam=0.8, c1=0.9, c2=1.1, low=low, high=high) for i in range(64)]
+    expected = torch.stack(terms).sum() / int(batch["mask"].sum())
+    (expected_gradient,) = torch.autograd.grad(expected, policy)
+    assert loss.loss_sum.item() / int(batch["mask"].sum()) == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(("low", "high"), CLIPS)
+def test_float32_agrees_with_float64(low: float | None, high: float | None) -> None:
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        batch = make_batch(dtype=dtype)
+        policy = batch["policy"].requires_grad_()
+        loss = policy_loss_sum(
+            policy, batch["reference"], batch["advantages"], batch["normalizer"], batch["mask"],
+            clip_low=low, clip_high=high,
+        )  # fmt: skip
+        gradients.append(torch.autograd.grad(loss.loss_sum, policy)[0].double())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+
+
+def test_actor_loss_and_gradient_are_the_papers() -> None:
+    batch = make_batch()
+    actor = batch["policy"].requires_grad_()
+    loss = actor_loss_sum(
+        actor, batch["reference"], batch["actor"], batch["advantages"], cap=1.2, clip_low=0.2, clip_high=0.3
+    )
+    expected = torch.zeros((), dtype=torch.float64)
+    for i in range(64):
+        correction = min((batch["reference"][i] - batch["actor"][i]).exp().item(), 1.2)
+        r, a = (actor[i] - batch["reference"][i].detach()).exp(), batch["advantages"][i]
+        bounded = r if 0.8 <= r.item() <= 1.3 else torch.tensor(0.8 if r.item() < 0.8 else 1.3, dtype=torch.float64)
+        expected = expected - correction * (r * a if (r * a).item() <= (bounded * a).item() else bounded * a)
+    assert loss.loss_sum.item() == pytest.approx(expected.item(), rel=1e-12)
+    found, wanted = (torch.autograd.grad(value, actor)[0] for value in (loss.loss_sum, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert loss.num_active == 64
+
+
+def test_only_the_new_policy_gets_a_gradient() -> None:
+    batch = make_batch()
+    tensors = {name: batch[name].requires_grad_() for name in ("policy", "reference", "advantages", "normalizer")}
+    loss = policy_loss_sum(*tensors.values(), batch["mask"], clip_low=0.2, clip_high=0.2)
+    loss.loss_sum.backward()
+    assert tensors["policy"].grad is not None
+    assert all(tensor.grad is None for name, tensor in tensors.items() if name != "policy")
+
+
+def test_counts_by_hand() -> None:
+    ratios = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.0, 1.5])
+    loss = policy_loss_sum(
+        ratios.log(),
+        torch.zeros(6),
+        torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 1.0]),
+        torch.ones(6),
+        torch.tensor([True, True, True, True, True, False]),
+        clip_low=0.2,
+        clip_high=0.2,
+    )
+    # min(rA, clip(r)A): 1.2, −1.5, 0.5, −0.8, 1
+    assert loss.loss_sum.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8 + 1.0))
+    assert counts(loss) == {"active": 5, "low": 1, "high": 1, "nonfinite": 0}
+
+
+def counts(loss: TokenLoss) -> dict[str, int]:
+    return {
+        "active": int(loss.num_active),
+        "low": int(loss.num_clipped_low),
+        "high": int(loss.num_clipped_high),
+        "nonfinite": int(loss.num_nonfinite),
+    }
+
+
+def test_the_expected_mask_multiplies_by_the_acceptance() -> None:
+    batch = make_batch()
+    acceptance = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    arguments = (batch["policy"], batch["reference"], batch["advantages"])
+    soft = policy_loss_sum(*arguments, batch["normalizer"], acceptance, clip_low=0.2, clip_high=0.2)
+    folded = policy_loss_sum(*arguments, batch["normalizer"] * acceptance, torch.ones(64), clip_low=0.2, clip_high=0.2)
+    assert soft.loss_sum.item() == pytest.approx(folded.loss_sum.item(), rel=1e-12)
+
+
+def test_denominators() -> None:
+    mask = torch.tensor([True, False, True, True])
+    assert token_denominator(mask, "accepted").item() == 3.0
+    assert token_denominator(mask, "all").item() == 4.0
+    # Less than one expected token is no reason to count one.
+    assert token_denominator(torch.tensor([0.25, 0.5]), "accepted").item() == 0.75
+    assert token_denominator(torch.tensor([0.25, 0.5]), "all").item() == 2.0
+
+
+@pytest.mark.parametrize("denominator", ["accepted", "all"])
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_a_batch_without_an_accepted_token_has_loss_and_gradient_zero(
+    denominator: Literal["accepted", "all"], num_tokens: int
+) -> None:
+    policy = torch.full((num_tokens,), -1.0, requires_grad=True)
+    fixed = torch.full((num_tokens,), -2.0)
+    mask = torch.zeros(num_tokens, dtype=torch.bool)
+    loss = policy_loss_sum(policy, fixed, fixed, fixed, mask, clip_low=0.2, clip_high=0.2)
+    mean = loss.loss_sum / token_denominator(mask, denominator)
+    mean.backward()
+    assert mean.item() == 0.0
+    assert policy.grad is not None
+    assert (policy.grad == 0).all()
+
+
+def test_what_a_rejected_token_holds_does_not_matter() -> None:
+    """inf · 0 is nan, in the loss as in its gradient."""
+    policy = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    loss = policy_loss_sum(
+        policy,
+        torch.tensor([-1.0, -500.0, math.nan]),
+        torch.ones(3),
+        torch.tensor([2.0, math.inf, math.nan]),
+        torch.tensor([True, False, False]),
+        clip_low=None,
+        clip_high=None,
+    )
+    loss.loss_sum.backward()
+    assert loss.loss_sum.item() == -2.0
+    assert policy.grad is not None
+    assert policy.grad.tolist() == [-2.0, 0.0, 0.0]
+    assert counts(loss)["nonfinite"] == 0
+
+
+def test_accepted_tokens_that_are_not_finite_are_counted_and_not_hidden() -> None:
+    loss = policy_loss_sum(
+        torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.0, math.nan]), torch.ones(3),
+        torch.tensor([1.0, math.inf, 1.0]), torch.ones(3), clip_low=0.2, clip_high=0.2,
+    )  # fmt: skip
+    assert counts(loss)["nonfinite"] == 2
+    assert not loss.loss_sum.isfinite()
+
+
+@pytest.mark.parametrize("sizes", [[64], [1] * 64, [50, 3, 11], [0, 64, 0]])
+@pytest.mark.parametrize("denominator", ["accepted", "all"])
+def test_the_split_into_micro_batches_changes_nothing(
+    sizes: list[int], denominator: Literal["accepted", "all"]
+) -> None:
+    batch = make_batch()
+    policy = batch["policy"].requires_grad_()
+    share = token_denominator(batch["mask"], denominator)
+
+    def part(tokens: slice) -> Tensor:
+        return policy_loss_sum(
+            policy[tokens], batch["reference"][tokens], batch["advantages"][tokens], batch["normalizer"][tokens],
+            batch["mask"][tokens], clip_low=0.2, clip_high=0.2,
+        ).loss_sum / share  # fmt: skip
+
+    (whole,) = torch.autograd.grad(part(slice(0, 64)), policy)
+    start = 0
+    for size in sizes:
+        part(slice(start, start + size)).backward()
+        start += size
+    assert policy.grad is not None
+    assert torch.equal(policy.grad, whole)
