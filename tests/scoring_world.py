@@ -16,8 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging
 
 from jackpot.config import JobSpec, parse_job

@@ -29,8 +29,16 @@ CONNECT_PAUSE_SECONDS = 0.5
 RPC_GRACE_SECONDS = 2.0
 
 
-async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
+async def serve(
+    environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event, metrics: Metrics | None = None
+) -> int:
     """Score until ``stop`` is set; the exit code.
+
+    Args:
+        environment: the process's addresses and paths.
+        job: the job as resolved.
+        stop: set on SIGTERM.
+        metrics: where to count; None is the process's registry.
 
     Raises:
         ConfigError: an address or a model that cannot work.
@@ -38,7 +46,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
     """
     _require_addresses(environment)
     set_threads(environment.threads)
-    metrics = Metrics(environment.job_id)
+    metrics = metrics or Metrics(environment.job_id)
     engine = await asyncio.to_thread(make_engine, environment, job, metrics)
     server = create_server(
         environment.listen,

@@ -24,7 +24,7 @@ from jackpot.trajectory import Group, ScoredGroup
 LOG = logging.getLogger(__name__)
 
 # Short enough that a stop request is never late, long enough not to spin.
-BLOCK_SECONDS = 1.0
+BLOCK_SECONDS = 0.5
 FIRST_PAUSE_SECONDS = 0.1
 GREATEST_PAUSE_SECONDS = 5.0
 
@@ -55,16 +55,25 @@ class ScorerWorker:
         fetching = asyncio.create_task(self._fetch())
         try:
             async with self._leases_renewed():
-                while deliveries := await fetching:
+                while deliveries := await self._fetched(fetching):
                     fetching = asyncio.create_task(self._fetch())
                     await self._process(deliveries)
                     if self._stop.is_set():
-                        await self._give_back(await fetching)
+                        await self._give_back(await self._fetched(fetching))
                         break
         finally:
             fetching.cancel()
-            with suppress(asyncio.CancelledError):
-                await fetching
+            await asyncio.gather(fetching, return_exceptions=True)
+
+    async def _fetched(self, fetching: asyncio.Task[list[Delivery[Group]]]) -> list[Delivery[Group]]:
+        """What a fetch brings; nothing if the bus keeps it waiting while a stop is asked for."""
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((fetching, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((fetching,), timeout=4 * BLOCK_SECONDS)
+        finally:
+            stopping.cancel()
+        return fetching.result() if fetching.done() else []
 
     async def _fetch(self) -> list[Delivery[Group]]:
         """The next groups; none only when stopped."""

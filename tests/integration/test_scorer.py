@@ -1,0 +1,292 @@
+"""The scoring service on a real bus and behind a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+from scoring_world import World, expected_scores, make_world, sample_group, until
+
+from jackpot.config import JobSpec
+from jackpot.errors import DeadlineError, RequestRefusedError
+from jackpot.runtime.bus import TrajectoryBus
+from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.rpc import call, open_channel, wait_ready
+from jackpot.runtime.wire import group_to_proto, scored_group_from_proto
+from jackpot.scorer.engine import ScoringEngine
+from jackpot.scorer.service import serve
+from jackpot.scorer.worker import ScorerWorker
+from jackpot.trajectory import Group, ScoredGroup
+from jackpot.v1 import scoring_pb2, scoring_pb2_grpc, weights_pb2
+
+ARRAYS = ("target_logprobs", "acceptance_probs", "mask", "normalizer_head", "normalizer_tail", "topk_mass")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return make_world(tmp_path)
+
+
+@pytest.fixture
+def job_id() -> str:
+    return f"scorer-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+async def bus(valkey_url: str, job_id: str, world: World) -> AsyncIterator[TrajectoryBus]:
+    """The orchestrator's and the learner's side of the bus."""
+    bus = await TrajectoryBus.connect(valkey_url, job_id, world.job().bus, "test", world.run_dir / "payloads")
+    await bus.open()
+    yield bus
+    await bus.close()
+
+
+@asynccontextmanager
+async def working(
+    world: World, url: str, job_id: str, job: JobSpec, instance: str = "0"
+) -> AsyncIterator[ScoringEngine]:
+    """A worker on the bus, stopped as SIGTERM stops it."""
+    engine = world.engine(job)
+    await engine.refresh()
+    bus = await TrajectoryBus.connect(url, job_id, job.bus, f"scorer-{instance}", world.run_dir / "payloads")
+    await bus.open()
+    stop = asyncio.Event()
+    task = asyncio.create_task(ScorerWorker(job, bus, engine, stop).run())
+    try:
+        yield engine
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 5.0)
+        await bus.close()
+        engine.close()
+
+
+async def publish(bus: TrajectoryBus, *groups: Group) -> None:
+    for group in groups:
+        assert await bus.reserve(group.group_id, 100_000)
+        assert await bus.publish(group) == "published"
+
+
+async def scored_groups(bus: TrajectoryBus, count: int) -> dict[str, ScoredGroup]:
+    found: dict[str, ScoredGroup] = {}
+
+    async def enough() -> bool:
+        found.update((delivery.group_id, delivery.value) for delivery in await bus.take_scored(count, 0.5))
+        return len(found) >= count
+
+    await until(enough, f"{count} scored groups")
+    return found
+
+
+def assert_same_scores(left: ScoredGroup, right: ScoredGroup) -> None:
+    assert (left.obrs_lambda, left.policy_version, left.normalizer) == (
+        right.obrs_lambda,
+        right.policy_version,
+        right.normalizer,
+    )
+    for one, other in zip(left.scores, right.scores, strict=True):
+        for name in ARRAYS:
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+async def test_what_goes_in_as_groups_comes_out_scored(
+    world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
+) -> None:
+    groups = [sample_group(world, job_id=job_id, slot=slot, lengths=(slot + 2, 3)) for slot in range(5)]
+    await publish(bus, *groups)
+    async with working(world, valkey_url, job_id, world.job()):
+        found = await scored_groups(bus, 5)
+    for group in groups:
+        scored = found[group.group_id]
+        assert all(t.topk_ids is None for t in scored.group.trajectories)
+        expected = expected_scores(
+            world, group, group.trajectories[0], policy_version=0, normalizer="tail", obrs_lambda=1.0, top_k=20
+        )
+        np.testing.assert_allclose(scored.scores[0].target_logprobs, expected.target_logprobs, atol=1e-4)
+        np.testing.assert_allclose(scored.scores[0].normalizer_head, expected.normalizer_head, rtol=1e-3, atol=1e-4)
+    assert (await bus.ledger()).open == 5 and (await bus.depths()).rollouts_pending == 0
+
+
+async def test_a_trajectory_gets_the_same_mask_whichever_worker_scores_it(
+    world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
+) -> None:
+    group = sample_group(world, job_id=job_id, lengths=(40, 40))
+    masks = []
+    for instance in ("0", "1"):
+        id_of_this_run = f"{job_id}-{instance}"
+        own = await TrajectoryBus.connect(
+            valkey_url, id_of_this_run, world.job().bus, "test", world.run_dir / "payloads"
+        )
+        await own.open()
+        # Same trajectory ids: the group is redelivered, so to say, on another bus.
+        await publish(own, replace(group, group_id=group.group_id.replace(job_id, id_of_this_run)))
+        async with working(world, valkey_url, id_of_this_run, world.job(), instance):
+            (scored,) = (await scored_groups(own, 1)).values()
+        masks.append(np.concatenate([scores.mask for scores in scored.scores]))
+        await own.close()
+    np.testing.assert_array_equal(*masks)
+    assert 0 < masks[0].mean() < 1
+
+
+async def test_a_group_older_than_allowed_is_dropped_as_stale(
+    world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
+) -> None:
+    world.publish_policy(3)
+    world.publish_actor(2)
+    stale = sample_group(world, job_id=job_id, slot=0, versions=(0, 2))
+    fresh = sample_group(world, job_id=job_id, slot=1, versions=(2,))
+    await publish(bus, stale, fresh)
+    async with working(world, valkey_url, job_id, world.job(orchestrator={"max_staleness": 1})):
+        assert set(await scored_groups(bus, 1)) == {fresh.group_id}
+        await until(lambda: bus.terminal_states([stale.group_id]), "the stale group to be dropped")
+    assert await bus.terminal_states([stale.group_id]) == {stale.group_id: "dropped:stale"}
+    ((_, record),) = await bus.read_terminal("", 10)
+    assert record.detail == "3 versions old when it was scored, 1 are allowed"
+
+
+async def test_a_group_whose_actor_version_is_gone_is_dropped_as_stale(
+    world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
+) -> None:
+    world.publish_actor(1)
+    gone, there = (
+        sample_group(world, job_id=job_id, slot=slot, versions=(version,)) for slot, version in ((0, 0), (1, 1))
+    )
+    world.store.prune("actor", keep=1)
+    await publish(bus, gone, there)
+    async with working(world, valkey_url, job_id, world.job({"name": "jackpot", "normalizer": "union_tail"})):
+        assert set(await scored_groups(bus, 1)) == {there.group_id}
+        await until(lambda: bus.terminal_states([gone.group_id]), "the group to be dropped")
+    assert await bus.terminal_states([gone.group_id]) == {gone.group_id: "dropped:stale"}
+
+
+async def test_a_group_waits_for_its_version_and_others_do_not_wait_with_it(
+    world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
+) -> None:
+    early = sample_group(world, job_id=job_id, slot=0, dispatch_version=1)
+    ready = sample_group(world, job_id=job_id, slot=1)
+    await publish(bus, early, ready)
+    # A lease that is shorter than the wait: only renewal keeps the group.
+    job = world.job(bus={"lease_seconds": 0.6})
+    async with working(world, valkey_url, job_id, job) as engine:
+        (first,) = (await scored_groups(bus, 1)).values()
+        assert (first.group_id, first.policy_version) == (ready.group_id, 0)
+        await asyncio.sleep(1.2)  # the lease's length, twice
+        assert (await bus.depths()).rollouts_pending == 1 and engine.version == 0
+        world.publish_policy(1, obrs_lambda=0.7)
+        (second,) = (await scored_groups(bus, 1)).values()
+    assert (second.group_id, second.policy_version, second.obrs_lambda) == (early.group_id, 1, 0.7)
+
+
+async def test_a_version_that_never_comes_ends_the_group_by_name(
+    world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
+) -> None:
+    group = sample_group(world, job_id=job_id, dispatch_version=9)
+    await publish(bus, group)
+    job = world.job(scorer={"version_timeout_seconds": 0.1}, bus={"max_attempts": 2})
+    async with working(world, valkey_url, job_id, job):
+        await until(lambda: bus.terminal_states([group.group_id]), "the group's end")
+    ((_, record),) = await bus.read_terminal("", 10)
+    assert record.reason == "scoring_failed"
+    assert "waited 0.1 s for version 9 of the policy's weights (version 0 is held)" in record.detail
+
+
+async def test_groups_that_cannot_be_scored_do_not_take_their_neighbours_along(
+    world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
+) -> None:
+    good = [sample_group(world, job_id=job_id, slot=slot) for slot in (0, 1, 2)]
+    unreadable, unscorable = (sample_group(world, job_id=job_id, slot=slot) for slot in (3, 4))
+    first, *others = unscorable.trajectories
+    beyond = replace(first, token_ids=np.full(first.num_tokens, 1_000_000, dtype=np.uint32))
+    await publish(bus, good[0], unreadable, good[1], replace(unscorable, trajectories=(beyond, *others)), good[2])
+    damaged = [path for path in (world.run_dir / "payloads").rglob("*") if path.is_file() and ".s3." in path.name]
+    assert len(damaged) == 1
+    damaged[0].write_bytes(damaged[0].read_bytes()[:-7] + b"garbage")
+    async with working(world, valkey_url, job_id, world.job()):
+        assert set(await scored_groups(bus, 3)) == {group.group_id for group in good}
+        bad = [unreadable.group_id, unscorable.group_id]
+
+        async def both_ended() -> bool:
+            return len(await bus.terminal_states(bad)) == 2
+
+        await until(both_ended, "both bad groups to end")
+    assert await bus.terminal_states(bad) == {bad[0]: "dropped:corrupt_payload", bad[1]: "dropped:scoring_failed"}
+    details = [record.detail for _, record in await bus.read_terminal("", 10) if record.reason == "scoring_failed"]
+    assert details == [
+        f"PayloadError: trajectory {beyond.trajectory_id}: it has no tokens, or ids beyond the vocabulary, 97."
+    ]
+
+
+async def test_scores_of_a_group_that_another_worker_took_over_are_thrown_away(
+    world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
+) -> None:
+    group = sample_group(world, job_id=job_id, dispatch_version=1)
+    await publish(bus, group)
+    async with working(world, valkey_url, job_id, world.job()) as engine:
+
+        async def taken() -> bool:
+            return (await bus.depths()).rollouts_pending == 1
+
+        await until(taken, "the worker to hold the group")
+        await bus.drop(group.group_id, "lost", "ended behind the worker's back")
+        world.publish_policy(1)
+
+        async def scored() -> bool:
+            return engine.tokens_scored == group.num_tokens
+
+        await until(scored, "the group to be scored")
+        other = sample_group(world, job_id=job_id, slot=1)
+        await publish(bus, other)
+        assert set(await scored_groups(bus, 1)) == {other.group_id}
+    assert await bus.terminal_states([group.group_id]) == {group.group_id: "dropped:lost"}
+
+
+@pytest.fixture
+def socket() -> Any:
+    with tempfile.TemporaryDirectory() as directory:  # a unix socket's path must be short
+        yield f"unix:{directory}/scorer.sock"
+
+
+async def test_the_rpc_and_the_worker_say_the_same(
+    world: World, bus: TrajectoryBus, valkey_url: str, job_id: str, socket: str
+) -> None:
+    job = world.job({"name": "jackpot", "normalizer": "union_tail", "obrs_lambda": 0.9})
+    environment = world.environment(job_id=job_id, redis_url=valkey_url, listen=socket)
+    stop = asyncio.Event()
+    service = asyncio.create_task(serve(environment, job, stop, Metrics(job_id, CollectorRegistry())))
+    group = sample_group(world, job_id=job_id, lengths=(6, 2, 9))
+    async with open_channel(socket) as channel:
+        await wait_ready(channel, "jackpot.v1.ScoringService", 20)
+        stub = scoring_pb2_grpc.ScoringServiceStub(channel)
+
+        async def ask(method: Any, request: Any, seconds: float = 10) -> Any:
+            return await call(method, request, seconds, awaited="the scorer")
+
+        answer = await ask(stub.Score, scoring_pb2.ScoreRequest(group=group_to_proto(group)))
+        by_rpc = scored_group_from_proto(group, answer)
+        await publish(bus, group)
+        (by_worker,) = (await scored_groups(bus, 1)).values()
+        assert_same_scores(by_rpc, by_worker)
+
+        status = await ask(stub.GetStatus, scoring_pb2.ScoringServiceGetStatusRequest())
+        assert (status.version, status.tokens_scored) == (0, 2 * group.num_tokens)
+        assert status.obrs_lambda == pytest.approx(0.9)
+        world.publish_policy(4)
+        newest = scoring_pb2.ScoringServiceLoadWeightsRequest(weights=weights_pb2.LoadWeightsRequest(min_version=0))
+        assert (await ask(stub.LoadWeights, newest)).weights.version == 4
+        too_new = scoring_pb2.ScoringServiceLoadWeightsRequest(weights=weights_pb2.LoadWeightsRequest(min_version=5))
+        with pytest.raises(DeadlineError):
+            await ask(stub.LoadWeights, too_new, seconds=0.2)
+        message = group_to_proto(replace(group, temperature=0.0))
+        with pytest.raises(RequestRefusedError, match=r"temperature 0\.0 is not positive"):
+            await ask(stub.Score, scoring_pb2.ScoreRequest(group=message))
+    stop.set()
+    assert await asyncio.wait_for(service, 5.0) == 0

@@ -1,0 +1,84 @@
+"""Waiting for weights, and models and event loop staying out of each other's way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from scoring_world import World, make_actor, make_world, sample_group, until
+
+from jackpot.errors import ConfigError, DeadlineError, ScoringError
+from jackpot.scorer.engine import ScoringEngine
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return make_world(tmp_path)
+
+
+@pytest.fixture
+def engine(world: World) -> Iterator[ScoringEngine]:
+    engine = world.engine(world.job())
+    yield engine
+    engine.close()
+
+
+async def test_nothing_is_scored_before_there_are_weights(world: World, engine: ScoringEngine) -> None:
+    with pytest.raises(ScoringError, match="no version of the policy's weights"):
+        await engine.score([sample_group(world)])
+    await engine.refresh()
+    assert (engine.version, engine.tokens_scored) == (0, 0)
+    await engine.score([sample_group(world, lengths=(5, 3))])
+    assert engine.tokens_scored == 8
+
+
+async def test_a_version_that_comes_is_waited_for_and_one_that_does_not_is_named(
+    world: World, engine: ScoringEngine
+) -> None:
+    waiting = asyncio.create_task(engine.wait_for_version(2, timeout_seconds=20))
+    await engine.wait_for_version(0, timeout_seconds=20)
+    assert not waiting.done()
+    world.publish_policy(2)
+    await waiting
+    assert engine.version == 2
+    with pytest.raises(
+        DeadlineError, match=r"waited 0.1 s for version 3 of the policy's weights \(version 2 is held\)"
+    ):
+        await engine.wait_for_version(3, timeout_seconds=0.1)
+
+
+async def test_followed_weights_change_the_scores_between_two_batches(world: World, engine: ScoringEngine) -> None:
+    group = sample_group(world)
+    following = asyncio.create_task(engine.follow())
+
+    async def version_is(version: int) -> bool:
+        return engine.version == version
+
+    await until(lambda: version_is(0), "version 0")
+    (old,) = await engine.score([group])
+    world.publish_policy(1)
+    await until(lambda: version_is(1), "version 1")
+    (new,) = await engine.score([group])
+    following.cancel()
+    assert (old.policy_version, new.policy_version) == (0, 1)
+    assert abs(old.scores[0].target_logprobs - new.scores[0].target_logprobs).max() > 0.1
+
+
+async def test_the_event_loop_stays_live_while_scoring(world: World, engine: ScoringEngine) -> None:
+    await engine.refresh()
+    group = sample_group(world, lengths=(40,) * 4, prompt_length=20)
+    scoring = asyncio.create_task(engine.score([group]))
+    turns = 0
+    while not scoring.done():
+        await asyncio.sleep(0)
+        turns += 1
+    await scoring
+    assert turns > 2
+
+
+def test_models_without_a_shared_vocabulary_are_refused(world: World) -> None:
+    make_actor(3, vocabulary=64).save_pretrained(world.run_dir / "actor")
+    with pytest.raises(ConfigError, match="has 64 tokens and the policy 97"):
+        world.engine(world.job({"name": "jackpot", "normalizer": "full"}))
