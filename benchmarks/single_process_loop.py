@@ -255,7 +255,7 @@ class SingleProcess:
                 loss = loss + sums.loss_sum / len(own)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         factor = learning_rate_factor(learner.schedule, self.step, learner.steps)
         for model, optimizer in self.optimizers.items():
             torch.nn.utils.clip_grad_norm_(model.parameters(), learner.max_grad_norm)

@@ -76,7 +76,7 @@ def test_a_warm_up_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
-    steps = 40
+    steps = 12
     recipe: Recipe = replace(TINY, policy=replace(TINY.policy, steps=steps))
     command = [sys.executable, "-c", MAKE_TINY, str(tmp_path), str(steps)]
     pipe = subprocess.PIPE
