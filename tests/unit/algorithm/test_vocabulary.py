@@ -14,7 +14,7 @@ from jackpot.algorithm.output_head import OutputHead, token_slices
 from jackpot.algorithm.vocabulary import differentiable_token_logprobs, iterate_logprobs, token_logprobs
 
 # Wide enough for several slices of the smallest kind, see token_slices.
-TOKENS, VOCABULARY, HIDDEN = 100, 60_001, 8
+TOKENS, VOCABULARY, HIDDEN = 80, 60_001, 8
 HEADS = ["plain", "bias", "softcap", "everything"]
 
 
