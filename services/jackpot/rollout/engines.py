@@ -1,4 +1,4 @@
-"""Which engine serves, and making it."""
+"""Which engine serves, and making it. Imports torch only once settings are found to work."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import importlib.util
 import logging
 from collections.abc import Callable, Collection, Mapping
 
-import torch
-
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
-from jackpot.rollout.decode_check import check_decoding
 from jackpot.rollout.engine import RolloutEngine
-from jackpot.rollout.transformers_engine import TransformersEngine
 from jackpot.runtime.metrics import Metrics
-from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
 
 LOG = logging.getLogger(__name__)
 
@@ -29,19 +24,21 @@ def create_engine(job: JobSpec, environment: ServiceEnvironment, metrics: Metric
     if environment.role == "actor" and job.on_policy:
         problem = "the job is on-policy, so there is no actor beside the policy"
         raise ConfigError("JACKPOT_ROLE", "actor", problem, "Set JACKPOT_ROLE=policy.")
-    name, reason = choose_engine(job.rollout.engine, ENGINES.keys(), has_vllm(), torch.cuda.is_available())
+    name, reason = choose_engine(job.rollout.engine, ENGINES.keys(), has_vllm, has_gpu)
     LOG.info("engine %s: %s", name, reason)
     return ENGINES[name](job, environment, metrics)
 
 
-def choose_engine(setting: str, built: Collection[str], vllm_installed: bool, has_gpu: bool) -> tuple[str, str]:
+def choose_engine(
+    setting: str, built: Collection[str], vllm_installed: Callable[[], bool], gpu_visible: Callable[[], bool]
+) -> tuple[str, str]:
     """The engine that ``rollout.engine`` means here, and why.
 
     Args:
         setting: ``auto``, ``transformers`` or ``vllm``.
         built: the engines of this build.
-        vllm_installed: whether vLLM can be imported.
-        has_gpu: whether this process sees a CUDA device.
+        vllm_installed: whether vLLM can be imported; asked only where it matters.
+        gpu_visible: whether this process sees a CUDA device; the same.
 
     Raises:
         ConfigError: an engine was asked for by name that this build does not have.
@@ -53,9 +50,9 @@ def choose_engine(setting: str, built: Collection[str], vllm_installed: bool, ha
         return setting, "asked for by rollout.engine"
     if "vllm" not in built:
         return "transformers", "this build has no vLLM engine"
-    if not vllm_installed:
+    if not vllm_installed():
         return "transformers", "vLLM is not installed"
-    if not has_gpu:
+    if not gpu_visible():
         return "transformers", "no CUDA device is visible"
     return "vllm", "vLLM is installed and a CUDA device is visible"
 
@@ -65,7 +62,18 @@ def has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
+def has_gpu() -> bool:
+    """Whether this process sees a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> RolloutEngine:
+    from jackpot.rollout.decode_check import check_decoding
+    from jackpot.rollout.transformers_engine import TransformersEngine
+    from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
+
     config, field = (job.policy, "policy.model") if environment.role == "policy" else (job.rollout_model, "actor.model")
     set_threads(environment.threads)
     device = resolve_device(job.rollout.device, field="rollout.device")

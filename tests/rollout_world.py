@@ -1,0 +1,109 @@
+"""A run directory with published weights, and rollout servers as real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.runtime.models import load_causal_lm, save_weights
+from jackpot.runtime.rpc import open_channel, wait_ready
+from jackpot.runtime.weights import WeightStore
+from jackpot.v1 import rollout_pb2
+
+READY_SECONDS = 60.0
+
+
+class RolloutWorld:
+    """One job's directory: a policy, an actor and their weight versions, all tiny and random."""
+
+    def __init__(self, run_dir: Path, make_model: Callable[..., Path], **rollout: Any) -> None:
+        self.run_dir = run_dir
+        self.store = WeightStore(run_dir / "weights")
+        self._make_model = make_model
+        run_dir.mkdir(parents=True, exist_ok=True)
+        job = {
+            "policy": {"model": str(make_model("qwen3"))},
+            "actor": {"model": str(make_model("qwen3"))},
+            "task": {"name": "complement"},
+            "rollout": {"weight_poll_seconds": 0.02, **rollout},
+        }
+        (run_dir / "job.json").write_text(json.dumps(job))
+
+    def publish(self, version: int, *, role: str = "actor", intact: bool = True) -> None:
+        """Publish the weights of :meth:`model_dir`; with a flipped byte if they are not to be intact."""
+        model = load_causal_lm(self.model_dir(version), "float32", "cpu")
+        manifest = self.store.publish(role, version, lambda directory: save_weights(model, directory), {})
+        if not intact:
+            with (manifest.path / "model.safetensors").open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                last = file.read(1)
+                file.seek(-1, os.SEEK_END)
+                file.write(bytes([last[0] ^ 1]))
+
+    def model_dir(self, version: int) -> Path:
+        """The model that a version is."""
+        return self._make_model("qwen3", seed=version % 4)
+
+    def address(self, name: str) -> str:
+        """Where the server ``name`` listens."""
+        return f"unix:{self.run_dir}/{name}.sock"
+
+    def start(self, name: str, *, role: str = "actor", **environment: Any) -> subprocess.Popen[str]:
+        """Start a server."""
+        settings = ServiceEnvironment.model_validate(
+            {
+                "run_dir": self.run_dir,
+                "job_id": "rollout-test",
+                "instance": name,
+                "listen": self.address(name),
+                "role": role,
+                "threads": 1,
+                **environment,
+            }
+        )
+        return subprocess.Popen(
+            [sys.executable, "-m", "jackpot.rollout"],
+            env={**os.environ, **settings.to_env(), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    async def wait_ready(self, name: str, service: str = "readiness") -> None:
+        """Return once the server answers health checks."""
+        channel = open_channel(self.address(name))
+        try:
+            await wait_ready(channel, service, READY_SECONDS)
+        finally:
+            await channel.close()
+
+
+def stop(process: subprocess.Popen[str]) -> str:
+    """SIGTERM; the log. Fails if the exit is not clean."""
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=20)
+    assert process.returncode == 0, log
+    return log
+
+
+def generate_request(
+    group: int = 0, *, n: int = 2, min_version: int = 0, **sampling: Any
+) -> rollout_pb2.GenerateRequest:
+    """A request with a random prompt of five tokens."""
+    ids = np.random.default_rng(group).integers(3, 49, 5).astype("<u4")
+    settings = {"temperature": 1.0, "max_tokens": 12, "top_logprobs": 5, "seed": group, **sampling}
+    return rollout_pb2.GenerateRequest(
+        group_id=f"job.s{group}.e0.p{group}.a0",
+        prompt_token_ids=ids.tobytes(),
+        num_trajectories=n,
+        sampling=rollout_pb2.SamplingParams(**settings),
+        min_version=min_version,
+    )
