@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from redis.asyncio import Redis
 
 from jackpot.config import BusConfig
-from jackpot.runtime.bus import Ledger, TrajectoryBus
+from jackpot.runtime.bus import Delivery, Ledger, TrajectoryBus
 from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan
 
 STORES = ("redis", "file")
@@ -116,3 +118,50 @@ async def assert_closed(bus: TrajectoryBus, url: str, job_id: str, payload_dir: 
     assert keys <= {"incarnation", "terminal", "counters", "values", "rollouts", "scored", "ledger"}, keys
     assert not [path for path in payload_dir.rglob("*") if path.is_file()]
     return ledger
+
+
+def ids(deliveries: list[Delivery[Any]]) -> list[str]:
+    return [delivery.group_id for delivery in deliveries]
+
+
+class Job:
+    """One job on the shared server: makes connections, and remembers what was dispatched."""
+
+    def __init__(self, url: str, store: str, payload_dir: Path) -> None:
+        self.url = url
+        self.store = store
+        self.payload_dir = payload_dir
+        self.job_id = f"bus-{uuid.uuid4().hex[:12]}"
+        self.dispatched: set[str] = set()
+
+    @asynccontextmanager
+    async def connect(self, consumer: str = "0", **settings: Any) -> AsyncIterator[TrajectoryBus]:
+        bus = await TrajectoryBus.connect(
+            self.url, self.job_id, bus_settings(self.store, **settings), consumer, self.payload_dir
+        )
+        try:
+            await bus.open()
+            yield bus
+        finally:
+            await bus.close()
+
+    def group(self, slot: int) -> Group:
+        return make_group(self.job_id, slot)
+
+    async def publish(self, bus: TrajectoryBus, *slots: int) -> list[str]:
+        groups = [self.group(slot) for slot in slots]
+        for group in groups:
+            assert await bus.reserve(group.group_id, 5000)
+            assert await bus.publish(group) == "published"
+            self.dispatched.add(group.group_id)
+        return [group.group_id for group in groups]
+
+    async def publish_scored(self, bus: TrajectoryBus, *slots: int) -> list[str]:
+        group_ids = await self.publish(bus, *slots)
+        for _ in slots:
+            (delivery,) = await bus.take_groups(1, 1.0)
+            await bus.publish_scored(delivery, make_scored(delivery.value))
+        return group_ids
+
+    async def assert_closed(self, bus: TrajectoryBus) -> Ledger:
+        return await assert_closed(bus, self.url, self.job_id, self.payload_dir, self.dispatched)

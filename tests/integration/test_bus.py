@@ -3,62 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from bus_world import STORES, assert_closed, bus_settings, eventually, make_group, make_scored, plain
+from bus_world import STORES, Job, bus_settings, eventually, ids, make_scored, plain
 from redis.asyncio import Redis
 
 from jackpot.errors import BusError, BusLostError, ConfigError, LeaseLostError, PayloadError
-from jackpot.runtime.bus import BusDepths, Delivery, Ledger, TrajectoryBus
-from jackpot.trajectory import Group, GroupKey
-
-
-class Job:
-    """One job on the shared server: makes connections, and remembers what was dispatched."""
-
-    def __init__(self, url: str, store: str, payload_dir: Path) -> None:
-        self.url = url
-        self.store = store
-        self.payload_dir = payload_dir
-        self.job_id = f"bus-{uuid.uuid4().hex[:12]}"
-        self.dispatched: set[str] = set()
-
-    @asynccontextmanager
-    async def connect(self, consumer: str = "0", **settings: Any) -> AsyncIterator[TrajectoryBus]:
-        bus = await TrajectoryBus.connect(
-            self.url, self.job_id, bus_settings(self.store, **settings), consumer, self.payload_dir
-        )
-        try:
-            await bus.open()
-            yield bus
-        finally:
-            await bus.close()
-
-    def group(self, slot: int) -> Group:
-        return make_group(self.job_id, slot)
-
-    async def publish(self, bus: TrajectoryBus, *slots: int) -> list[str]:
-        groups = [self.group(slot) for slot in slots]
-        for group in groups:
-            assert await bus.reserve(group.group_id, 5000)
-            assert await bus.publish(group) == "published"
-            self.dispatched.add(group.group_id)
-        return [group.group_id for group in groups]
-
-    async def publish_scored(self, bus: TrajectoryBus, *slots: int) -> list[str]:
-        group_ids = await self.publish(bus, *slots)
-        for _ in slots:
-            (delivery,) = await bus.take_groups(1, 1.0)
-            await bus.publish_scored(delivery, make_scored(delivery.value))
-        return group_ids
-
-    async def assert_closed(self, bus: TrajectoryBus) -> Ledger:
-        return await assert_closed(bus, self.url, self.job_id, self.payload_dir, self.dispatched)
+from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus
+from jackpot.trajectory import GroupKey
 
 
 @pytest.fixture(params=STORES)
@@ -70,10 +24,6 @@ def job(request: pytest.FixtureRequest, valkey_url: str, tmp_path: Path) -> Job:
 async def bus(job: Job) -> AsyncIterator[TrajectoryBus]:
     async with job.connect() as bus:
         yield bus
-
-
-def ids(deliveries: list[Delivery[Any]]) -> list[str]:
-    return [delivery.group_id for delivery in deliveries]
 
 
 # --- one group's way ---
