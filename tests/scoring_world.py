@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -39,11 +40,14 @@ VOCABULARY = 97
 SEED = 11  # of the job
 Floats = NDArray[np.float64]
 
+# Models this small gain nothing from threads, and lose much where threads wait for busy cores.
+torch.set_num_threads(1)
 
-def make_policy(seed: int) -> PreTrainedModel:
+
+def make_policy(seed: int, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     """A random policy; its output layer is tied to its embeddings."""
     config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, initializer_range=0.35,
     )  # fmt: skip
     with torch.random.fork_rng():
@@ -122,13 +126,17 @@ def make_world(run_dir: Path, *, actor_versions: Sequence[int] = (0,)) -> World:
     return world
 
 
+_DOUBLES: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()
+
+
 @torch.no_grad()
 def full_logprobs(model: PreTrainedModel, prompt: Any, completion: Any, temperature: float) -> Floats:
     """log p ``[T, V]`` at every completion position, in float64."""
     ids = torch.tensor(np.concatenate([prompt, completion]).astype(np.int64))[None]
-    double = AutoModelForCausalLM.from_config(model.config, dtype=torch.float64).eval()
-    double.load_state_dict(model.state_dict())
-    logits = double(ids).logits[0, len(prompt) - 1 : -1] / temperature
+    if model not in _DOUBLES:
+        _DOUBLES[model] = AutoModelForCausalLM.from_config(model.config, dtype=torch.float64).eval()
+        _DOUBLES[model].load_state_dict(model.state_dict())
+    logits = _DOUBLES[model](ids).logits[0, len(prompt) - 1 : -1] / temperature
     return torch.log_softmax(logits, dim=-1).numpy()
 
 

@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from scoring_world import World, make_world, sample_group, until
 
 from jackpot.config import JobSpec
-from jackpot.errors import BusError
+from jackpot.errors import BusError, DeadlineError
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.bus.server import EmbeddedServer
 from jackpot.runtime.rpc import open_channel, wait_ready
@@ -76,6 +76,7 @@ class Processes:
 
     def __init__(self, world: World, job: JobSpec, redis_url: str, socket: str) -> None:
         (world.run_dir / "job.json").write_text(job.model_dump_json())
+        self.address = socket
         self._environ = world.environment(redis_url=redis_url, listen=socket, threads=1).to_env()
         self._log = world.run_dir / "scorer.log"
         self._running: list[subprocess.Popen[bytes]] = []
@@ -117,10 +118,9 @@ async def test_a_scorer_killed_while_scoring_is_restarted_and_scores_everything_
     published = world.run_dir / "weights"
     published.rename(world.run_dir / "not-yet")
     first = processes.start()
-    environ = processes._environ
-    async with open_channel(environ["JACKPOT_LISTEN"]) as channel:
+    async with open_channel(processes.address) as channel:
         await wait_ready(channel, "liveness", 40)
-        with pytest.raises(Exception, match="NOT_SERVING"):
+        with pytest.raises(DeadlineError, match="NOT_SERVING"):
             await wait_ready(channel, "readiness", 0.3)
         (world.run_dir / "not-yet").rename(published)
         await wait_ready(channel, "readiness", 20)

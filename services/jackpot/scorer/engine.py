@@ -70,7 +70,10 @@ class ScoringEngine:
     async def refresh(self) -> None:
         """Take up the newest policy version, if there is a newer one. Scoring goes on while it is read."""
         async with self._refreshing:
+            refused = self._target.num_refused
             pending = await asyncio.to_thread(self._target.read_newer)
+            if self._target.num_refused > refused:
+                self._metrics.count_weights_refused("policy")
             if pending is None:
                 return
             started = time.monotonic()

@@ -70,7 +70,7 @@ class TargetPolicy:
     def read_newer(self) -> PendingWeights | None:
         """The newest version if it is newer than the one held, read from the store.
 
-        A version that is damaged or just pruned is logged, counted and left alone; the one held stays in use.
+        A version that is damaged (logged, counted) or just pruned is left alone; the one held stays in use.
         """
         started = time.monotonic()
         if started < self._retry_at:
@@ -80,10 +80,14 @@ class TargetPolicy:
             if newest is None or (self.version is not None and newest.version <= self.version):
                 return None
             state = read_state(self.model, self._store.open("policy", newest.version))
-        except (WeightCorruptError, WeightMissingError, FileNotFoundError) as error:
+        except WeightCorruptError as error:
             self.num_refused += 1
             self._retry_at = time.monotonic() + RETRY_SECONDS
             LOG.error("policy weights refused, version %s stays in use: %s", self.version, error)
+            return None
+        except (WeightMissingError, FileNotFoundError) as error:
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            LOG.warning("policy weights pruned while they were read, version %s stays in use: %s", self.version, error)
             return None
         obrs_lambda = float(newest.metadata.get("obrs_lambda", self._default_lambda))
         return PendingWeights(newest.version, obrs_lambda, state, time.monotonic() - started)
