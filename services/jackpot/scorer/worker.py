@@ -99,7 +99,9 @@ class ScorerWorker:
                 await self._settle(early)
         finally:
             for delivery in deliveries:
-                self._held.pop(delivery.group_id, None)
+                # A group that was given back may have been taken again by the fetch beside this.
+                if self._held.get(delivery.group_id) is delivery:
+                    del self._held[delivery.group_id]
 
     async def _newer_weights_came(self, deliveries: Sequence[Delivery[Group]]) -> bool:
         """Wait for the version that all of these need. If it does not come, they are given back, and it is false."""
