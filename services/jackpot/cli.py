@@ -1,25 +1,86 @@
-"""The `jackpot` command."""
+"""The `jackpot` command. Exit codes: 0 success, 1 failed, 2 configuration, 130 interrupted."""
 
 from __future__ import annotations
 
 import json
 import sys
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from jackpot.config import job_json_schema
-from jackpot.errors import JackpotError
+import jackpot
+from jackpot.config import job_json_schema, load_job
+from jackpot.errors import ConfigError, JackpotError
+
+EXIT_CODES = {"succeeded": 0, "failed": 1, "stopped": 130}
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Reinforcement learning with rollouts from a cheaper model.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Reinforcement learning with rollouts from a cheaper model than the one being trained.",
 )
 
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. learner.lr=1e-3")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON, as the last line.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run goes; default runs/<job id>.")]
 
-@app.callback()
-def _root() -> None:
-    """Reinforcement learning with rollouts from a cheaper model."""
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"jackpot {jackpot.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    job_file: Annotated[Path | None, typer.Argument(metavar="JOB.yaml", help="The job file.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Continue this run.")] = None,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+) -> None:
+    """Run a job on this machine: every process, from the embedded server to the learner."""
+    if resume is not None:
+        if job_file is not None or run_dir is not None:
+            raise ConfigError("--resume", str(resume), "takes no job file", "The run directory has its own job.json.")
+        _resume(resume, as_json)
+    elif job_file is None:
+        raise ConfigError("JOB.yaml", None, "is missing", "Name a job file, or continue a run with --resume DIR.")
+    else:
+        _run_file(job_file, overrides or [], run_dir, as_json)
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="On-policy, none, tis and jackpot on the same seed, in one picture.")
+    ] = False,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+) -> None:
+    """Run examples/demo.yaml: two tiny models learn to subtract, with no GPU and no download."""
+    with as_file(files("jackpot.demo") / "demo.yaml") as path:
+        if compare:
+            _compare(path, overrides or [], run_dir, as_json)
+        else:
+            _run_file(path, overrides or [], run_dir, as_json)
+
+
+@app.command()
+def validate(
+    job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")], overrides: Overrides = None
+) -> None:
+    """Check a job file and all that it names, without starting anything."""
+    from jackpot.control_plane.preparation import prepare_job
+
+    prepare_job(load_job(job_file, overrides or []))
+    typer.echo(f"{job_file} is a valid job")
 
 
 @app.command()
@@ -35,3 +96,74 @@ def main() -> None:
     except JackpotError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+
+
+def _run_file(job_file: Path, overrides: list[str], run_dir: Path | None, as_json: bool) -> None:
+    from jackpot.control_plane.job_run import run_job
+    from jackpot.control_plane.preparation import prepare_job
+    from jackpot.control_plane.run_directory import RunDirectory, new_job_id
+
+    job = prepare_job(load_job(job_file, overrides))
+    job_id = new_job_id(job.name)
+    directory = run_dir or Path(job.run.directory or Path("runs") / job_id)
+    directory_of_run = RunDirectory.create(directory, job_id, job)
+    _finish(run_job(directory_of_run, job, _console(as_json), resumed=False), directory_of_run.path, as_json)
+
+
+def _resume(directory: Path, as_json: bool) -> None:
+    from jackpot.control_plane.job_run import run_job
+    from jackpot.control_plane.run_directory import RunDirectory
+
+    run_directory = RunDirectory.open(directory)
+    summary = run_directory.summary
+    if summary is not None and summary.get("state") == "succeeded":
+        raise ConfigError("--resume", str(directory), "has finished already", "Start a new run.")
+    job = run_directory.load_job()
+    _finish(run_job(run_directory, job, _console(as_json), resumed=True), run_directory.path, as_json)
+
+
+def _compare(job_file: Path, overrides: list[str], run_dir: Path | None, as_json: bool) -> None:
+    from jackpot.control_plane.comparison import compare, comparison_table
+    from jackpot.control_plane.run_directory import new_job_id
+
+    console = _console(as_json)
+    directory = run_dir or Path("runs") / new_job_id("compare")
+    comparison = compare(job_file, overrides, directory, console)
+    console.print(comparison_table(comparison["runs"]))
+    console.print(f"picture: {directory / 'comparison.png'}", highlight=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(comparison))
+    worst = max(EXIT_CODES[summary["state"]] for summary in comparison["runs"].values())
+    raise typer.Exit(worst)
+
+
+def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
+    console = _console(as_json)
+    accuracy, divergence, ledger = summary["policy_accuracy"], summary["kl_policy_actor"], summary["ledger"]
+    lines = [
+        f"{summary['state']} after {summary['steps']} steps in {summary['wall_seconds']:.0f} s",
+        f"policy accuracy  {_figure(accuracy['initial'])} → {_figure(accuracy['final'])} on held-out prompts",
+        f"acceptance rate  {_figure(summary['acceptance_rate'])} on average",
+        f"KL policy‖actor  {_figure(divergence['initial'])} → {_figure(divergence['final'])} nats per token",
+        f"ledger           {ledger['dispatched']} groups dispatched, {ledger['trained']} trained, "
+        f"dropped {ledger['dropped'] or 'none'}; {summary['restarts']} restarts",
+        f"everything is in {directory} (summary.json, curves.png, export/)",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if summary["state"] == "stopped":
+        console.print(f"go on with: jackpot run --resume {directory}", highlight=False, soft_wrap=True, markup=False)
+    if "error" in summary:
+        typer.echo(f"error: {summary['error']}", err=True)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    raise typer.Exit(EXIT_CODES[summary["state"]])
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _console(as_json: bool) -> Console:
+    # With --json, stdout carries the JSON alone; what is meant for people goes to stderr.
+    return Console(stderr=as_json)

@@ -1,0 +1,161 @@
+"""One session of a job: launch, follow, stop, sum up."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+from jackpot.config import JobSpec
+from jackpot.control_plane.curves import draw_run
+from jackpot.control_plane.launcher import Launcher, LaunchStatus
+from jackpot.control_plane.live_view import Snapshot, View, open_view
+from jackpot.control_plane.local_launcher import LocalLauncher
+from jackpot.control_plane.run_directory import RunDirectory
+from jackpot.control_plane.summary import State, build_summary, write_summary
+from jackpot.errors import BusError, DeadlineError, JackpotError
+from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus
+
+POLL_SECONDS = 0.1
+VIEW_SECONDS = 0.5
+BUS_SECONDS = 1.5  # how long a look at the bus may take before the view does without
+
+
+@dataclass(slots=True)
+class _Outcome:
+    state: State = "failed"
+    error: str | None = None
+    restarts: Mapping[str, int] = field(default_factory=dict)
+    ledger: Ledger | None = None
+
+
+def run_job(run: RunDirectory, job: JobSpec, console: Console, *, resumed: bool) -> dict[str, Any]:
+    """Run a job in its directory until it has succeeded, failed or been stopped; the summary.
+
+    Leaves ``summary.json`` and ``curves.png``. SIGINT and SIGTERM stop the job cleanly.
+
+    Raises:
+        JackpotError: another launcher holds the run, or its processes could not be started at all.
+    """
+    with run.locked():
+        started = time.monotonic()
+        outcome = asyncio.run(_session(run, job, console, started))
+        summary = build_summary(
+            run,
+            state=outcome.state,
+            wall_seconds=time.monotonic() - started,
+            ledger=outcome.ledger,
+            restarts=outcome.restarts,
+            resumed=resumed,
+            error=outcome.error,
+        )
+        write_summary(run, summary)
+        draw_run(run, run.path / "curves.png")
+        return summary
+
+
+async def _session(run: RunDirectory, job: JobSpec, console: Console, started: float) -> _Outcome:
+    outcome = _Outcome()
+    launcher: Launcher = LocalLauncher(run, job)
+    view = open_view(console)
+    try:
+        with _stop_signals() as stop:
+            try:
+                await launcher.start()
+                await _follow(run, job, launcher, view, stop, started, outcome)
+            finally:
+                outcome.ledger = await _ask(run, job, launcher, TrajectoryBus.ledger)
+                await launcher.stop()
+    except JackpotError as error:
+        outcome.state, outcome.error = "failed", str(error)
+    finally:
+        view.close()
+    return outcome
+
+
+async def _follow(
+    run: RunDirectory,
+    job: JobSpec,
+    launcher: Launcher,
+    view: View,
+    stop: asyncio.Event,
+    started: float,
+    outcome: _Outcome,
+) -> None:
+    """Look after the processes until the job is over; fills in the outcome.
+
+    Raises:
+        DeadlineError: no first step within the start-up deadline and the batch deadline.
+    """
+    shown_at = 0.0
+    timeout = job.run.startup_timeout_seconds + job.learner.batch_timeout_seconds
+    while True:
+        status = await launcher.check()
+        outcome.restarts = status.restarts
+        now = time.monotonic()
+        if now - shown_at >= VIEW_SECONDS or _is_over(status, stop):
+            shown_at = now
+            depths = await _ask(run, job, launcher, TrajectoryBus.depths) if not _is_over(status, stop) else None
+            snapshot = _snapshot(run, job, depths, status, now - started)
+            view.show(snapshot)
+            if not snapshot.steps and now - started > timeout:
+                raise DeadlineError("the first optimizer step", timeout, f"Look at the logs in {run.path / 'logs'}.")
+        if _is_over(status, stop):
+            break
+        await asyncio.sleep(POLL_SECONDS)
+    if status.error is not None:
+        outcome.state, outcome.error = "failed", status.error
+    else:
+        outcome.state = "succeeded" if status.finished else "stopped"
+
+
+def _is_over(status: LaunchStatus, stop: asyncio.Event) -> bool:
+    return status.finished or status.error is not None or stop.is_set()
+
+
+def _snapshot(
+    run: RunDirectory, job: JobSpec, depths: BusDepths | None, status: LaunchStatus, elapsed_seconds: float
+) -> Snapshot:
+    return Snapshot(
+        job_id=run.job_id,
+        total_steps=job.learner.steps,
+        steps=run.steps,
+        evaluations=run.evaluations,
+        depths=depths,
+        restarts=sum(status.restarts.values()),
+        elapsed_seconds=elapsed_seconds,
+    )
+
+
+async def _ask(run: RunDirectory, job: JobSpec, launcher: Launcher, question: Any) -> Any:
+    """Ask the bus something, or None where it does not answer soon: the view goes on without."""
+    try:
+        async with asyncio.timeout(BUS_SECONDS):
+            bus = await TrajectoryBus.connect(
+                launcher.redis_url, run.job_id, job.bus, "launcher", run.path / "payloads"
+            )
+            try:
+                return await question(bus)
+            finally:
+                await bus.close()
+    except (BusError, TimeoutError):
+        return None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[asyncio.Event]:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,37 @@
+"""What a launcher does: it brings a job's processes up, keeps them up, and takes them down. Nobody else knows how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchStatus:
+    """How a job's processes are doing."""
+
+    finished: bool = False  # learner and orchestrator have done all their work
+    error: str | None = None  # the job cannot go on, and why
+    restarts: Mapping[str, int] = field(default_factory=dict)  # by process
+
+
+class Launcher(Protocol):
+    """Runs the processes of one job."""
+
+    @property
+    def redis_url(self) -> str:
+        """Where the job's bus is; known once started."""
+
+    async def start(self) -> None:
+        """Bring every process up.
+
+        Raises:
+            JackpotError: something could not be started.
+        """
+
+    async def check(self) -> LaunchStatus:
+        """Look after the processes once, restarting what died; call it several times a second."""
+
+    async def stop(self) -> None:
+        """Take every process down within ten seconds."""

@@ -1,0 +1,103 @@
+"""``summary.json``: the outcome of a run, from what its processes wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from jackpot.control_plane.run_directory import Row, RunDirectory
+from jackpot.runtime.bus import Ledger
+
+State = Literal["succeeded", "failed", "stopped"]
+
+
+def build_summary(
+    run: RunDirectory,
+    *,
+    state: State,
+    wall_seconds: float,
+    ledger: Ledger | None,
+    restarts: Mapping[str, int],
+    resumed: bool,
+    error: str | None,
+) -> dict[str, Any]:
+    """The summary of this session of a run.
+
+    Args:
+        run: the run directory.
+        state: how it ended.
+        wall_seconds: of this session.
+        ledger: the bus's counters; None if the bus could not be asked, and then ``ledger.jsonl`` is counted.
+        restarts: how often each process was restarted.
+        resumed: whether this session continued an earlier one.
+        error: why it failed.
+    """
+    steps, accuracies = run.steps, [row["policy_accuracy"] for row in run.evaluations]
+    divergences = _series(steps, "kl/policy_actor")
+    summary = {
+        "job_id": run.job_id,
+        "state": state,
+        "steps": int(steps[-1]["step"]) if steps else 0,
+        "wall_seconds": round(wall_seconds, 2),
+        "policy_accuracy": {
+            "initial": accuracies[0] if accuracies else None,
+            "final": accuracies[-1] if accuracies else None,
+            "best": max(accuracies, default=None),
+        },
+        "acceptance_rate": _mean(_series(steps, "rollout_corr/obrs_acceptance_rate")),
+        "kl_policy_actor": {
+            "initial": divergences[0] if divergences else None,
+            "final": divergences[-1] if divergences else None,
+        },
+        "ledger": _ledger(run, ledger),
+        "restarts": sum(restarts.values()),
+        "restarts_by_process": dict(restarts),
+        "resumed_from_step": run.resumed_from_step if resumed else None,
+    }
+    return summary if error is None else summary | {"error": error}
+
+
+def write_summary(run: RunDirectory, summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json``, aside and renamed."""
+    aside = run.path / ".summary.json"
+    aside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    aside.rename(run.path / "summary.json")
+
+
+def _ledger(run: RunDirectory, ledger: Ledger | None) -> dict[str, Any]:
+    if ledger is not None:
+        counts = {"dispatched": ledger.dispatched, "trained": ledger.trained, "dropped": dict(ledger.dropped)}
+        return counts | ({"open": ledger.open} if ledger.open else {})
+    dropped: dict[str, int] = {}
+    trained = 0
+    for record in _records(run):
+        if record.get("state") == "trained":
+            trained += 1
+        else:
+            dropped[record["reason"]] = dropped.get(record["reason"], 0) + 1
+    return {"dispatched": trained + sum(dropped.values()), "trained": trained, "dropped": dropped}
+
+
+def _records(run: RunDirectory) -> list[Row]:
+    try:
+        lines = (run.path / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    records: dict[str, Row] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+            records[record["group_id"]] = record
+        except (ValueError, KeyError):
+            continue  # the half line of a process killed while writing
+    return list(records.values())
+
+
+def _series(rows: Sequence[Row], name: str) -> list[float]:
+    return [row[name] for row in rows if row.get(name) is not None and math.isfinite(row[name])]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
