@@ -13,18 +13,18 @@ from typing import Any
 from rich.console import Console
 
 from jackpot.config import JobSpec
+from jackpot.control_plane.bus_observer import BusObserver
 from jackpot.control_plane.curves import draw_run
 from jackpot.control_plane.launcher import Launcher, LaunchStatus
 from jackpot.control_plane.live_view import Snapshot, View, open_view
 from jackpot.control_plane.local_launcher import LocalLauncher
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.summary import State, build_summary, write_summary
-from jackpot.errors import BusError, DeadlineError, JackpotError
-from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus
+from jackpot.errors import DeadlineError, JackpotError
+from jackpot.runtime.bus import BusDepths, Ledger
 
 POLL_SECONDS = 0.1
 VIEW_SECONDS = 0.5
-BUS_SECONDS = 1.5  # how long a look at the bus may take before the view does without
 
 
 @dataclass(slots=True)
@@ -64,13 +64,15 @@ async def _session(run: RunDirectory, job: JobSpec, console: Console, started: f
     outcome = _Outcome()
     launcher: Launcher = LocalLauncher(run, job)
     view = open_view(console)
+    observer = BusObserver(run.job_id, job.bus, run.path / "payloads")
     try:
         with _stop_signals() as stop:
             try:
                 await launcher.start()
-                await _follow(run, job, launcher, view, stop, started, outcome)
+                await _follow(run, job, launcher, observer, view, stop, started, outcome)
             finally:
-                outcome.ledger = await _ask(run, job, launcher, TrajectoryBus.ledger)
+                outcome.ledger = await observer.ledger(launcher.redis_url)
+                await observer.close()
                 await launcher.stop()
     except JackpotError as error:
         outcome.state, outcome.error = "failed", str(error)
@@ -83,6 +85,7 @@ async def _follow(
     run: RunDirectory,
     job: JobSpec,
     launcher: Launcher,
+    observer: BusObserver,
     view: View,
     stop: asyncio.Event,
     started: float,
@@ -101,7 +104,7 @@ async def _follow(
         now = time.monotonic()
         if now - shown_at >= VIEW_SECONDS or _is_over(status, stop):
             shown_at = now
-            depths = await _ask(run, job, launcher, TrajectoryBus.depths) if not _is_over(status, stop) else None
+            depths = None if _is_over(status, stop) else await observer.depths(launcher.redis_url)
             snapshot = _snapshot(run, job, depths, status, now - started)
             view.show(snapshot)
             if not snapshot.steps and now - started > timeout:
@@ -131,21 +134,6 @@ def _snapshot(
         restarts=sum(status.restarts.values()),
         elapsed_seconds=elapsed_seconds,
     )
-
-
-async def _ask(run: RunDirectory, job: JobSpec, launcher: Launcher, question: Any) -> Any:
-    """Ask the bus something, or None where it does not answer soon: the view goes on without."""
-    try:
-        async with asyncio.timeout(BUS_SECONDS):
-            bus = await TrajectoryBus.connect(
-                launcher.redis_url, run.job_id, job.bus, "launcher", run.path / "payloads"
-            )
-            try:
-                return await question(bus)
-            finally:
-                await bus.close()
-    except (BusError, TimeoutError):
-        return None
 
 
 @contextmanager

@@ -1,0 +1,59 @@
+"""A look at a job's bus from outside: never in the way, never an error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from jackpot.config import BusConfig
+from jackpot.errors import BusError
+from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus
+
+ANSWER_SECONDS = 1.5
+
+Answer = TypeVar("Answer")
+
+
+class BusObserver:
+    """Asks the bus for its figures; None whenever it does not answer soon.
+
+    Args:
+        job_id: whose bus.
+        settings: the job's ``bus`` section.
+        payload_dir: directory of the ``file`` payload store.
+    """
+
+    def __init__(self, job_id: str, settings: BusConfig, payload_dir: Path) -> None:
+        self._job_id = job_id
+        self._settings = settings
+        self._payload_dir = payload_dir
+        self._bus: TrajectoryBus | None = None
+
+    async def depths(self, url: str) -> BusDepths | None:
+        """How much lies on the bus at ``url``."""
+        return await self._ask(url, TrajectoryBus.depths)
+
+    async def ledger(self, url: str) -> Ledger | None:
+        """The counters of the bus at ``url``."""
+        return await self._ask(url, TrajectoryBus.ledger)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        bus, self._bus = self._bus, None
+        if bus is not None:
+            await bus.close()
+
+    async def _ask(self, url: str, question: Callable[[TrajectoryBus], Awaitable[Answer]]) -> Answer | None:
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                if self._bus is None:
+                    self._bus = await TrajectoryBus.connect(
+                        url, self._job_id, self._settings, "launcher", self._payload_dir
+                    )
+                    await self._bus.open()
+                return await question(self._bus)
+        except (BusError, TimeoutError):
+            await self.close()
+            return None
