@@ -149,7 +149,9 @@ class PolicyEvaluation:
             async with asyncio.timeout(timeout):
                 while required or len(failures) < OPTIONAL_ATTEMPTS:
                     try:
-                        return self._record(await self.evaluate(step))
+                        # In a task of its own: up to Python 3.12 a failed TaskGroup may leave its task marked as
+                        # cancelled, and the timeout around it would then pass for a cancellation from outside.
+                        return self._record(await asyncio.create_task(self.evaluate(step)))
                     except RequestRefusedError:
                         raise
                     except JackpotError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusError, BusLostError, DeadlineError
+from jackpot.orchestrator.cancellation import heed_cancellation
 from jackpot.orchestrator.dispatch import Dispatcher, TrainingPrompts
 from jackpot.orchestrator.evaluation import EvaluationLog, PolicyEvaluation
 from jackpot.orchestrator.failures import first_error
@@ -47,10 +48,13 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
     work = asyncio.create_task(_orchestrate(environment, job))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    for task in (work, stopping):
-        task.cancel()  # which leaves a finished task as it is
-    with suppress(asyncio.CancelledError):
-        await work
+    stopping.cancel()
+    if not work.done():
+        work.cancel()
+        with suppress(asyncio.CancelledError):
+            await work
+        return 0
+    await work
     return 0
 
 
@@ -173,7 +177,10 @@ class Orchestrator:
         try:
             if self._bus_lost:
                 await self._declare_lost()
-            await self._orchestrate(await self._recover())
+            # In a task of its own, for the same reason as an evaluation: what begins again must be a fresh task.
+            again = await self._recover()
+            heed_cancellation()
+            await asyncio.create_task(self._orchestrate(again))
             return True
         except BusLostError as error:
             LOG.error("incident: the bus lost the job's state (%s)", error)
