@@ -183,6 +183,25 @@ def test_the_actor_as_its_own_target_accepts_everything_despite_half_precision()
     assert z.value.max() <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("name", ["tail", "union_tail", "union_kappa"])
+def test_rounding_does_not_make_more_than_a_probability(name: NormalizerName) -> None:
+    """Log-probabilities rounded to half precision may add up to more than one."""
+    rounded_up = torch.tensor([[0.701, 0.302]]).log()
+    parts = estimate_normalizer(
+        name,
+        Candidates(
+            actor_ids=torch.tensor([[0, 1]]),
+            actor_logprobs=rounded_up,
+            target_logprobs_on_actor=rounded_up,
+            target_ids=torch.tensor([[0, 1]]),
+            target_logprobs=rounded_up,
+            actor_logprobs_on_target=rounded_up,
+        ),
+        1.0,
+    )
+    assert (parts.head.item(), parts.tail.item(), parts.mass.item()) == (1.0, 0.0, 1.0)
+
+
 @pytest.mark.parametrize("obrs_lambda", [0.5, 1.0, 2.0])
 def test_calibrated_estimators_are_as_good_as_measured(obrs_lambda: float) -> None:
     """Mean absolute error of Z: little for the tail estimators, several times more for κ, which overshoots."""

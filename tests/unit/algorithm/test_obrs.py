@@ -125,6 +125,12 @@ def test_mask_accepts_as_often_as_it_says() -> None:
     torch.testing.assert_close(rates[1:4], torch.tensor([0.1, 0.5, 0.9]).double(), rtol=0, atol=0.015)
 
 
+def test_a_token_of_probability_zero_is_never_accepted() -> None:
+    """Uniform numbers include 0 and exclude 1, so that the comparison has to be strict."""
+    mask = acceptance_mask(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.0, 0.5, 1 - 2**-24]))
+    assert mask.tolist() == [False, False, True]
+
+
 def test_mask_is_the_same_in_another_process() -> None:
     program = (
         "from jackpot.algorithm.obrs import acceptance_mask, acceptance_uniforms; import torch\n"
