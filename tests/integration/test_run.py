@@ -1,0 +1,106 @@
+"""`jackpot run` to the end, and its refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from job_world import JACKPOT, assert_ledger_adds_up, assert_mirror_agrees, jackpot_run, write_job
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MakeModel = Callable[..., Path]
+
+
+def test_a_run_trains_to_its_last_step_and_leaves_what_it_promises(tmp_path: Path, make_model: MakeModel) -> None:
+    job_file = write_job(tmp_path, make_model)
+    directory = tmp_path / "run"
+    with jackpot_run(
+        str(job_file), "learner.steps=6", "--run-dir", str(directory), "--json", directory=directory
+    ) as run:
+        code, stdout, stderr = run.finish()
+    assert code == 0, stderr
+    summary = json.loads(stdout.splitlines()[-1])
+    assert summary == run.summary
+    assert summary["state"] == "succeeded" and summary["steps"] == 6 and summary["restarts"] == 0
+    assert_ledger_adds_up(summary, trained=12)
+    assert_mirror_agrees(run)
+    assert 0 < summary["acceptance_rate"] <= 1
+    assert summary["kl_policy_actor"]["initial"] > 0
+    assert summary["resumed_from_step"] is None
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert max(row["staleness/max"] for row in rows) <= 1
+    evaluations = [json.loads(line)["step"] for line in (directory / "evaluations.jsonl").read_text().splitlines()]
+    assert evaluations[0] == 0 and evaluations[-1] == 6
+    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for role in ("policy", "actor"):
+        AutoModelForCausalLM.from_pretrained(directory / "export" / role)
+        assert AutoTokenizer.from_pretrained(directory / "export" / role)("7-3").input_ids
+    assert not list((directory / "payloads").rglob("*.bin"))
+
+
+def test_on_policy_training_runs_without_an_actor(tmp_path: Path, make_model: MakeModel) -> None:
+    job_file = write_job(tmp_path, make_model)
+    directory = tmp_path / "run"
+    arguments = ["actor=policy", "learner.steps=3", "orchestrator.max_staleness=0", "bus.payload_store=redis"]
+    with jackpot_run(str(job_file), *arguments, "--run-dir", str(directory), directory=directory) as run:
+        code, stdout, stderr = run.finish()
+    assert code == 0, stderr
+    assert_ledger_adds_up(run.summary, trained=6)
+    assert "succeeded after 3 steps" in stdout
+    assert not (directory / "export" / "actor").exists()
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["staleness/max"] for row in rows] == [0, 0, 0]
+    # Sampled and scored by the same weights, so that only rounding is between the two.
+    assert max(abs(row["rollout_corr/kl"]) for row in rows) < 1e-4
+
+
+BAD_INPUT = {
+    "unknown key": (["learner.stepps=3"], "learner.stepps", "steps"),
+    "wrong type": (["learner.steps=many"], "learner.steps", "number"),
+    "unknown task": (["task.name=complemnt"], "task.name", "complement"),
+    "truncated sampling": (["sampling.top_p=0.9"], "sampling.top_p", "temperature"),
+    "not a model": (["policy.model=/nowhere"], "policy.model", "directory"),
+    "empty dataset": (["task.name=jsonl", "task.params={path: empty.jsonl}"], "task.params.path", "empty"),
+    "not a task": (["task.name=python:json:dumps"], "task.params", "factory(params, seed)"),
+    "unknown reward": (["task.name=jsonl", "task.params={path: one.jsonl, reward: exactly}"], "reward", "exact_match"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT, ids=str)
+def test_bad_input_is_refused_before_any_process_starts(tmp_path: Path, make_model: MakeModel, case: str) -> None:
+    overrides, field, remedy = BAD_INPUT[case]
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "one.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}')
+    job_file = write_job(tmp_path, make_model)
+    finished = subprocess.run(
+        [*JACKPOT, "run", str(job_file), *overrides, "--run-dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert finished.returncode == 2, finished.stderr
+    assert field in finished.stderr and remedy in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_of_different_vocabularies_are_refused(tmp_path: Path, make_model: MakeModel) -> None:
+    job_file = write_job(tmp_path, make_model)
+    other = tmp_path / "other"
+    other.mkdir()
+    for source in make_model("qwen3", seed=2, hidden_size=16, num_hidden_layers=1).iterdir():
+        text = source.read_bytes()
+        (other / source.name).write_bytes(
+            text.replace(b'"a":', b'"\xc3\xa4":') if source.name == "tokenizer.json" else text
+        )
+    arguments = [*JACKPOT, "run", str(job_file), f"actor.model={other}", "--run-dir", str(tmp_path / "run")]
+    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 2
+    assert "actor.model" in finished.stderr and "vocabulary" in finished.stderr
+    (other / "tokenizer.json").unlink()
+    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 2 and "holds no tokenizer.json" in finished.stderr
