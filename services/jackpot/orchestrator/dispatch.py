@@ -53,7 +53,11 @@ class TrainingPrompts:
         self._thread = ThreadPoolExecutor(1, "prompts")  # one: tasks need not be safe for threads
 
     async def prompt(self, index: int) -> tuple[Item, NDArray[np.uint32]]:
-        """Prompt ``index`` and its token ids [P]."""
+        """Prompt ``index`` and its token ids [P].
+
+        Raises:
+            ConfigError: the task cannot make it, or the chat template refuses it.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._make, index)
 
     def close(self) -> None:
@@ -61,7 +65,11 @@ class TrainingPrompts:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, index: int) -> tuple[Item, NDArray[np.uint32]]:
-        item = self._task.train_prompt(index)
+        try:
+            item = self._task.train_prompt(index)
+        except Exception as error:  # foreign code: it costs this group, and many in a row the job
+            problem = f"cannot make this prompt ({type(error).__name__}: {error})"
+            raise ConfigError("task.train_prompt", index, problem, "Look at the task.") from error
         return item, self._tokenizer.encode_prompt(item.prompt)
 
 
