@@ -128,13 +128,16 @@ def _progress(steps: int, title: str) -> Iterator[int]:
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     # flock goes away with its process, so a killed warm-up never blocks the next one.
-    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
+    deadline, announced = time.monotonic() + LOCK_TIMEOUT_SECONDS, False
     with path.open("a") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if not announced:
+                    print("another process is making these models: waiting for it", file=sys.stderr, flush=True)
+                    announced = True
                 if time.monotonic() > deadline:
                     remedy = f"End the process that holds {path} or choose another JACKPOT_CACHE."
                     raise DeadlineError("another process to make the models", LOCK_TIMEOUT_SECONDS, remedy) from None

@@ -91,5 +91,6 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0]
     directory = models_directory(recipe, tmp_path)
     assert [output for output, _ in results] == [f"{directory}\n"] * 2
-    # One of the two has warmed the models up and said so; the other found them.
+    # One of the two has warmed the models up, the other waited, and both said so.
     assert sorted("warming up" in errors for _, errors in results) == [False, True]
+    assert sorted("waiting for it" in errors for _, errors in results) == [False, True]
