@@ -1,18 +1,24 @@
 """Every setting of Jackpot: parsed once, strictly, before anything heavy loads. Imports neither torch nor vllm."""
 
-from jackpot.config.job import (
-    ActorConfig,
+from jackpot.config.algorithm import (
     AdvantageConfig,
     AlgorithmConfig,
-    BusConfig,
     CorrectionConfig,
     DistillationConfig,
-    EvaluationConfig,
+    IcepopCorrection,
+    IsCorrection,
     JackpotCorrection,
+    MisCorrection,
+    NoCorrection,
+    TisCorrection,
+)
+from jackpot.config.job import (
+    ActorConfig,
+    BusConfig,
+    EvaluationConfig,
     JobSpec,
     LearnerConfig,
     ModelConfig,
-    NoCorrection,
     OrchestratorConfig,
     RolloutConfig,
     RunConfig,
@@ -20,7 +26,6 @@ from jackpot.config.job import (
     ScheduleConfig,
     ScorerConfig,
     TaskConfig,
-    TisCorrection,
     WeightStoreConfig,
 )
 from jackpot.config.loading import InvalidJobError, job_json_schema, load_job, parse_job
@@ -33,10 +38,13 @@ __all__ = [
     "CorrectionConfig",
     "DistillationConfig",
     "EvaluationConfig",
+    "IcepopCorrection",
     "InvalidJobError",
+    "IsCorrection",
     "JackpotCorrection",
     "JobSpec",
     "LearnerConfig",
+    "MisCorrection",
     "ModelConfig",
     "NoCorrection",
     "OrchestratorConfig",

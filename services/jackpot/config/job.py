@@ -5,47 +5,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from jackpot.config.algorithm import AlgorithmConfig
+from jackpot.config.section import (
+    Device,
+    Dtype,
+    Float,
+    Fraction,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+    Section,
 )
-
-
-def _refuse_words(value: Any) -> Any:
-    """Numbers are written as numbers: '10' in quotes or `yes` is a slip that pydantic would convert silently."""
-    if isinstance(value, (str, bool)):
-        raise ValueError("is not a number. Write a plain number, without quotes")
-    return value
-
-
-# The check comes last, which is outermost: pydantic writes ranges into the JSON Schema only next to the type.
-_Number = BeforeValidator(_refuse_words)
-Int = Annotated[int, _Number]
-Float = Annotated[float, _Number]
-PositiveInt = Annotated[int, Field(gt=0), _Number]
-NonNegativeInt = Annotated[int, Field(ge=0), _Number]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
-Fraction = Annotated[float, Field(ge=0, le=1), _Number]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no silent conversion of strings into numbers."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-    )
 
 
 class ModelConfig(Section):
@@ -93,7 +68,7 @@ class SamplingConfig(Section):
     """Longest completion in tokens. Completions cut here are counted as truncated."""
     stop: tuple[str, ...] = ()
     """Extra stop strings, each a single token of the tokenizer. The tokenizer's end-of-sequence token always stops."""
-    group_size: Annotated[int, Field(ge=1), _Number] = 8
+    group_size: Annotated[int, Field(ge=1), Number] = 8
     """Trajectories per prompt. GRPO needs at least 2; 8 is the paper's and the field's usual value."""
     top_p: Float = 1.0
     """Must be 1: nucleus sampling changes p_inf behind the engine's log-probabilities."""
@@ -126,7 +101,7 @@ class RolloutConfig(Section):
     """Rollout processes. Each pulls new weights on its own."""
     device: Device = "auto"
     """``auto`` is CUDA where there is one."""
-    top_logprobs: Annotated[int, Field(ge=1, le=1024), _Number] = 20
+    top_logprobs: Annotated[int, Field(ge=1, le=1024), Number] = 20
     """k: how many of the actor's most probable tokens come back per position (paper §4.4 uses 20)."""
     max_batch_size: PositiveInt = 256
     """Trajectories decoded together by the transformers engine."""
@@ -154,106 +129,6 @@ class ScorerConfig(Section):
     version_timeout_seconds: PositiveFloat = 120.0
     """How long a group waits in the scorer for the policy version it was dispatched with, before that counts as a
     failed attempt. Versions are published before groups are dispatched with them, so waiting long means damage."""
-
-
-class NoCorrection(Section):
-    """F(s) = 1: train as if the trajectories were the policy's own."""
-
-    name: Literal["none"] = "none"
-
-
-class TisCorrection(Section):
-    """Truncated importance sampling: F(s) = min(s, C), s = p_ref/p_inf per token."""
-
-    name: Literal["tis"] = "tis"
-    cap: PositiveFloat = 2.0
-    """C. 2 is Flash-RL's and verl's usual value."""
-
-
-class JackpotCorrection(Section):
-    """Optimal budgeted rejection sampling (paper §3 and §4)."""
-
-    name: Literal["jackpot"] = "jackpot"
-    obrs_lambda: PositiveFloat = 1.0
-    """λ: larger rejects more and aligns more. At 1 a token is rejected just as far as the actor over-represents it."""
-    c1: PositiveFloat = 3.0
-    """Upper clip of the weight Z·max(λ, p_t/p_inf)."""
-    c2: PositiveFloat = 3.0
-    """Upper clip of p_ref/p_t; only used with target = policy."""
-    target: Literal["reference", "policy"] = "reference"
-    """What OBRS aligns to. ``policy`` is for many optimizer steps per rollout batch; it keeps top-k on the bus."""
-    mask: Literal["bernoulli", "expected"] = "bernoulli"
-    """``bernoulli`` draws acceptance (the paper); ``expected`` multiplies by its probability: same mean, less noise."""
-    normalizer: Literal["tail", "union_tail", "union_kappa", "full"] = "tail"
-    """Estimator of Z. ``tail`` needs nothing but the actor's returned top-k. The other three run the actor's forward
-    pass in the scorer; ``full`` looks at the whole vocabulary (tests, small models)."""
-    top_k: Annotated[int, Field(ge=1, le=1024), _Number] = 20
-    """How many of the target's most probable tokens enter the estimate (paper §4.4)."""
-
-    @model_validator(mode="after")
-    def _target_policy_has_no_actor_forward(self) -> JackpotCorrection:
-        if self.target == "policy" and self.normalizer in ("union_tail", "full"):
-            raise ValueError(
-                f"normalizer = {self.normalizer!r} needs the actor's forward pass beside the target's, which "
-                "target = 'policy' does not have. Use normalizer 'tail' or 'union_kappa', or target 'reference'"
-            )
-        return self
-
-
-def _name_alone(value: Any) -> Any:
-    """``correction: tis`` is short for ``correction: {name: tis}``; without a name it is the default, jackpot."""
-    if isinstance(value, str):
-        return {"name": value}
-    return {"name": "jackpot", **value} if isinstance(value, dict) else value
-
-
-_Corrections = Annotated[NoCorrection | TisCorrection | JackpotCorrection, Field(discriminator="name")]
-CorrectionConfig = Annotated[
-    _Corrections,
-    BeforeValidator(_name_alone, json_schema_input_type=Literal["none", "tis", "jackpot"] | _Corrections),
-]
-
-
-class AdvantageConfig(Section):
-    """Group advantages."""
-
-    name: Literal["grpo"] = "grpo"
-    """(reward − group mean) / group standard deviation."""
-    normalize_std: bool = True
-    """Divide by the group's standard deviation, as GRPO does; false leaves the differences as they are (Dr. GRPO)."""
-    filter_zero_variance: bool = False
-    """Drop groups whose rewards are all equal before scoring (they carry no policy gradient, but do distil)."""
-
-
-class DistillationConfig(Section):
-    """L_distill: forward KL from policy to actor at the trajectories' positions (paper eq. 7)."""
-
-    weight: NonNegativeFloat = 1.0
-    """λ_distill."""
-    chunk_tokens: PositiveInt = 512
-    """Positions per slice of the full-vocabulary KL."""
-
-
-class AlgorithmConfig(Section):
-    """The joint objective."""
-
-    correction: CorrectionConfig = Field(default_factory=JackpotCorrection)
-    """How the mismatch between actor and policy is corrected: ``jackpot``, ``tis`` or ``none``."""
-    denominator: Literal["accepted", "all"] = "accepted"
-    """What the sum of token losses is divided by: accepted tokens estimate the expectation under the policy;
-    all tokens shrink it by Z."""
-    clip_low: PositiveFloat | None = 0.2
-    """ε below: the ratio is clipped at 1 − ε. null removes the clip."""
-    clip_high: PositiveFloat | None = 0.2
-    """ε above: the ratio is clipped at 1 + ε. null removes the clip."""
-    advantage: AdvantageConfig = AdvantageConfig()
-    """Advantage estimator."""
-    actor_ppo: bool = True
-    """Whether the actor also follows its own PPO loss (paper eq. 6)."""
-    actor_cap: PositiveFloat = 2.0
-    """Truncation of the actor's own correction p_ω,ref/p_inf, which is staleness and numerics only."""
-    distillation: DistillationConfig = DistillationConfig()
-    """Policy → actor distillation."""
 
 
 class ScheduleConfig(Section):
@@ -363,7 +238,7 @@ class BusConfig(Section):
 class WeightStoreConfig(Section):
     """Versioned weights between learner and replicas."""
 
-    keep_versions: Annotated[int, Field(ge=2), _Number] = 8
+    keep_versions: Annotated[int, Field(ge=2), Number] = 8
     """Versions kept per role; more lets slow replicas and evaluations find the version that they want."""
 
 
@@ -385,7 +260,7 @@ class JobSpec(Section):
 
     name: str = Field(default="job", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
     """Start of the job id: lower-case letters, digits and hyphens, at most 40."""
-    seed: Annotated[int, Field(ge=0, lt=2**63), _Number] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63), Number] = 0
     """Seeds prompts, sampling, masks and training."""
     policy: ModelConfig
     """The model that is trained."""

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from jackpot.config.algorithm import CORRECTION_NAMES
 from jackpot.config.job import JobSpec
 from jackpot.errors import ConfigError
 
@@ -188,7 +189,7 @@ def _suggest(word: str, known: Sequence[str]) -> str:
 
 def _readable(location: Sequence[str]) -> str:
     # Pydantic puts the name of the union's branch into the path; users never wrote it.
-    branches = {"function-before", "ActorConfig", "literal['policy']", "none", "tis", "jackpot"}
+    branches = {"function-before", "ActorConfig", "literal['policy']", *CORRECTION_NAMES}
     return ".".join(part for part in location if part not in branches and not part.startswith("function-"))
 
 

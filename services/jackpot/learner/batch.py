@@ -39,6 +39,7 @@ class TokenArrays:
     normalizer_head: Tensor  # [N] float32, Z_S
     normalizer_tail: Tensor  # [N] float32, U
     topk_mass: Tensor  # [N] float32
+    sequence_index: Tensor  # [N] int64, which of the batch's trajectories the token belongs to
     advantages: Tensor  # [N] float32, the trajectory's advantage at each of its tokens
     topk_ids: Tensor | None  # [N, k] int64, the actor's; only with target = policy
     topk_logprobs: Tensor | None  # [N, k] float32
@@ -88,11 +89,12 @@ class Batch:
     def _groups(self, bounds: Sequence[int], first: int, last: int) -> Batch:
         sequences = self.sequences[bounds[first] : bounds[last]]
         offset = sequences[0].start
+        tokens = self.tokens.select(torch.arange(offset, sequences[-1].end))
         return Batch(
             sequences=tuple(
                 replace(sequence, start=sequence.start - offset, end=sequence.end - offset) for sequence in sequences
             ),
-            tokens=self.tokens.select(torch.arange(offset, sequences[-1].end)),
+            tokens=replace(tokens, sequence_index=tokens.sequence_index - bounds[first]),
             group_starts=tuple(start - bounds[first] for start in bounds[first:last]),
             rewards=self.rewards[bounds[first] : bounds[last]],
             truncated=self.truncated[bounds[first] : bounds[last]],
@@ -141,6 +143,7 @@ def _token_arrays(groups: Sequence[ScoredGroup], advantages: NDArray[np.float64]
     def flat(arrays: Sequence[NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays).astype(np.float32 if dtype.is_floating_point else np.int64))
 
+    lengths = [t.num_tokens for t in trajectories]
     with_topk = all(t.topk_ids is not None for t in trajectories)
     return TokenArrays(
         token_ids=flat([t.token_ids for t in trajectories], torch.int64),
@@ -151,6 +154,7 @@ def _token_arrays(groups: Sequence[ScoredGroup], advantages: NDArray[np.float64]
         normalizer_head=flat([s.normalizer_head for s in scores], torch.float32),
         normalizer_tail=flat([s.normalizer_tail for s in scores], torch.float32),
         topk_mass=flat([s.topk_mass for s in scores], torch.float32),
+        sequence_index=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
         advantages=torch.from_numpy(advantages.astype(np.float32)),
         topk_ids=flat([t.topk_ids for t in trajectories if t.topk_ids is not None], torch.int64) if with_topk else None,
         topk_logprobs=flat([t.topk_logprobs for t in trajectories if t.topk_logprobs is not None], torch.float32)

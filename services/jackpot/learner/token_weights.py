@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from jackpot.algorithm.correction import no_weights, tis_weights
+from jackpot.algorithm.correction import (
+    Weights,
+    icepop_weights,
+    is_weights,
+    mis_weights,
+    no_weights,
+    tis_weights,
+)
 from jackpot.algorithm.normalizer import mean_acceptance, normalizer_from
 from jackpot.algorithm.obrs import jackpot_weights
-from jackpot.config import CorrectionConfig, JackpotCorrection
+from jackpot.config import (
+    CorrectionConfig,
+    IcepopCorrection,
+    IsCorrection,
+    JackpotCorrection,
+    MisCorrection,
+    TisCorrection,
+)
 from jackpot.learner.batch import TokenArrays
 
 
@@ -22,7 +36,7 @@ class TokenWeights:
 
     weight: Tensor  # [N] float32, ρ after clipping
     raw_weight: Tensor  # [N] float32, ρ before clipping
-    clipped_c1: Tensor  # [N] bool; for tis, where C cut it
+    clipped_c1: Tensor  # [N] bool; without OBRS, where the correction's own bound cut or masked it
     clipped_c2: Tensor  # [N] bool
     mask: Tensor  # [N] float32, Bernoulli draw or acceptance probability; 1 without OBRS
     acceptance_probs: Tensor  # [N] float32
@@ -52,11 +66,7 @@ def reference_target_weights(tokens: TokenArrays, correction: CorrectionConfig, 
     """
     if correction.name == "jackpot":
         return obrs_weights(tokens, correction, obrs_lambda, reference_logprobs=None)
-    found = (
-        no_weights(tokens.reference_logprobs, tokens.actor_logprobs)
-        if correction.name == "none"
-        else tis_weights(tokens.reference_logprobs, tokens.actor_logprobs, cap=correction.cap)
-    )
+    found = _plain_weights(tokens, correction)
     ones = torch.ones_like(found.value)
     return TokenWeights(
         weight=found.value,
@@ -70,6 +80,27 @@ def reference_target_weights(tokens: TokenArrays, correction: CorrectionConfig, 
         target_logprobs=tokens.reference_logprobs,
         bias_correction=1.0,
     )
+
+
+def _plain_weights(tokens: TokenArrays, correction: CorrectionConfig) -> Weights:
+    """F of a correction without rejection. Masked tokens have weight 0 and stay in every denominator: s makes the
+    mean over all sampled tokens an expectation under the policy, and leaving tokens out would undo that."""
+    logprobs = tokens.reference_logprobs, tokens.actor_logprobs
+    match correction:
+        case IsCorrection():
+            return is_weights(*logprobs, sequence_index=_sequences(tokens, correction.level))
+        case TisCorrection():
+            return tis_weights(*logprobs, cap=correction.cap, sequence_index=_sequences(tokens, correction.level))
+        case IcepopCorrection():
+            return icepop_weights(*logprobs, low=correction.low, high=correction.high)
+        case MisCorrection():
+            return mis_weights(*logprobs, sequence_index=tokens.sequence_index, cap=correction.cap, low=correction.low)
+        case _:
+            return no_weights(*logprobs)
+
+
+def _sequences(tokens: TokenArrays, level: Literal["token", "sequence"]) -> Tensor | None:
+    return tokens.sequence_index if level == "sequence" else None
 
 
 def obrs_weights(

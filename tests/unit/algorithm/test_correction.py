@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from jackpot.algorithm.correction import no_weights, tis_weights
+from jackpot.algorithm.correction import (
+    MAX_LOG_RATIO,
+    icepop_weights,
+    is_weights,
+    mis_weights,
+    no_weights,
+    tis_weights,
+)
 
 
 def test_no_correction_is_one() -> None:
@@ -21,3 +30,62 @@ def test_tis_truncates_and_reports_both() -> None:
     torch.testing.assert_close(weights.value, torch.tensor([2.5, 0.25, 2.0]))
     assert weights.clipped.tolist() == [True, False, False]
     assert not weights.value.requires_grad
+
+
+# Two completions, of three tokens and of two; s = 4, 0.25, 2 and 0.5, 8: products 2 and 4.
+REFERENCE = torch.tensor([0.8, 0.1, 0.4, 0.1, 0.8]).log()
+ACTOR = torch.tensor([0.2, 0.4, 0.2, 0.2, 0.1]).log()
+SEQUENCES = torch.tensor([0, 0, 0, 1, 1])
+
+
+def test_importance_sampling_is_the_ratio_itself() -> None:
+    weights = is_weights(REFERENCE, ACTOR)
+    torch.testing.assert_close(weights.value, torch.tensor([4.0, 0.25, 2.0, 0.5, 8.0]))
+    assert not weights.clipped.any()
+
+
+def test_at_sequence_level_every_token_has_the_product_of_its_completion() -> None:
+    weights = is_weights(REFERENCE, ACTOR, sequence_index=SEQUENCES)
+    torch.testing.assert_close(weights.value, torch.tensor([2.0, 2.0, 2.0, 4.0, 4.0]))
+    truncated = tis_weights(REFERENCE, ACTOR, cap=3.0, sequence_index=SEQUENCES)
+    torch.testing.assert_close(truncated.value, torch.tensor([2.0, 2.0, 2.0, 3.0, 3.0]))
+    assert truncated.clipped.tolist() == [False, False, False, True, True]
+
+
+def test_icepop_masks_both_sides() -> None:
+    weights = icepop_weights(REFERENCE, ACTOR, low=0.5, high=5.0)
+    torch.testing.assert_close(weights.value, torch.tensor([4.0, 0.0, 2.0, 0.5, 0.0]))
+    torch.testing.assert_close(weights.raw, torch.tensor([4.0, 0.25, 2.0, 0.5, 8.0]))
+    assert weights.clipped.tolist() == [False, True, False, False, True]
+
+
+def test_mis_masks_whole_completions() -> None:
+    weights = mis_weights(REFERENCE, ACTOR, sequence_index=SEQUENCES, cap=3.0)
+    torch.testing.assert_close(weights.value, torch.tensor([2.0, 2.0, 2.0, 0.0, 0.0]))
+    assert weights.clipped.tolist() == [False, False, False, True, True]
+    below = mis_weights(REFERENCE, ACTOR, sequence_index=SEQUENCES, cap=5.0, low=3.0)
+    torch.testing.assert_close(below.value, torch.tensor([0.0, 0.0, 0.0, 4.0, 4.0]))
+
+
+def test_products_over_long_completions_stay_finite_and_say_that_they_were_cut() -> None:
+    reference, actor = torch.full((5000,), -0.5), torch.full((5000,), -1.0)
+    sequences = torch.zeros(5000, dtype=torch.int64)
+    weights = is_weights(reference, actor, sequence_index=sequences)
+    torch.testing.assert_close(weights.value, torch.full((5000,), math.exp(MAX_LOG_RATIO)))
+    assert weights.clipped.all()
+    assert not mis_weights(reference, actor, sequence_index=sequences, cap=2.0).value.any()
+
+
+def test_no_token() -> None:
+    nothing = torch.zeros(0)
+    assert is_weights(nothing, nothing, sequence_index=torch.zeros(0, dtype=torch.int64)).value.shape == (0,)
+
+
+def test_no_gradient() -> None:
+    reference = REFERENCE.clone().requires_grad_()
+    for weights in (
+        is_weights(reference, ACTOR),
+        icepop_weights(reference, ACTOR, low=0.5, high=5.0),
+        mis_weights(reference, ACTOR, sequence_index=SEQUENCES, cap=3.0),
+    ):
+        assert not weights.value.requires_grad

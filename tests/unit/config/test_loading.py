@@ -8,9 +8,12 @@ import pytest
 
 from jackpot.config import (
     ActorConfig,
+    IcepopCorrection,
     InvalidJobError,
+    IsCorrection,
     JackpotCorrection,
     JobSpec,
+    MisCorrection,
     NoCorrection,
     TisCorrection,
     job_json_schema,
@@ -81,7 +84,7 @@ def test_an_actor_of_its_own_makes_the_job_off_policy() -> None:
             "unknown name",
             "Did you mean 'jackpot'?",
         ),
-        ("algorithm.correction=ppo", "algorithm.correction.name", "ppo", "unknown name", "Known here: none, tis"),
+        ("algorithm.correction=ppo", "algorithm.correction.name", "ppo", "unknown name", "Known here: none, is, tis"),
         ("actor=police", "actor", "police", "unknown actor", "Write 'policy', or a mapping with the actor's model."),
         # Shapes.
         ("learner=3", "learner", 3, "is not a mapping of settings", "Known here: actor_lr"),
@@ -123,7 +126,7 @@ def test_settings_that_contradict_each_other_say_how() -> None:
 
 def test_a_key_of_another_correction_is_unknown() -> None:
     found = problem_with("algorithm.correction=tis", "algorithm.correction.obrs_lambda=2")
-    assert (found.field, found.remedy) == ("algorithm.correction.obrs_lambda", "Known here: cap, name.")
+    assert (found.field, found.remedy) == ("algorithm.correction.obrs_lambda", "Known here: cap, level, name.")
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -150,6 +153,9 @@ def test_overrides_are_read_as_yaml_and_win(job_file: Path) -> None:
     [
         (["algorithm.correction=none"], NoCorrection()),
         (["algorithm.correction=tis", "algorithm.correction.cap=5"], TisCorrection(cap=5.0)),
+        (["algorithm.correction=is", "algorithm.correction.level=sequence"], IsCorrection(level="sequence")),
+        (["algorithm.correction={name: icepop, threshold: '0.2_4'}"], IcepopCorrection(low=0.2, high=4.0)),
+        (["algorithm.correction=mis"], MisCorrection(cap=2.0)),
         (["algorithm.correction.obrs_lambda=2"], JackpotCorrection(obrs_lambda=2.0)),
         (["algorithm.correction={name: jackpot, mask: expected}"], JackpotCorrection(mask="expected")),
     ],
@@ -264,4 +270,4 @@ def test_the_schema_keeps_ranges_and_knows_the_short_form() -> None:
     group_size = schema["$defs"]["SamplingConfig"]["properties"]["group_size"]
     assert (group_size["type"], group_size["minimum"]) == ("integer", 1)
     short = schema["$defs"]["AlgorithmConfig"]["properties"]["correction"]["anyOf"][0]
-    assert short["enum"] == ["none", "tis", "jackpot"]
+    assert short["enum"] == ["none", "is", "tis", "icepop", "mis", "jackpot"]

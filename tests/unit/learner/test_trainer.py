@@ -13,7 +13,7 @@ from torch import Tensor
 from jackpot.config import JobSpec
 from jackpot.learner.batch import build_batch
 from jackpot.runtime.models import load_causal_lm
-from jackpot.trajectory import ScoredGroup
+from jackpot.trajectory import ScoredGroup, TokenScores, Trajectory
 
 from .conftest import MakeGroups, MakeJob, MakeTrainer, full_logprobs
 
@@ -43,8 +43,7 @@ def literal_loss(job: JobSpec, groups: Sequence[ScoredGroup], policy: Any, actor
                 rho = min(z * max(correction.obrs_lambda, np.exp(p_ref - p_inf)), correction.c1)
                 mask = float(score.acceptance_probs[i] if correction.mask == "expected" else score.mask[i])
             else:
-                rho = min(np.exp(p_ref - p_inf), correction.cap) if correction.name == "tis" else 1.0
-                mask = 1.0
+                rho, mask = plain_weight(job, trajectory, score, i), 1.0
             policy_sum = policy_sum - rho * mask * surrogate
             accepted += mask
             total += 1
@@ -55,6 +54,24 @@ def literal_loss(job: JobSpec, groups: Sequence[ScoredGroup], policy: Any, actor
             distill_sum = distill_sum + (teacher.exp() * (teacher - p_omega[i])).sum()
     denominator = accepted if algorithm.denominator == "accepted" else total
     return policy_sum / denominator + (actor_sum + algorithm.distillation.weight * distill_sum) / total
+
+
+def plain_weight(job: JobSpec, trajectory: Trajectory, score: TokenScores, i: int) -> float:
+    """F of the corrections without rejection, at token i."""
+    correction = job.algorithm.correction
+    s = np.exp(score.target_logprobs.astype(np.float64) - trajectory.actor_logprobs)
+    whole = correction.name == "mis" or getattr(correction, "level", "token") == "sequence"
+    ratio = float(s.prod() if whole else s[i])
+    match correction.name:
+        case "is":
+            return ratio
+        case "tis":
+            return min(ratio, correction.cap)
+        case "icepop":
+            return ratio if correction.low <= ratio <= correction.high else 0.0
+        case "mis":
+            return ratio if ratio <= correction.cap else 0.0
+    return 1.0
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -73,6 +90,10 @@ SETTINGS = [
     ["algorithm.correction=jackpot", "algorithm.correction.mask=expected", "algorithm.correction.c1=1.1"],
     ["algorithm.correction=jackpot", "algorithm.denominator=all", "algorithm.distillation.weight=0.3"],
     ["algorithm.correction=tis"],
+    ["algorithm.correction=tis", "algorithm.correction.level=sequence"],
+    ["algorithm.correction=is"],
+    ["algorithm.correction=icepop", "algorithm.correction.high=1.1"],
+    ["algorithm.correction=mis"],
     ["algorithm.correction=none"],
 ]
 

@@ -1,0 +1,179 @@
+"""The job file's ``algorithm`` section: corrections, advantages, distillation, the joint objective."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from jackpot.config.section import NonNegativeFloat, Number, PositiveFloat, PositiveInt, Section
+
+
+class NoCorrection(Section):
+    """F(s) = 1: train as if the trajectories were the policy's own."""
+
+    name: Literal["none"] = "none"
+
+
+Level = Literal["token", "sequence"]
+
+
+class IsCorrection(Section):
+    """Importance sampling without a bound: F(s) = s (AReaL). Unbiased, and its variance has no limit."""
+
+    name: Literal["is"] = "is"
+    level: Level = "token"
+    """``token`` takes s = p_ref/p_inf of each token; ``sequence`` the product of s over the completion at each of its
+    tokens, which is unbiased for the whole completion but as good as useless beyond short ones."""
+
+
+class TisCorrection(Section):
+    """Truncated importance sampling: F(s) = min(s, C) (Flash-RL, LlamaRL)."""
+
+    name: Literal["tis"] = "tis"
+    cap: PositiveFloat = 2.0
+    """C. 2 is Flash-RL's value and verl's ``rollout_is_threshold``; TRL calls it the importance sampling cap."""
+    level: Level = "token"
+    """``token`` truncates s of each token; ``sequence`` the product of s over the completion."""
+
+
+class IcepopCorrection(Section):
+    """IcePop: F(s) = s where s lies in [low, high], else 0. Tokens outside carry no gradient but stay in the mean."""
+
+    name: Literal["icepop"] = "icepop"
+    low: NonNegativeFloat = 0.5
+    """α. 0.5 is IcePop's published value. 0 leaves only the upper bound (TRL's ``token_mask``)."""
+    high: PositiveFloat = 5.0
+    """β. 5 is IcePop's published value."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _low_and_high_in_one(cls, data: Any) -> Any:
+        """``threshold: "0.5_5.0"``, as verl writes it, is short for low and high."""
+        if not isinstance(data, dict) or "threshold" not in data:
+            return data
+        low, underscore, high = str(data["threshold"]).partition("_")
+        if not underscore or "low" in data or "high" in data:
+            raise ValueError(
+                f"threshold = {data['threshold']!r} is not of the form low_high, or stands beside low or high. "
+                "Write threshold: '0.5_5.0', or low and high"
+            )
+        rest = {key: value for key, value in data.items() if key != "threshold"}
+        try:
+            return rest | {"low": float(low), "high": float(high)}
+        except ValueError:
+            raise ValueError(f"threshold = {data['threshold']!r} is not two numbers. Write e.g. '0.5_5.0'") from None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> IcepopCorrection:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low:g} is not below high = {self.high:g}. Write the smaller one as low")
+        return self
+
+
+class MisCorrection(Section):
+    """Masked importance sampling of whole completions: F = Π s where Π s ≤ C, else 0 (TRL's ``sequence_mask``)."""
+
+    name: Literal["mis"] = "mis"
+    cap: PositiveFloat = 2.0
+    """C. 2, as for ``tis``, so that the two differ in one thing."""
+    low: NonNegativeFloat = 0.0
+    """Completions whose Π s is smaller count nothing either. 0 keeps them: they are bounded as they are."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> MisCorrection:
+        if self.low >= self.cap:
+            raise ValueError(f"low = {self.low:g} is not below cap = {self.cap:g}. Lower low")
+        return self
+
+
+class JackpotCorrection(Section):
+    """Optimal budgeted rejection sampling (paper §3 and §4)."""
+
+    name: Literal["jackpot"] = "jackpot"
+    obrs_lambda: PositiveFloat = 1.0
+    """λ: larger rejects more and aligns more. At 1 a token is rejected just as far as the actor over-represents it."""
+    c1: PositiveFloat = 3.0
+    """Upper clip of the weight Z·max(λ, p_t/p_inf)."""
+    c2: PositiveFloat = 3.0
+    """Upper clip of p_ref/p_t; only used with target = policy."""
+    target: Literal["reference", "policy"] = "reference"
+    """What OBRS aligns to. ``policy`` is for many optimizer steps per rollout batch; it keeps top-k on the bus."""
+    mask: Literal["bernoulli", "expected"] = "bernoulli"
+    """``bernoulli`` draws acceptance (the paper); ``expected`` multiplies by its probability: same mean, less noise."""
+    normalizer: Literal["tail", "union_tail", "union_kappa", "full"] = "tail"
+    """Estimator of Z. ``tail`` needs nothing but the actor's returned top-k. The other three run the actor's forward
+    pass in the scorer; ``full`` looks at the whole vocabulary (tests, small models)."""
+    top_k: Annotated[int, Field(ge=1, le=1024), Number] = 20
+    """How many of the target's most probable tokens enter the estimate (paper §4.4)."""
+
+    @model_validator(mode="after")
+    def _target_policy_has_no_actor_forward(self) -> JackpotCorrection:
+        if self.target == "policy" and self.normalizer in ("union_tail", "full"):
+            raise ValueError(
+                f"normalizer = {self.normalizer!r} needs the actor's forward pass beside the target's, which "
+                "target = 'policy' does not have. Use normalizer 'tail' or 'union_kappa', or target 'reference'"
+            )
+        return self
+
+
+def _name_alone(value: Any) -> Any:
+    """``correction: tis`` is short for ``correction: {name: tis}``; without a name it is the default, jackpot."""
+    if isinstance(value, str):
+        return {"name": value}
+    return {"name": "jackpot", **value} if isinstance(value, dict) else value
+
+
+CorrectionName = Literal["none", "is", "tis", "icepop", "mis", "jackpot"]
+CORRECTION_NAMES: tuple[str, ...] = get_args(CorrectionName)
+_Corrections = Annotated[
+    NoCorrection | IsCorrection | TisCorrection | IcepopCorrection | MisCorrection | JackpotCorrection,
+    Field(discriminator="name"),
+]
+CorrectionConfig = Annotated[
+    _Corrections,
+    BeforeValidator(_name_alone, json_schema_input_type=CorrectionName | _Corrections),
+]
+
+
+class AdvantageConfig(Section):
+    """Group advantages."""
+
+    name: Literal["grpo"] = "grpo"
+    """(reward − group mean) / group standard deviation."""
+    normalize_std: bool = True
+    """Divide by the group's standard deviation, as GRPO does; false leaves the differences as they are (Dr. GRPO)."""
+    filter_zero_variance: bool = False
+    """Drop groups whose rewards are all equal before scoring (they carry no policy gradient, but do distil)."""
+
+
+class DistillationConfig(Section):
+    """L_distill: forward KL from policy to actor at the trajectories' positions (paper eq. 7)."""
+
+    weight: NonNegativeFloat = 1.0
+    """λ_distill."""
+    chunk_tokens: PositiveInt = 512
+    """Positions per slice of the full-vocabulary KL."""
+
+
+class AlgorithmConfig(Section):
+    """The joint objective."""
+
+    correction: CorrectionConfig = Field(default_factory=JackpotCorrection)
+    """How the mismatch between actor and policy is corrected: ``jackpot``, or a baseline: ``none``, ``is``, ``tis``,
+    ``icepop``, ``mis``."""
+    denominator: Literal["accepted", "all"] = "accepted"
+    """What the sum of token losses is divided by: accepted tokens estimate the expectation under the policy;
+    all tokens shrink it by Z."""
+    clip_low: PositiveFloat | None = 0.2
+    """ε below: the ratio is clipped at 1 − ε. null removes the clip."""
+    clip_high: PositiveFloat | None = 0.2
+    """ε above: the ratio is clipped at 1 + ε. null removes the clip."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    """Advantage estimator."""
+    actor_ppo: bool = True
+    """Whether the actor also follows its own PPO loss (paper eq. 6)."""
+    actor_cap: PositiveFloat = 2.0
+    """Truncation of the actor's own correction p_ω,ref/p_inf, which is staleness and numerics only."""
+    distillation: DistillationConfig = DistillationConfig()
+    """Policy → actor distillation."""
