@@ -1,0 +1,101 @@
+"""Whole jobs under kill -9: they end well, and the ledger adds up."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from job_world import (
+    JACKPOT,
+    assert_ledger_adds_up,
+    assert_mirror_agrees,
+    jackpot_run,
+    kill_group,
+    write_job,
+)
+
+MakeModel = Callable[..., Path]
+
+PROCESSES = ("rollout-0", "scorer-0", "learner", "orchestrator", "evaluator", "bus-server")
+
+
+@pytest.mark.timeout(400)
+def test_every_process_may_be_killed_while_the_job_goes_on(tmp_path: Path, make_model: MakeModel) -> None:
+    job_file = write_job(tmp_path, make_model, steps=120, checkpoint_every=5)
+    directory = tmp_path / "run"
+    with jackpot_run(str(job_file), "--run-dir", str(directory), directory=directory) as run:
+        for number, name in enumerate(PROCESSES):
+            run.wait_for_step(4 + number * 12)
+            run.kill_child(name)
+        code, _, stderr = run.finish(300)
+    assert code == 0, stderr
+    assert run.summary["state"] == "succeeded" and run.summary["steps"] == 120
+    assert run.summary["restarts_by_process"] == dict.fromkeys(PROCESSES, 1)
+    assert_ledger_adds_up(run.summary, trained=240)
+    assert_mirror_agrees(run)
+    steps = {json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()}
+    assert steps == set(range(1, 121))
+    assert len(list((directory / "manifests").glob("*.json"))) == 120
+    assert not list((directory / "payloads").rglob("*.bin"))
+
+
+@pytest.mark.timeout(400)
+def test_a_run_killed_as_a_whole_is_resumed_from_its_checkpoint(tmp_path: Path, make_model: MakeModel) -> None:
+    job_file = write_job(tmp_path, make_model, steps=30, checkpoint_every=5)
+    directory = tmp_path / "run"
+    with jackpot_run(str(job_file), "--run-dir", str(directory), directory=directory) as run:
+        run.wait_for_step(12)
+        kill_group(run.process)
+        run.process.wait()
+    checkpoint = max(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
+    assert 10 <= checkpoint < 30
+
+    with jackpot_run("--resume", str(directory), "--json", directory=directory) as run:
+        code, stdout, stderr = run.finish(200)
+    assert code == 0, stderr
+    summary = json.loads(stdout.splitlines()[-1])
+    assert summary["resumed_from_step"] == checkpoint
+    assert summary["steps"] == 30
+    assert_ledger_adds_up(summary, trained=60)
+    assert_mirror_agrees(run)
+
+    again = subprocess.run([*JACKPOT, "run", "--resume", str(directory)], capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2 and "has finished already" in again.stderr
+
+
+@pytest.mark.timeout(300)
+def test_interrupting_stops_everything_within_ten_seconds_and_says_how_to_go_on(
+    tmp_path: Path, make_model: MakeModel
+) -> None:
+    job_file = write_job(tmp_path, make_model, steps=10_000)
+    directory = tmp_path / "run"
+    with jackpot_run(str(job_file), "--run-dir", str(directory), directory=directory) as run:
+        run.wait_for_step(2)
+        children = [run.child(name) for name in PROCESSES]
+        started = time.monotonic()
+        run.process.send_signal(signal.SIGINT)
+        code, stdout, _ = run.finish(20)
+        assert time.monotonic() - started < 10
+    assert code == 130
+    assert f"jackpot run --resume {directory}" in stdout
+    assert run.summary["state"] == "stopped" and run.summary["restarts"] == 0
+    assert all(child is not None and not child.is_running() for child in children)
+
+
+@pytest.mark.timeout(300)
+def test_a_process_that_keeps_dying_stops_the_job_with_its_last_words(tmp_path: Path, make_model: MakeModel) -> None:
+    job_file = write_job(tmp_path, make_model, steps=10_000)
+    directory = tmp_path / "run"
+    arguments = ["run.max_restarts=0", "--run-dir", str(directory)]
+    with jackpot_run(str(job_file), *arguments, directory=directory) as run:
+        run.wait_for_step(2)
+        run.kill_child("learner")
+        code, _, stderr = run.finish(60)
+    assert code == 1
+    assert "learner keeps dying (signal 9)" in stderr and "Traceback" not in stderr
+    assert run.summary["state"] == "failed" and "learner" in run.summary["error"]
