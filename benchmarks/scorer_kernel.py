@@ -3,7 +3,8 @@
     python benchmarks/scorer_kernel.py [--tokens 2048] [--vocabulary 151936] [--hidden 512] [--threads 1]
 
 Peak memory is that of a process of its own per variant; times come from one process in which the variants take
-turns, so that a busy machine slows all of them alike. Linux only (peak memory is read from /proc).
+turns, so that a busy machine slows all of them alike; CPU seconds leave
+waiting for a core out. Linux only (peak memory is read from /proc).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,19 +73,21 @@ def measure_memory(options: argparse.Namespace) -> dict[str, int]:
     return {"before": before, "peak": peak_bytes()}
 
 
-def measure_times(options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each variant over rounds in which all take their turn."""
+def measure_times(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Median wall and CPU seconds of each variant over rounds in which all take their turn."""
     passes = make_passes(options)
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    wall: dict[str, list[float]] = {name: [] for name in passes}
+    cpu: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(options.rounds):
         for name, run in passes.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - cpu_start)
+    return {name: (statistics.median(wall[name]), statistics.median(cpu[name])) for name in passes}
 
 
-def in_subprocess(measurement: str, variant: str = "") -> dict[str, float]:
+def in_subprocess(measurement: str, variant: str = "") -> dict[str, Any]:
     """One measurement in a process of its own, with this one's arguments."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure", measurement, "--variant", variant]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -99,14 +103,18 @@ def report(options: argparse.Namespace) -> None:
         f"{options.tokens} tokens, vocabulary {options.vocabulary}, hidden {options.hidden}, float32, "
         f"{options.threads} thread(s), slices of {options.chunk_tokens} tokens, median of {options.rounds}"
     )
-    print(f"{'variant':<16}{'peak GB':>9}{'ratio':>8}{'added GB':>10}{'ratio':>8}{'seconds':>10}{'ratio':>8}")
+    print(
+        f"{'variant':<16}{'peak GB':>9}{'ratio':>8}{'added GB':>10}{'ratio':>8}{'seconds':>10}{'ratio':>8}"
+        f"{'CPU s':>8}{'ratio':>8}"
+    )
     for name in names:
         base = name.replace("sliced", "plain")
         peak, added = memory[name]["peak"], memory[name]["peak"] - memory[name]["before"]
         base_peak, base_added = memory[base]["peak"], memory[base]["peak"] - memory[base]["before"]
         print(
             f"{name:<16}{peak / 1e9:>9.2f}{peak / base_peak:>8.2f}{added / 1e9:>10.2f}{added / base_added:>8.2f}"
-            f"{seconds[name]:>10.2f}{seconds[name] / seconds[base]:>8.2f}"
+            f"{seconds[name][0]:>10.2f}{seconds[name][0] / seconds[base][0]:>8.2f}"
+            f"{seconds[name][1]:>8.2f}{seconds[name][1] / seconds[base][1]:>8.2f}"
         )
 
 
