@@ -28,6 +28,7 @@ from jackpot.errors import BusLostError, DeadlineError, EngineError, JobFailedEr
 from jackpot.orchestrator.service import serve
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.bus.server import EmbeddedServer
+from jackpot.runtime.process import STOPPED_EARLY
 from jackpot.runtime.weights import WeightStore
 from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores
 
@@ -525,7 +526,7 @@ async def test_sigterm_stops_within_seconds_and_cancels_its_calls(make_world):
             await until(lambda: sum(len(replica.requests) for replica in world.replicas) >= 7, "requests under way")
             started = time.monotonic()
             process.popen.send_signal(signal.SIGTERM)
-            assert await process.exit_code(5) == 0, process.log.read_text()
+            assert await process.exit_code(5) == STOPPED_EARLY, process.log.read_text()
             assert time.monotonic() - started < 3
         await until(lambda: sum(len(replica.cancelled) for replica in world.replicas) >= 7, "their cancellation")
 

@@ -6,10 +6,7 @@ import asyncio
 
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.runtime.process import announce_ready, run_service
-
-# The job is not finished and nothing is wrong: whoever started the learner may start it again (EX_TEMPFAIL).
-STOPPED_EARLY = 75
+from jackpot.runtime.process import STOPPED_EARLY, announce_ready, run_service
 
 
 async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:

@@ -27,7 +27,7 @@ from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
 from jackpot.runtime.bus import TerminalRecord, TrajectoryBus
 from jackpot.runtime.metrics import Metrics
-from jackpot.runtime.process import announce_ready
+from jackpot.runtime.process import STOPPED_EARLY, announce_ready
 from jackpot.runtime.rpc import open_channel
 from jackpot.runtime.weights import WeightStore
 from jackpot.trajectory import GroupKey
@@ -53,7 +53,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
         work.cancel()
         with suppress(asyncio.CancelledError):
             await work
-        return 0
+        return STOPPED_EARLY
     await work
     return 0
 

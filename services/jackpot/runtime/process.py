@@ -1,7 +1,7 @@
 """The life of a service process: settings, logs, signals, metrics, exit code.
 
 Settings are read before anything heavy is imported, so that a mistake in them shows at once. Exit codes:
-0 done or stopped, 2 settings that cannot work (never restarted), anything else may be restarted.
+0 done, 75 stopped before it was done, 2 settings that cannot work (never restarted), anything else may be restarted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ ServiceMain = Callable[[ServiceEnvironment, JobSpec, asyncio.Event], Awaitable[i
 
 # How long an orphaned service may take to stop cleanly before it ends all the same.
 ORPHAN_GRACE_SECONDS = 30
+
+# Exit code of a service that was stopped before its work was done: nothing is wrong, start it again (EX_TEMPFAIL).
+STOPPED_EARLY = 75
 
 _PR_SET_PDEATHSIG = 1
 
