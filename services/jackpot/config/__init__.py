@@ -8,6 +8,7 @@ from jackpot.config.algorithm import (
     IcepopCorrection,
     IsCorrection,
     JackpotCorrection,
+    KlPenaltyConfig,
     MisCorrection,
     NoCorrection,
     TisCorrection,
@@ -29,6 +30,7 @@ from jackpot.config.job import (
     WeightStoreConfig,
 )
 from jackpot.config.loading import InvalidJobError, job_json_schema, load_job, parse_job
+from jackpot.config.vllm import VllmConfig
 
 __all__ = [
     "ActorConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "IsCorrection",
     "JackpotCorrection",
     "JobSpec",
+    "KlPenaltyConfig",
     "LearnerConfig",
     "MisCorrection",
     "ModelConfig",
@@ -55,6 +58,7 @@ __all__ = [
     "ScorerConfig",
     "TaskConfig",
     "TisCorrection",
+    "VllmConfig",
     "WeightStoreConfig",
     "job_json_schema",
     "load_job",

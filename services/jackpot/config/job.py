@@ -21,6 +21,7 @@ from jackpot.config.section import (
     PositiveInt,
     Section,
 )
+from jackpot.config.vllm import VllmConfig
 
 
 class ModelConfig(Section):
@@ -38,6 +39,13 @@ class ActorConfig(ModelConfig):
 
     train: bool = True
     """Whether the actor learns (its own PPO loss and distillation). A frozen actor drifts away from the policy."""
+    weights: Literal["own", "policy"] = "own"
+    """``policy``: the actor is the policy itself in a cheaper number format. It holds the policy's newest weights; give
+    it the policy's model and ``train: false``."""
+    quantization: Literal["fp8_per_channel", "fp8_per_tensor"] | None = None
+    """Weights in 8 bits, rounded anew with each version. Needs the vLLM engine."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Number format of the attention cache; ``auto`` is the model's. ``fp8`` needs the vLLM engine."""
 
 
 class TaskConfig(Section):
@@ -104,11 +112,13 @@ class RolloutConfig(Section):
     top_logprobs: Annotated[int, Field(ge=1, le=1024), Number] = 20
     """k: how many of the actor's most probable tokens come back per position (paper §4.4 uses 20)."""
     max_batch_size: PositiveInt = 256
-    """Trajectories decoded together by the transformers engine."""
+    """Trajectories decoded together."""
     max_queue: PositiveInt = 1024
     """Trajectories waiting or running before a server answers RESOURCE_EXHAUSTED."""
     weight_poll_seconds: PositiveFloat = 0.05
     """How often a replica looks for a newer weight version. Reading one small file: cheap."""
+    vllm: VllmConfig = VllmConfig()
+    """Settings of the vLLM engine."""
 
 
 class ScorerConfig(Section):
@@ -288,6 +298,24 @@ class JobSpec(Section):
     """Weight store."""
     run: RunConfig = RunConfig()
     """Local run."""
+
+    @model_validator(mode="after")
+    def _actor_fits(self) -> JobSpec:
+        actor = self.actor
+        if isinstance(actor, str):
+            return self
+        if actor.weights == "policy" and (actor.train or actor.model != self.policy.model):
+            raise ValueError(
+                "actor.weights = 'policy' makes the actor the policy itself in another number format. "
+                "Set actor.model to policy.model and actor.train to false, or actor.weights to 'own'"
+            )
+        cheap = "quantization" if actor.quantization else "kv_cache_dtype" if actor.kv_cache_dtype != "auto" else None
+        if cheap and self.rollout.engine == "transformers":
+            raise ValueError(
+                f"actor.{cheap} = {getattr(actor, cheap)!r} is beyond the transformers engine. "
+                "Set rollout.engine to vllm, or use actor.dtype"
+            )
+        return self
 
     @property
     def on_policy(self) -> bool:

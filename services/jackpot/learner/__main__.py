@@ -26,7 +26,7 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     device = resolve_device(job.learner.device, field="learner.device")
     policy = load_causal_lm(job.policy.model, job.policy.dtype, device, field="policy.model")
     actor = None
-    if not isinstance(job.actor, str):
+    if not isinstance(job.actor, str) and job.actor.weights == "own":
         actor = load_causal_lm(job.actor.model, job.actor.dtype, device, field="actor.model")
     run_dir = environment.run_dir
     bus = await TrajectoryBus.connect(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from jackpot.config import JobSpec
 from jackpot.learner.trainer import Trainer
@@ -45,7 +46,7 @@ class WeightPublisher:
 
     def publish(self, trainer: Trainer, version: int) -> None:
         """Publish every role's weights as ``version``; a no-op for a version that is there already."""
-        for role, model in trainer.models.items():
+        for role, model in self._models(trainer).items():
 
             def write(directory: Path, model: nn.Module = model) -> None:
                 save_weights(model, directory)
@@ -56,7 +57,7 @@ class WeightPublisher:
     def export(self, trainer: Trainer) -> None:
         """Write both models as Hugging Face directories under ``export/``, atomically each."""
         sources: dict[Role, str] = {"policy": self._job.policy.model, "actor": self._job.rollout_model.model}
-        for role, model in trainer.models.items():
+        for role, model in self._models(trainer).items():
             aside = self._export_dir / f".{role}.{os.getpid()}"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -68,3 +69,10 @@ class WeightPublisher:
             final = self._export_dir / role
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
+
+    def _models(self, trainer: Trainer) -> dict[Role, PreTrainedModel]:
+        """Each role's model; an actor that is the policy in another number format is the policy."""
+        models = dict(trainer.models)
+        if not isinstance(self._job.actor, str) and self._job.actor.weights == "policy":
+            models["actor"] = models["policy"]
+        return models

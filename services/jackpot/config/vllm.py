@@ -1,0 +1,38 @@
+"""Settings of the vLLM engine beside those that every engine has."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from jackpot.config.section import Number, PositiveInt, Section
+
+
+class VllmConfig(Section):
+    """vLLM's own settings. The number formats of the model are under ``actor``."""
+
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs that one replica's model is split over."""
+    data_parallel_size: PositiveInt = 1
+    """Copies of the model inside one replica. ``rollout.replicas`` does the same with processes that fail alone."""
+    max_model_len: PositiveInt | None = None
+    """Longest prompt and completion together; null is what the model allows. Shorter needs less memory."""
+    gpu_memory_fraction: Annotated[float, Field(gt=0, le=1), Number] = 0.9
+    """Part of the GPU's memory for weights and attention cache. Lower it where others use the same GPU."""
+    kv_cache_bytes: PositiveInt | None = None
+    """Memory for the attention cache; null is what ``gpu_memory_fraction`` leaves, or 256 MiB on CPU."""
+    eager: bool = False
+    """Whether to do without CUDA graphs: slower, but starts at once. On CPU always so."""
+    lora: None = None
+    """Must be null: adapters are not supported."""
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _refuse_lora(cls, value: Any) -> Any:
+        if value not in (None, False):
+            raise ValueError(
+                "LoRA is not supported: versions of weights are whole models, and vLLM would sample from adapters "
+                "that the scorer does not have. Leave rollout.vllm.lora out; merge adapters into the model instead"
+            )
+        return None
