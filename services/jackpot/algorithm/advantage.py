@@ -1,9 +1,41 @@
-"""Group advantages (GRPO; paper §4.2 uses them for policy and actor alike)."""
+"""Advantages of completions (GRPO's, paper §4.2, for policy and actor alike; and the usual others)."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+AdvantageName = Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+
+
+def estimate_advantages(
+    name: AdvantageName, rewards: Tensor, group_index: Tensor, num_tokens: Tensor, *, normalize_std: bool = True
+) -> Tensor:
+    """The estimator called ``name``.
+
+    Args:
+        name: which.
+        rewards: [trajectories] of a whole batch.
+        group_index: [trajectories] int64, the group of each.
+        num_tokens: [trajectories] int64, how many tokens each has; what whitening over the batch weighs by.
+        normalize_std: for grpo, whether differences are divided by the group's standard deviation.
+
+    Returns:
+        [trajectories], without gradient.
+    """
+    match name:
+        case "grpo":
+            return group_advantages(rewards, group_index, normalize_std=normalize_std)
+        case "dr_grpo":
+            return group_advantages(rewards, group_index, normalize_std=False)
+        case "rloo":
+            return leave_one_out_advantages(rewards, group_index)
+        case "reinforce_plus_plus":
+            return whitened(rewards, num_tokens)
+        case "reinforce_plus_plus_baseline":
+            return whitened(group_advantages(rewards, group_index, normalize_std=False), num_tokens)
 
 
 def group_advantages(
@@ -37,6 +69,41 @@ def group_advantages(
         centred = centred / (variance.sqrt() + eps)[group_index]
     advantages = centred.masked_fill(_all_equal(flat, group_index, num_groups)[group_index], 0.0)
     return advantages.view_as(rewards).to(rewards.dtype)
+
+
+def leave_one_out_advantages(rewards: Tensor, group_index: Tensor) -> Tensor:
+    """reward − mean of the group's other rewards = n/(n − 1) · (reward − group mean); RLOO.
+
+    The baseline does not depend on the completion that it is for, which makes the gradient unbiased. Exactly zero in
+    groups whose rewards are all equal and in groups of one.
+
+    Args:
+        rewards: [trajectories].
+        group_index: [trajectories] int64.
+    """
+    counts = torch.bincount(group_index)[group_index].double()
+    scale = counts / (counts - 1).clamp(min=1)
+    return (group_advantages(rewards.double(), group_index, normalize_std=False) * scale).to(rewards.dtype)
+
+
+def whitened(values: Tensor, num_tokens: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """(value − mean) / √(variance + eps), both over the batch's tokens; REINFORCE++.
+
+    Args:
+        values: [trajectories], of which each token of a trajectory has that of its trajectory.
+        num_tokens: [trajectories].
+        eps: keeps the quotient bounded.
+
+    Returns:
+        [trajectories]; exactly zero where all values are equal.
+    """
+    flat, weights = values.detach().double(), num_tokens.double()
+    total = weights.sum().clamp(min=1)
+    if flat.numel() == 0 or flat.min() == flat.max():
+        return torch.zeros_like(values)
+    centred = flat - (flat * weights).sum() / total
+    variance = (centred.square() * weights).sum() / (total - 1).clamp(min=1)
+    return (centred * (variance + eps).rsqrt()).to(values.dtype)
 
 
 def _group_sums(values: Tensor, group_index: Tensor, num_groups: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Token losses of policy and actor (paper eq. 5 and 6), as sums: whoever adds micro-batches up divides once.
+"""Token losses of policy and actor (paper eq. 5 and 6), as sums over tokens.
 
-A loss is ``loss_sum / denominator`` with the denominator of the whole batch, so that the way a batch is split into
-micro-batches changes nothing.
+A token's loss is multiplied by its share in the whole batch's loss (:func:`loss_shares`), so that the way a batch is
+split into micro-batches changes nothing: sums of micro-batches add up to the batch's loss.
 """
 
 from __future__ import annotations
@@ -44,6 +44,44 @@ def token_denominator(mask: Tensor, denominator: Literal["accepted", "all"]) -> 
     return torch.where(total > 0, total, torch.ones_like(total)).to(device=mask.device, dtype=torch.float32)
 
 
+def loss_shares(
+    mask: Tensor,
+    sequence_index: Tensor,
+    *,
+    denominator: Literal["accepted", "all"],
+    normalization: Literal["token", "sequence", "constant"] = "token",
+    constant_length: int = 1,
+) -> Tensor:
+    """What each token's loss is multiplied by for the sum to be the batch's loss.
+
+    ``token``: 1/D with D of :func:`token_denominator`. ``sequence``: 1/(n·Dᵢ) with the completion's own Dᵢ and the n
+    completions whose Dᵢ is not 0 (GRPO). ``constant``: 1/(S·L·κ) with all S completions, a fixed length L and κ the
+    batch's D over its number of tokens (Dr. GRPO; κ keeps the meaning of ``accepted``, and is 1 for ``all``).
+
+    Args:
+        mask: as :func:`token_denominator`, [tokens] of the whole batch.
+        sequence_index: [tokens] int64, the completion of each token.
+        denominator: what a D counts: accepted tokens or all.
+        normalization: which.
+        constant_length: L.
+
+    Returns:
+        [tokens] float32, without gradient. All finite, also when nothing was accepted.
+    """
+    if normalization == "token":
+        return (1.0 / token_denominator(mask, denominator)).expand(mask.shape)
+    counted = mask.detach().double() if denominator == "accepted" else torch.ones_like(mask, dtype=torch.float64)
+    num_sequences = int(sequence_index.max()) + 1 if sequence_index.numel() else 0
+    if normalization == "constant":
+        total = num_sequences * constant_length * counted.mean()
+        shares = (1.0 / torch.where(total > 0, total, torch.ones_like(total))).expand(mask.shape)
+    else:
+        totals = counted.new_zeros(num_sequences).index_add_(0, sequence_index, counted)
+        per_sequence = torch.where(totals > 0, 1.0 / (totals * (totals > 0).sum()), 0.0)
+        shares = per_sequence[sequence_index]
+    return shares.float()
+
+
 def policy_loss_sum(
     policy_logprobs: Tensor,
     reference_logprobs: Tensor,
@@ -53,6 +91,7 @@ def policy_loss_sum(
     *,
     clip_low: float | None,
     clip_high: float | None,
+    shares: Tensor | None = None,
 ) -> TokenLoss:
     """−Σ SG(ρ) · Mask · min(r·A, clip(r, 1 − ε_low, 1 + ε_high)·A) with r = p_new/p_ref; eq. 5.
 
@@ -65,6 +104,7 @@ def policy_loss_sum(
             other values are.
         clip_low: ε below; None for no lower clip.
         clip_high: ε above; None for no upper clip.
+        shares: of :func:`loss_shares`, [tokens]; None for a plain sum.
     """
     active = mask.detach() > 0
     # Selected before the exponential: 0 × inf would be nan, and a nan behind a mask still spoils the gradient.
@@ -76,6 +116,8 @@ def policy_loss_sum(
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(min=low, max=high) * advantages)
     coefficients = torch.where(active, weights.detach() * mask.detach(), 0.0)
     losses = -coefficients * surrogate
+    if shares is not None:
+        losses = losses * shares
     return TokenLoss(
         loss_sum=losses.sum(),
         num_active=active.sum(),
@@ -94,6 +136,7 @@ def actor_loss_sum(
     cap: float,
     clip_low: float | None,
     clip_high: float | None,
+    shares: Tensor | None = None,
 ) -> TokenLoss:
     """L_ppo(ω) = −Σ SG(min(p_ω,ref/p_inf, C)) · min(r·A, clip(r)·A) with r = p_ω/p_ω,ref; eq. 6. No OBRS.
 
@@ -105,6 +148,7 @@ def actor_loss_sum(
         cap: C > 0.
         clip_low: ε below, or None.
         clip_high: ε above, or None.
+        shares: of :func:`loss_shares`, [tokens]; None for a plain sum.
     """
     weights = tis_weights(actor_reference_logprobs, sampled_logprobs, cap=cap).value
     everything = torch.ones_like(weights)
@@ -116,4 +160,25 @@ def actor_loss_sum(
         everything,
         clip_low=clip_low,
         clip_high=clip_high,
+        shares=shares,
     )
+
+
+def kl_penalty(
+    policy_logprobs: Tensor, initial_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"] = "k3"
+) -> Tensor:
+    """KL(p_new ‖ p_initial) estimated at each sampled token, with r = p_initial/p_new; in nats.
+
+    k1 = −log r; k2 = ½ (log r)²; k3 = r − 1 − log r. k1 and k3 have the KL as their mean over p_new, k2 is biased. The
+    gradient of k1 has mean zero over p_new, that of k2 the gradient of the KL: k1 is given the latter.
+
+    Args:
+        policy_logprobs: log p_new, [tokens]; carries the gradient.
+        initial_logprobs: log p_initial, [tokens].
+        estimator: which.
+    """
+    log_ratio = initial_logprobs.detach() - policy_logprobs
+    if estimator == "k3":
+        return torch.expm1(log_ratio) - log_ratio
+    squared = 0.5 * log_ratio.square()
+    return squared if estimator == "k2" else squared + (-log_ratio - squared).detach()

@@ -137,14 +137,37 @@ CorrectionConfig = Annotated[
 
 
 class AdvantageConfig(Section):
-    """Group advantages."""
+    """Advantages: how much better a completion was than could be expected."""
 
-    name: Literal["grpo"] = "grpo"
-    """(reward − group mean) / group standard deviation."""
+    name: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = "grpo"
+    """``grpo``: (reward − group mean) / group standard deviation, the paper's. ``dr_grpo``: reward − group mean.
+    ``rloo``: reward − mean of the group's other rewards. ``reinforce_plus_plus``: rewards whitened over the batch's
+    tokens, without groups. ``reinforce_plus_plus_baseline``: reward − group mean, whitened likewise."""
     normalize_std: bool = True
-    """Divide by the group's standard deviation, as GRPO does; false leaves the differences as they are (Dr. GRPO)."""
+    """Only for ``grpo``: false leaves the differences as they are, which is ``dr_grpo``."""
     filter_zero_variance: bool = False
-    """Drop groups whose rewards are all equal before scoring (they carry no policy gradient, but do distil)."""
+    """Drop groups whose rewards are all equal before scoring (DAPO's dynamic sampling); they are counted as
+    ``zero_variance`` and their slots go to the next prompts. Off, because such groups do distil the actor, and because
+    a task that is solved, or hopeless, has no others: the run would wait for its batch in vain."""
+
+    @model_validator(mode="after")
+    def _std_is_grpos(self) -> AdvantageConfig:
+        if self.name != "grpo" and not self.normalize_std:
+            raise ValueError(
+                f"normalize_std = false means nothing to {self.name!r}. Leave it out, or use the name 'dr_grpo'"
+            )
+        return self
+
+
+class KlPenaltyConfig(Section):
+    """A penalty on KL(policy ‖ initial policy), against forgetting what the initial policy could do."""
+
+    weight: NonNegativeFloat = 0.0
+    """β. 0 is off, as in the paper, and then no copy of the initial policy is kept; GRPO used 0.04."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How KL is estimated from the sampled token, with r = p_initial/p_new: ``k1`` is −log r, ``k2`` is ½ (log r)²,
+    ``k3`` is r − 1 − log r: unbiased as k1 is, never negative, and GRPO's. The gradient of k1 itself has mean zero, so
+    k1 takes that of k2, which is the gradient of KL on the policy's own samples."""
 
 
 class DistillationConfig(Section):
@@ -165,12 +188,20 @@ class AlgorithmConfig(Section):
     denominator: Literal["accepted", "all"] = "accepted"
     """What the sum of token losses is divided by: accepted tokens estimate the expectation under the policy;
     all tokens shrink it by Z."""
+    loss_normalization: Literal["token", "sequence", "constant"] = "token"
+    """``token``: the mean over the batch's tokens, each counting the same (the paper, DAPO). ``sequence``: the mean
+    over completions of each one's mean (GRPO), where tokens of long completions count less. ``constant``: the sum over
+    a completion divided by ``loss_constant_length`` for all alike (Dr. GRPO), so that length carries no reward."""
+    loss_constant_length: PositiveInt | None = None
+    """The divisor of ``constant``; null is ``sampling.max_tokens``."""
     clip_low: PositiveFloat | None = 0.2
     """ε below: the ratio is clipped at 1 − ε. null removes the clip."""
     clip_high: PositiveFloat | None = 0.2
     """ε above: the ratio is clipped at 1 + ε. null removes the clip."""
     advantage: AdvantageConfig = AdvantageConfig()
     """Advantage estimator."""
+    kl_penalty: KlPenaltyConfig = KlPenaltyConfig()
+    """Penalty on the distance from the initial policy."""
     actor_ppo: bool = True
     """Whether the actor also follows its own PPO loss (paper eq. 6)."""
     actor_cap: PositiveFloat = 2.0

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jackpot.algorithm.advantage import group_advantages
+from jackpot.algorithm.advantage import estimate_advantages
 from jackpot.config import AdvantageConfig
 from jackpot.trajectory import ScoredGroup
 
@@ -112,7 +112,6 @@ def build_batch(groups: Sequence[ScoredGroup], advantage: AdvantageConfig) -> Ba
     """
     sequences: list[SequenceSlice] = []
     group_starts: list[int] = []
-    advantages: list[float] = []
     end = 0
     for scored in groups:
         group_starts.append(len(sequences))
@@ -121,14 +120,22 @@ def build_batch(groups: Sequence[ScoredGroup], advantage: AdvantageConfig) -> Ba
             start, end = end, end + trajectory.num_tokens
             input_ids = np.concatenate([prompt, trajectory.token_ids.astype(np.int64)])
             sequences.append(SequenceSlice(trajectory.trajectory_id, input_ids, len(prompt), start, end))
-        group_rewards = torch.tensor([t.reward for t in scored.group.trajectories], dtype=torch.float64)
-        advantages += group_advantages(group_rewards[None], normalize_std=advantage.normalize_std)[0].tolist()
     trajectories = [t for scored in groups for t in scored.group.trajectories]
+    rewards = np.array([t.reward for t in trajectories], dtype=np.float64)
+    lengths = np.array([t.num_tokens for t in trajectories])
+    sizes = torch.tensor([len(scored.group.trajectories) for scored in groups])
+    advantages = estimate_advantages(
+        advantage.name,
+        torch.from_numpy(rewards),
+        torch.arange(len(groups)).repeat_interleave(sizes),
+        torch.from_numpy(lengths),
+        normalize_std=advantage.normalize_std,
+    )
     return Batch(
         sequences=tuple(sequences),
-        tokens=_token_arrays(groups, np.repeat(advantages, [t.num_tokens for t in trajectories])),
+        tokens=_token_arrays(groups, np.repeat(advantages.numpy(), lengths)),
         group_starts=tuple(group_starts),
-        rewards=np.array([t.reward for t in trajectories], dtype=np.float64),
+        rewards=rewards,
         truncated=np.array([t.finish_reason == "length" for t in trajectories]),
         oldest_versions=np.array([scored.group.oldest_version for scored in groups], dtype=np.int64),
         temperature=groups[0].group.temperature,

@@ -17,13 +17,11 @@ class StepMeter:
     Args:
         batch: the step's trajectories.
         weights: their token weights.
-        denominator: what the policy's loss sum is divided by.
         step: the optimizer step, 0-based.
     """
 
-    def __init__(self, batch: Batch, weights: TokenWeights, denominator: float, step: int) -> None:
+    def __init__(self, batch: Batch, weights: TokenWeights, step: int) -> None:
         self._num_tokens = max(1, batch.num_tokens)
-        self._denominator = denominator
         self._row: dict[str, float] = {"step": step + 1}
         self._row |= _batch_figures(batch, step) | _mismatch_figures(batch, weights)
         self._nonfinite = self._row["rollout_corr/nonfinite"]
@@ -31,15 +29,19 @@ class StepMeter:
 
     def policy(self, loss: TokenLoss, entropy: Tensor) -> None:
         """Add a micro-batch of the policy; ``entropy`` is [n], in nats."""
-        self._add("policy/loss", loss.loss_sum, self._denominator)
+        self._add("policy/loss", loss.loss_sum, 1)
         clipped = loss.num_clipped_low + loss.num_clipped_high
         self._add("policy/clip_fraction", clipped, self._num_tokens)
         self._add("policy/entropy", entropy.sum(), self._num_tokens)
         self._nonfinite += float(loss.num_nonfinite)
 
+    def kl_to_initial(self, kl: Tensor) -> None:
+        """Add a micro-batch's part of KL(policy ‖ initial policy), in nats per token."""
+        self._add("policy/kl_initial", kl, 1)
+
     def actor(self, loss: TokenLoss) -> None:
         """Add a micro-batch of the actor's PPO loss."""
-        self._add("actor/ppo_loss", loss.loss_sum, self._num_tokens)
+        self._add("actor/ppo_loss", loss.loss_sum, 1)
         self._nonfinite += float(loss.num_nonfinite)
 
     def distillation(self, kl: Tensor) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.algorithm.distillation import forward_kl
-from jackpot.algorithm.objective import actor_loss_sum, policy_loss_sum, token_denominator
+from jackpot.algorithm.objective import actor_loss_sum, kl_penalty, loss_shares, policy_loss_sum
 from jackpot.algorithm.output_head import OutputHead
 from jackpot.algorithm.vocabulary import VocabularyScores, differentiable_token_logprobs, token_logprobs
 from jackpot.config import JobSpec
@@ -29,6 +31,15 @@ from jackpot.trajectory import Role
 LOG = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _MicroBatch:
+    """Sequences that go through a model together, and their tokens on its device."""
+
+    rows: Sequence[int]
+    tokens: TokenArrays
+    temperature: float
+
+
 class Trainer:
     """Policy, actor and their optimizers.
 
@@ -44,6 +55,11 @@ class Trainer:
         self.models: dict[Role, PreTrainedModel] = {"policy": policy}
         if actor is not None:
             self.models["actor"] = actor
+        # What a checkpoint restores later goes into the policy alone: this stays the job's initial model.
+        self._initial = copy.deepcopy(policy) if job.algorithm.kl_penalty.weight > 0 else None
+        if self._initial is not None:
+            self._initial.eval()  # type: ignore[no-untyped-call]
+            self._initial.requires_grad_(False)
         self._actor_learns = actor is not None and not isinstance(job.actor, str) and job.actor.train
         self._peak_lr: dict[Role, float] = {"policy": job.learner.lr}
         if self._actor_learns:
@@ -94,18 +110,19 @@ class Trainer:
         self, step: int, batch: Batch, weights: TokenWeights | None, actor_reference: Tensor | None
     ) -> dict[str, float]:
         weights = weights or self._policy_weights(batch)
-        denominator = float(token_denominator(weights.mask, self._job.algorithm.denominator))
-        meter = StepMeter(batch, weights, denominator, step)
+        meter = StepMeter(batch, weights, step)
+        shares = self._shares(batch, weights.mask)
+        actor_shares = self._shares(batch, torch.ones_like(weights.mask))
         for learnable in self.learnables.values():
             learnable.optimizer.zero_grad(set_to_none=True)
         for rows in self._micro_batches(batch):
             index = batch.token_index(rows)
-            tokens = batch.tokens.select(index).to(self._device)
+            micro = _MicroBatch(rows, batch.tokens.select(index).to(self._device), batch.temperature)
             hidden = self._hidden("policy", batch, rows)
-            loss = self._policy_loss(hidden, batch, tokens, weights.select(index), meter) / denominator
+            loss = self._policy_loss(hidden, batch, micro, weights.select(index), shares[index], meter)
             if self._actor_learns:
                 reference = None if actor_reference is None else actor_reference[index]
-                loss = loss + self._actor_loss(hidden, batch, rows, tokens, reference, meter) / batch.num_tokens
+                loss = loss + self._actor_loss(hidden, batch, micro, reference, actor_shares[index], meter)
             loss.backward()  # type: ignore[no-untyped-call]
         self._update(step, meter)
         return meter.row()
@@ -122,49 +139,90 @@ class Trainer:
             self._job.scorer.chunk_tokens,
         )
 
+    def _shares(self, batch: Batch, mask: Tensor) -> Tensor:
+        algorithm = self._job.algorithm
+        return loss_shares(
+            mask,
+            batch.tokens.sequence_index,
+            denominator=algorithm.denominator,
+            normalization=algorithm.loss_normalization,
+            constant_length=algorithm.loss_constant_length or self._job.sampling.max_tokens,
+        )
+
     def _policy_loss(
-        self, hidden: Tensor, batch: Batch, tokens: TokenArrays, weights: TokenWeights, meter: StepMeter
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        micro: _MicroBatch,
+        weights: TokenWeights,
+        shares: Tensor,
+        meter: StepMeter,
     ) -> Tensor:
-        """L_ppo_obrs(θ), a sum over the micro-batch; eq. 5."""
-        scores = self._sampled(hidden, self._head("policy"), tokens, batch, entropy=True)
+        """L_ppo_obrs(θ) of the micro-batch (eq. 5), and the penalty on KL to the initial policy."""
+        tokens, shares = micro.tokens, shares.to(self._device)
+        scores = self._sampled(hidden, self._head("policy"), micro, entropy=True)
+        weight, mask = weights.weight.to(self._device), weights.mask.to(self._device)
         loss = policy_loss_sum(
             scores.logprobs,
             tokens.reference_logprobs,
             tokens.advantages,
-            weights.weight.to(self._device),
-            weights.mask.to(self._device),
+            weight,
+            mask,
             clip_low=self._job.algorithm.clip_low,
             clip_high=self._job.algorithm.clip_high,
+            shares=shares,
         )
         assert scores.entropy is not None
         meter.policy(loss, scores.entropy)
-        return loss.loss_sum
+        if self._initial is None:
+            return loss.loss_sum
+        # Weighted as the policy's loss is, so that both are expectations under the policy.
+        penalty = self._kl_to_initial(batch, micro, scores.logprobs) * shares * weight * mask
+        total = penalty.masked_fill(mask == 0, 0.0).sum()
+        meter.kl_to_initial(total)
+        return loss.loss_sum + self._job.algorithm.kl_penalty.weight * total
+
+    def _kl_to_initial(self, batch: Batch, micro: _MicroBatch, policy_logprobs: Tensor) -> Tensor:
+        assert self._initial is not None
+        sequences = [batch.sequences[row] for row in micro.rows]
+        with torch.no_grad():
+            hidden = completion_hidden(
+                self._initial, [s.input_ids for s in sequences], [s.prompt_length for s in sequences]
+            )
+            initial = token_logprobs(
+                hidden,
+                output_head(self._initial),
+                micro.tokens.token_ids,
+                temperature=micro.temperature,
+                chunk_tokens=self._job.scorer.chunk_tokens,
+            ).logprobs
+        return kl_penalty(policy_logprobs, initial, self._job.algorithm.kl_penalty.estimator)
 
     def _actor_loss(
         self,
         policy_hidden: Tensor,
         batch: Batch,
-        rows: Sequence[int],
-        tokens: TokenArrays,
+        micro: _MicroBatch,
         reference: Tensor | None,
+        shares: Tensor,
         meter: StepMeter,
     ) -> Tensor:
-        """L_ppo(ω) + λ_distill · L_distill(ω), a sum over the micro-batch; eq. 6 and 7."""
-        algorithm = self._job.algorithm
-        hidden, head = self._hidden("actor", batch, rows), self._head("actor")
+        """L_ppo(ω) + λ_distill · L_distill(ω) of the micro-batch; eq. 6 and 7."""
+        algorithm, tokens = self._job.algorithm, micro.tokens
+        hidden, head = self._hidden("actor", batch, micro.rows), self._head("actor")
         divergence = forward_kl(
             policy_hidden,
             self._head("policy"),
             hidden,
             head,
-            temperature=batch.temperature,
+            temperature=micro.temperature,
             chunk_tokens=algorithm.distillation.chunk_tokens,
         )
         meter.distillation(divergence.detach())
-        total = algorithm.distillation.weight * divergence.sum()
+        total = algorithm.distillation.weight * divergence.sum() / batch.num_tokens
         if not algorithm.actor_ppo:
             return total
-        logprobs = self._sampled(hidden, head, tokens, batch, entropy=False).logprobs
+        logprobs = self._sampled(hidden, head, micro, entropy=False).logprobs
         loss = actor_loss_sum(
             logprobs,
             logprobs.detach() if reference is None else reference.to(self._device),
@@ -173,6 +231,7 @@ class Trainer:
             cap=algorithm.actor_cap,
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
+            shares=shares.to(self._device),
         )
         meter.actor(loss)
         return total + loss.loss_sum
@@ -203,14 +262,12 @@ class Trainer:
     def _head(self, role: Role) -> OutputHead:
         return output_head(self.models[role])
 
-    def _sampled(
-        self, hidden: Tensor, head: OutputHead, tokens: TokenArrays, batch: Batch, *, entropy: bool
-    ) -> VocabularyScores:
+    def _sampled(self, hidden: Tensor, head: OutputHead, micro: _MicroBatch, *, entropy: bool) -> VocabularyScores:
         return differentiable_token_logprobs(
             hidden,
             head,
-            tokens.token_ids,
-            temperature=batch.temperature,
+            micro.tokens.token_ids,
+            temperature=micro.temperature,
             chunk_tokens=self._job.scorer.chunk_tokens,
             entropy=entropy,
         )

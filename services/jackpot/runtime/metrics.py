@@ -48,6 +48,9 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
         "jackpot_policy_clip_ratio", "Fraction of tokens whose importance ratio was clipped"
     ),
     "policy/entropy": StepColumn("jackpot_policy_entropy_nats", "Mean entropy of the policy per token, in nats"),
+    "policy/kl_initial": StepColumn(
+        "jackpot_policy_initial_kl_nats", "KL(policy || initial policy) per token, estimated; with a KL penalty alone"
+    ),
     "policy/lr": StepColumn("jackpot_learning_rate", _LR, _of("policy")),
     "actor/ppo_loss": StepColumn("jackpot_loss", _LOSS, {"loss": "actor_ppo"}),
     "actor/distill_loss": StepColumn("jackpot_loss", _LOSS, {"loss": "actor_distill"}),

@@ -1,11 +1,19 @@
-"""Group advantages by hand, and where rewards do not differ."""
+"""Advantages by hand, and where rewards do not differ."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import pytest
 import torch
 
-from jackpot.algorithm.advantage import group_advantages
+from jackpot.algorithm.advantage import (
+    AdvantageName,
+    estimate_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    whitened,
+)
 
 
 def test_normalized_by_the_sample_standard_deviation() -> None:
@@ -47,3 +55,42 @@ def test_shape_and_index_go_together() -> None:
         group_advantages(torch.zeros(4))
     with pytest.raises(ValueError, match="group index"):
         group_advantages(torch.zeros(2, 2), torch.zeros(4, dtype=torch.int64))
+
+
+def test_leave_one_out_subtracts_the_mean_of_the_others() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 7.0, 3.0])
+    advantages = leave_one_out_advantages(rewards, torch.tensor([0, 0, 0, 1, 1]))
+    torch.testing.assert_close(advantages, torch.tensor([1.0, -0.5, -0.5, 4.0, -4.0]))
+    assert leave_one_out_advantages(torch.tensor([3.0]), torch.tensor([0])).tolist() == [0.0]
+
+
+def test_whitening_weighs_by_tokens() -> None:
+    # Two trajectories of 1 and 3 tokens: token values 4, 0, 0, 0 with mean 1 and variance (9 + 3) / 3 = 4.
+    torch.testing.assert_close(
+        whitened(torch.tensor([4.0, 0.0]), torch.tensor([1, 3]), eps=0.0), torch.tensor([1.5, -0.5])
+    )
+    assert whitened(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+@pytest.mark.parametrize("name", get_args(AdvantageName))
+def test_no_estimator_sees_anything_in_equal_rewards(name: AdvantageName) -> None:
+    groups, lengths = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([3, 1, 4, 1, 5])
+    advantages = estimate_advantages(name, torch.full((5,), 0.1, dtype=torch.float64), groups, lengths)
+    assert advantages.tolist() == [0.0] * 5
+
+
+def test_estimators_by_name() -> None:
+    rewards, groups = torch.tensor([1.0, 0.0, 5.0, 3.0]), torch.tensor([0, 0, 1, 1])
+    lengths = torch.tensor([1, 1, 1, 1])
+
+    def of(name: AdvantageName) -> torch.Tensor:
+        return estimate_advantages(name, rewards, groups, lengths)
+
+    torch.testing.assert_close(of("dr_grpo"), torch.tensor([0.5, -0.5, 1.0, -1.0]))
+    torch.testing.assert_close(of("rloo"), torch.tensor([1.0, -1.0, 2.0, -2.0]))
+    torch.testing.assert_close(of("grpo"), torch.tensor([1.0, -1.0, 1.0, -1.0]) / 2**0.5, rtol=1e-5, atol=0)
+    # mean 2.25, variance 59/12; differences have mean 0 and variance 5/6
+    torch.testing.assert_close(of("reinforce_plus_plus"), torch.tensor([-1.25, -2.25, 2.75, 0.75]) / (59 / 12) ** 0.5)
+    torch.testing.assert_close(
+        of("reinforce_plus_plus_baseline"), torch.tensor([0.5, -0.5, 1.0, -1.0]) / (5 / 6) ** 0.5
+    )

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from jackpot.algorithm.objective import TokenLoss, actor_loss_sum, policy_loss_sum, token_denominator
+from jackpot.algorithm.objective import (
+    TokenLoss,
+    actor_loss_sum,
+    kl_penalty,
+    loss_shares,
+    policy_loss_sum,
+    token_denominator,
+)
 from jackpot.algorithm.obrs import jackpot_weights
 
 CLIPS = [(0.2, 0.2), (0.2, 0.28), (None, 0.2), (0.2, None), (None, None)]
@@ -229,3 +236,68 @@ def test_the_split_into_micro_batches_changes_nothing(
         start += size
     assert policy.grad is not None
     assert torch.equal(policy.grad, whole)
+
+
+# Three completions: two of two tokens accepted, none of one, two of three.
+MASK = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+SEQUENCES = torch.tensor([0, 0, 1, 2, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("normalization", "denominator", "expected"),
+    [
+        ("token", "accepted", [1 / 4] * 6),
+        ("token", "all", [1 / 6] * 6),
+        ("sequence", "accepted", [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4, 1 / 4]),
+        ("sequence", "all", [1 / 6, 1 / 6, 1 / 3, 1 / 9, 1 / 9, 1 / 9]),
+        ("constant", "all", [1 / 30] * 6),
+        ("constant", "accepted", [6 / 4 / 30] * 6),
+    ],
+)
+def test_shares_by_hand(
+    normalization: Literal["token", "sequence", "constant"],
+    denominator: Literal["accepted", "all"],
+    expected: list[float],
+) -> None:
+    shares = loss_shares(MASK, SEQUENCES, denominator=denominator, normalization=normalization, constant_length=10)
+    torch.testing.assert_close(shares, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
+def test_shares_of_a_batch_without_an_accepted_token_are_finite(
+    normalization: Literal["token", "sequence", "constant"],
+) -> None:
+    shares = loss_shares(torch.zeros(6), SEQUENCES, denominator="accepted", normalization=normalization)
+    assert shares.isfinite().all()
+
+
+def test_shares_multiply_each_tokens_loss() -> None:
+    batch = make_batch()
+    shares = torch.linspace(0, 1, len(batch["mask"]), dtype=torch.float64)
+    kept = [batch[name] for name in ("policy", "reference", "advantages", "normalizer", "mask")]
+    whole = policy_loss_sum(*kept, clip_low=0.2, clip_high=0.2, shares=shares).loss_sum
+    by_token = sum(
+        float(shares[i] * policy_loss_sum(*(x[i : i + 1] for x in kept), clip_low=0.2, clip_high=0.2).loss_sum)
+        for i in range(len(shares))
+    )
+    assert float(whole) == pytest.approx(by_token)
+
+
+def test_kl_penalty_and_its_gradient_by_enumeration() -> None:
+    """Means over p_new of the estimates and of their gradients, against those of the KL itself."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(7, generator=generator, dtype=torch.float64).requires_grad_()
+    initial = torch.randn(7, generator=generator, dtype=torch.float64).log_softmax(0)
+    policy = logits.log_softmax(0)
+    kl = (policy.exp() * (policy - initial)).sum()
+    value = kl.item()
+    exact = torch.autograd.grad(kl, logits, retain_graph=True)[0]
+    probabilities = policy.detach().exp()
+    estimates = {name: kl_penalty(policy, initial, name) for name in ("k1", "k2", "k3")}
+    for name in ("k1", "k3"):
+        assert (probabilities * estimates[name]).sum().item() == pytest.approx(value, rel=1e-12)
+    for name in ("k1", "k2"):
+        loss = (probabilities * estimates[name]).sum()
+        torch.testing.assert_close(torch.autograd.grad(loss, logits, retain_graph=True)[0], exact)
+    assert (estimates["k3"] >= 0).all() and (estimates["k2"] >= 0).all()
+    torch.testing.assert_close(estimates["k2"], 0.5 * (policy - initial).square())

@@ -1,36 +1,45 @@
-"""Our corrections against verl's, on the same arrays. `pip install verl` to run them; verl is no dependency."""
+"""Our corrections, advantages and losses against verl's, on the same arrays. Needs `pip install verl`, else skipped."""
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from jackpot.algorithm.advantage import AdvantageName, estimate_advantages
 from jackpot.algorithm.correction import Weights, icepop_weights, is_weights, mis_weights, tis_weights
+from jackpot.algorithm.objective import kl_penalty, loss_shares
 
 LENGTHS = (1, 3, 7, 12)
 
 
-@pytest.fixture(scope="module")
-def verl() -> Any:
+def peer(module: str) -> Any:
     # verl and what it imports warn about much that is not ours.
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip(
-            "verl.trainer.ppo.rollout_corr_helper",
-            reason="verl, the library that this compares with, is not installed",
-            exc_type=ImportError,
+            module, reason="verl, the library that this compares with, is not installed", exc_type=ImportError
         )
+
+
+@pytest.fixture(scope="module")
+def verl() -> Any:
+    return peer("verl.trainer.ppo.rollout_corr_helper")
+
+
+@pytest.fixture(scope="module")
+def algorithms() -> Any:
+    return peer("verl.trainer.ppo.core_algos")
 
 
 @pytest.fixture(scope="module")
 def arrays() -> tuple[Tensor, Tensor, Tensor]:
     """log p_ref and log p_inf, [tokens], and the completion of each token."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(9)  # products of s below 0.6, near 1.6 and above 7
     num_tokens = sum(LENGTHS)
     reference = -torch.rand(num_tokens, generator=generator) * 3
     actor = reference - torch.randn(num_tokens, generator=generator) * 0.7
@@ -87,3 +96,58 @@ def test_mis(verl: Any, arrays: tuple[Tensor, Tensor, Tensor], low: float, cap: 
     ours = mis_weights(reference, actor, sequence_index=sequences, cap=cap, low=low)
     assert 0 < int(ours.clipped.sum()) < len(reference)
     agree(ours, theirs(verl, arrays, "sequence", f"{low}_{cap}"))
+
+
+ADVANTAGES: list[tuple[AdvantageName, str, dict[str, Any]]] = [
+    ("grpo", "compute_grpo_outcome_advantage", {}),
+    ("dr_grpo", "compute_grpo_outcome_advantage", {"norm_adv_by_std_in_grpo": False}),
+    ("rloo", "compute_rloo_outcome_advantage", {}),
+    ("reinforce_plus_plus_baseline", "compute_reinforce_plus_plus_baseline_outcome_advantage", {}),
+    ("reinforce_plus_plus", "compute_reinforce_plus_plus_outcome_advantage", {"config": SimpleNamespace(gamma=1.0)}),
+]
+
+
+@pytest.mark.parametrize(("name", "theirs_name", "settings"), ADVANTAGES, ids=[name for name, *_ in ADVANTAGES])
+def test_advantages(algorithms: Any, name: AdvantageName, theirs_name: str, settings: dict[str, Any]) -> None:
+    lengths, groups = torch.tensor(LENGTHS), torch.tensor([0, 0, 1, 1])
+    rewards = torch.tensor([1.0, 0.0, 0.3, 0.9])
+    mask = padded(torch.ones(sum(LENGTHS)))
+    token_rewards = torch.zeros_like(mask)
+    token_rewards[torch.arange(4), lengths - 1] = rewards
+    if name != "reinforce_plus_plus":
+        settings = settings | {"index": groups.numpy()}
+    expected, _ = getattr(algorithms, theirs_name)(token_level_rewards=token_rewards, response_mask=mask, **settings)
+    ours = estimate_advantages(name, rewards, groups, lengths)
+    torch.testing.assert_close(ours, expected[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "mode"),
+    [
+        ("token", "token-mean"),
+        ("sequence", "seq-mean-token-mean"),
+        ("constant", "seq-mean-token-sum-norm"),
+    ],
+)
+def test_loss_normalization(
+    algorithms: Any, normalization: Literal["token", "sequence", "constant"], mode: str
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    losses = torch.randn(sum(LENGTHS), generator=generator)
+    mask = (torch.rand(sum(LENGTHS), generator=generator) < 0.7).float()
+    mask[0] = 0.0  # the completion of one token: masked as a whole
+    sequences = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+    if normalization == "constant":
+        mask = torch.ones_like(mask)  # ours rescales by the accepted fraction, which theirs does not know
+    expected = algorithms.agg_loss(padded(losses), padded(mask), mode, loss_scale_factor=10)
+    shares = loss_shares(mask, sequences, denominator="accepted", normalization=normalization, constant_length=10)
+    torch.testing.assert_close((losses * mask * shares).sum(), expected)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_penalty(
+    algorithms: Any, arrays: tuple[Tensor, Tensor, Tensor], estimator: Literal["k1", "k2", "k3"]
+) -> None:
+    policy, initial, _ = arrays
+    expected = algorithms.kl_penalty_forward(policy, initial, estimator)
+    torch.testing.assert_close(kl_penalty(policy, initial, estimator), expected, rtol=1e-4, atol=1e-6)
