@@ -59,11 +59,12 @@ class Snapshot:
 
     @property
     def queues(self) -> str:
-        """Groups waiting for the scorer and for the learner."""
+        """Groups waiting for the scorer, for the learner, and for the checkpoint that will hold their effect."""
         if self.depths is None:
             return "–"
         scoring = self.depths.rollouts_waiting + self.depths.rollouts_pending
-        return f"{scoring} to score, {self.depths.scored_waiting + self.depths.scored_pending} to train"
+        waiting, pending = self.depths.scored_waiting, self.depths.scored_pending
+        return f"{scoring} to score, {waiting} to train, {pending} to commit"
 
 
 class View(Protocol):
