@@ -1,0 +1,38 @@
+"""The job files under examples/ are what they claim to be: they parse, and they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from job_world import assert_ledger_adds_up, jackpot_run
+
+from jackpot.config import load_job
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_is_a_valid_job_file(path: Path) -> None:
+    assert load_job(path).learner.steps >= 1
+
+
+def test_chain_sum_runs_on_two_model_directories_of_ones_own(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    directory = tmp_path / "run"
+    overrides = [
+        f"policy.model={make_model('llama', seed=3, max_position_embeddings=512)}",
+        f"actor.model={make_model('qwen3', seed=4, hidden_size=16, num_hidden_layers=1, max_position_embeddings=512)}",
+        "policy.dtype=float32",
+        "actor.dtype=float32",
+        "sampling.max_tokens=12",
+        "learner.steps=2",
+        "learner.groups_per_batch=2",
+        "evaluation.prompts=4",
+    ]
+    arguments = [str(EXAMPLES / "chain_sum.yaml"), *overrides, "--run-dir", str(directory)]
+    with jackpot_run(*arguments, directory=directory) as run:
+        code, _, stderr = run.finish()
+    assert code == 0, stderr + run.output()
+    assert_ledger_adds_up(run.summary, trained=4)
+    assert run.summary["policy_accuracy"]["final"] is not None
