@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class JackpotError(Exception):
     """Base of the tree. Shown to users as its message alone, never as a stack trace."""
@@ -97,3 +100,29 @@ class RequestRefusedError(JackpotError):
 
 class ScoringError(JackpotError):
     """A group for which the target policy gives no finite scores."""
+
+
+class JobNotFoundError(JackpotError):
+    """The control plane knows no such job, or the job has no such thing."""
+
+
+class JobStateError(JackpotError):
+    """What was asked of a job is not possible in its state."""
+
+
+class IdempotencyError(JackpotError):
+    """An idempotency key that was used before, for another request."""
+
+
+class ApiError(JackpotError):
+    """The control plane's answer to a client is a refusal, or there is no answer.
+
+    ``problem`` is the RFC 9457 document, empty if the server could not be reached.
+    """
+
+    def __init__(self, message: str, status: int = 0, problem: Mapping[str, Any] | None = None) -> None:
+        self.status = status
+        self.problem = dict(problem or {})
+        # Refused input is the user's to correct, like a bad job file.
+        self.exit_code = 2 if status in (400, 404, 409, 413, 415, 422) else 1
+        super().__init__(message)

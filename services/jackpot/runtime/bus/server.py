@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote
 
 from redis import exceptions
@@ -84,10 +85,13 @@ class EmbeddedServer:
 
     Args:
         data_dir: created if missing; only one server at a time can use it.
+        appendfsync: ``everysec`` may lose the last second if the machine fails; ``always`` loses nothing that was
+            acknowledged, at the price of a disk write per command.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, appendfsync: Literal["everysec", "always"] = "everysec") -> None:
         self._data_dir = data_dir.resolve()
+        self._appendfsync = appendfsync
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: int | None = None
         self._address: _Address | None = None
@@ -207,7 +211,7 @@ class EmbeddedServer:
             "daemonize": "no",
             "save": '""',
             "appendonly": "yes",
-            "appendfsync": "everysec",
+            "appendfsync": self._appendfsync,
             "maxmemory-policy": "noeviction",
         }
         path = self._data_dir / "server.conf"
