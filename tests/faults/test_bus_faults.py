@@ -19,12 +19,14 @@ from typing import Any, TypeVar
 
 import pytest
 import zstandard
-from bus_world import STORES, Job, ids, make_scored
+from bus_world import STORES, Job, bus_settings, ids, make_scored
 from cutting_proxy import cutting_proxy
 from redis.asyncio import Redis
 
 from jackpot.errors import BusError, BusLostError, LeaseLostError
 from jackpot.runtime.bus import Ledger, TrajectoryBus
+from jackpot.runtime.bus.client import BusClient
+from jackpot.runtime.bus.payloads import FilePayloads
 from jackpot.runtime.bus.server import EmbeddedServer
 from jackpot.runtime.codec import encode_group, encode_scored
 
@@ -396,6 +398,41 @@ async def test_two_scorers_race_for_expired_leases_and_each_group_counts_once(jo
         assert sorted(ids(deliveries)) == sorted(job.dispatched) == sorted(published)
         await a.commit_trained(dict.fromkeys(published, 1))
         assert (await job.assert_closed(a)).trained == 8
+
+
+class HeldBackPayloads(FilePayloads):
+    """Stalls its reader between the claim and the payload."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, max_bytes=1 << 20)
+        self.reached = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def get(self, name: str) -> bytes:
+        self.reached.set()
+        await self.go_on.wait()
+        return await super().get(name)
+
+
+async def test_a_scorer_that_stalls_before_reading_does_not_drop_what_another_has_scored(
+    valkey_url: str, tmp_path: Path
+) -> None:
+    job = Job(valkey_url, "file", tmp_path)
+    store = HeldBackPayloads(tmp_path)
+    stalled = TrajectoryBus(BusClient(job.url, job.job_id), store, bus_settings("file"), job.job_id, "stalled")
+    await stalled.open()
+    async with job.connect("quick") as quick:
+        (group_id,) = await job.publish(quick, 0)
+        taking = asyncio.create_task(stalled.take_groups(1, 0.1))
+        await asyncio.wait_for(store.reached.wait(), 5)
+        (delivery,) = await quick.take_groups(1, 5.0)
+        await quick.publish_scored(delivery, make_scored(delivery.value))
+        store.go_on.set()
+        assert await asyncio.wait_for(taking, 5) == []
+        assert await quick.dispatched() == {group_id: "scored"}
+        await quick.commit_trained({group_id: 1})
+        await job.assert_closed(quick)
+    await stalled.close()
 
 
 SCORER = """

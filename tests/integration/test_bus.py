@@ -330,6 +330,20 @@ async def test_a_cancelled_take_loses_nothing(job: Job, bus: TrajectoryBus) -> N
     assert taken == group_ids
 
 
+async def test_a_cancelled_call_is_always_cancelled(bus: TrajectoryBus) -> None:
+    async def work() -> None:
+        while True:
+            await bus.set_value("name", "value")
+
+    for round_ in range(200):
+        task = asyncio.create_task(work())
+        for _ in range(round_ % 20):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=1.0)
+        assert task.cancelled()
+
+
 # --- the learner ---
 
 

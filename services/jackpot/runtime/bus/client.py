@@ -155,6 +155,8 @@ class BusClient:
 
     @asynccontextmanager
     async def _translated(self) -> AsyncIterator[None]:
+        task = asyncio.current_task()
+        cancellations = task.cancelling() if task else 0
         try:
             async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
                 yield
@@ -165,6 +167,11 @@ class BusClient:
         except (exceptions.RedisError, TimeoutError, OSError) as error:
             reason = str(error) or type(error).__name__
             raise BusError(f"the bus at {self.address} does not answer ({reason}). Is its server running?") from error
+        finally:
+            # Before Python 3.12 asyncio.wait_for, under which redis-py sends each command, may swallow a cancellation,
+            # and a service that was told to stop would go on. Every call may be repeated: no harm in ending it here.
+            if task and task.cancelling() > cancellations:
+                raise asyncio.CancelledError
 
 
 _LOST = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from jackpot.runtime.bus.client import MAX_BLOCK_SECONDS, BusClient
@@ -151,10 +152,9 @@ class StreamReader:
         """Until there may be something to hand out; at most ``seconds``."""
         if self._held_back():
             self._released.clear()
-            try:
-                await asyncio.wait_for(self._released.wait(), seconds)
-            except TimeoutError:
-                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._released.wait()
         else:
             # A plain read beyond the last entry handed to anyone: without effect, so that a lost reply costs nothing.
             until_reclaim = max(self._reclaim_at - time.monotonic(), 0.01)
