@@ -57,7 +57,7 @@ def jackpot_weights(
     actor_logprobs: Tensor,
     normalizer: Tensor,
     *,
-    obrs_lambda: float,
+    obrs_lambda: float | Tensor,
     c1: float,
     reference_logprobs: Tensor | None = None,
     c2: float | None = None,
@@ -70,7 +70,7 @@ def jackpot_weights(
         target_logprobs: log p_t of the sampled tokens, [tokens].
         actor_logprobs: log p_inf, [tokens].
         normalizer: Z, [tokens].
-        obrs_lambda: λ > 0.
+        obrs_lambda: λ > 0; [tokens] where it differs between them, as in a batch that spans a change of λ.
         c1: upper clip of w_obrs; ``math.inf`` for none.
         reference_logprobs: log p_ref, [tokens], when the target is the policy; None when it is the reference
             itself, whose second factor is 1.
@@ -80,7 +80,8 @@ def jackpot_weights(
         The weights, without gradient.
     """
     log_ratio = target_logprobs.detach() - actor_logprobs.detach()
-    raw = normalizer.detach() * torch.clamp(log_ratio, min=math.log(obrs_lambda)).exp()
+    log_lambda = torch.as_tensor(obrs_lambda, dtype=log_ratio.dtype, device=log_ratio.device).log()
+    raw = normalizer.detach() * torch.maximum(log_ratio, log_lambda).exp()
     value = torch.clamp(raw, max=c1)
     clipped_c2 = torch.zeros_like(raw, dtype=torch.bool)
     if reference_logprobs is not None:

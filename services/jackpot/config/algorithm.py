@@ -91,8 +91,19 @@ class JackpotCorrection(Section):
     """Optimal budgeted rejection sampling (paper §3 and §4)."""
 
     name: Literal["jackpot"] = "jackpot"
-    obrs_lambda: PositiveFloat = 1.0
-    """λ: larger rejects more and aligns more. At 1 a token is rejected just as far as the actor over-represents it."""
+    obrs_lambda: PositiveFloat | None = 1.0
+    """λ: larger rejects more and aligns more. At 1 a token is rejected just as far as the actor over-represents it.
+    null with ``acceptance_rate``."""
+    acceptance_rate: Annotated[float, Field(gt=0, le=1), Number] | None = None
+    """Instead of λ: the share of tokens to accept. λ is then found for it on every batch, from 1 as a start, and
+    published with the weights. 0.9 spends a tenth of the tokens on alignment."""
+    lambda_smoothing: Annotated[float, Field(ge=0, lt=1), Number] = 0.5
+    """Weight of the past in log λ while ``acceptance_rate`` steers it: a batch's λ is noisy, and the mismatch drifts
+    within a few steps."""
+    lambda_min: PositiveFloat = 1e-3
+    """Least λ that ``acceptance_rate`` may lead to: practically, everything is accepted."""
+    lambda_max: PositiveFloat = 1e3
+    """Greatest λ that ``acceptance_rate`` may lead to."""
     c1: PositiveFloat = 3.0
     """Upper clip of the weight Z·max(λ, p_t/p_inf)."""
     c2: PositiveFloat = 3.0
@@ -106,6 +117,31 @@ class JackpotCorrection(Section):
     pass in the scorer; ``full`` looks at the whole vocabulary (tests, small models)."""
     top_k: Annotated[int, Field(ge=1, le=1024), Number] = 20
     """How many of the target's most probable tokens enter the estimate (paper §4.4)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lambda_or_acceptance_rate(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("acceptance_rate") is None:
+            return data
+        if data.get("obrs_lambda") is not None:
+            raise ValueError(
+                f"obrs_lambda = {data['obrs_lambda']!r} and acceptance_rate = {data['acceptance_rate']!r} exclude each "
+                "other, since the rate decides λ. Remove one of them, or set obrs_lambda to null"
+            )
+        return data | {"obrs_lambda": None}
+
+    @model_validator(mode="after")
+    def _lambda_is_known(self) -> JackpotCorrection:
+        if self.obrs_lambda is None and self.acceptance_rate is None:
+            raise ValueError("obrs_lambda = null needs an acceptance_rate. Set either of them")
+        if not self.lambda_min < 1 < self.lambda_max:
+            raise ValueError("lambda_min and lambda_max must lie on either side of 1. Widen them")
+        return self
+
+    @property
+    def initial_lambda(self) -> float:
+        """λ of the first batch."""
+        return 1.0 if self.obrs_lambda is None else self.obrs_lambda
 
     @model_validator(mode="after")
     def _target_policy_has_no_actor_forward(self) -> JackpotCorrection:
@@ -174,9 +210,32 @@ class DistillationConfig(Section):
     """L_distill: forward KL from policy to actor at the trajectories' positions (paper eq. 7)."""
 
     weight: NonNegativeFloat = 1.0
-    """λ_distill."""
+    """λ_distill; with ``kl_target``, where it starts. 1 weighs a nat of KL like a unit of the actor's own loss."""
+    kl_target: PositiveFloat | None = None
+    """Set point of KL(policy ‖ actor), in nats per token, which λ_distill then follows; null keeps it constant. The KL
+    cannot fall below what the actor's size and learning rate allow: choose it above what a constant 10 leads to."""
+    weight_min: PositiveFloat = 1e-2
+    """Least λ_distill that ``kl_target`` may lead to."""
+    weight_max: PositiveFloat = 1e2
+    """Greatest λ_distill that ``kl_target`` may lead to: the actor's own loss hardly counts then."""
+    proportional_gain: NonNegativeFloat = 0.5
+    """Change of log λ_distill per unit of log(KL / target): answers at once."""
+    integral_gain: NonNegativeFloat = 0.1
+    """The same, summed up over optimizer steps: takes away what the proportional part leaves. Ten steps at a KL too
+    large by a factor e then multiply λ_distill by e; faster would overtake the actor, which needs steps to follow."""
+    kl_smoothing: Annotated[float, Field(ge=0, lt=1), Number] = 0.5
+    """Weight of the past in the measured log KL."""
     chunk_tokens: PositiveInt = 512
     """Positions per slice of the full-vocabulary KL."""
+
+    @model_validator(mode="after")
+    def _start_within_bounds(self) -> DistillationConfig:
+        if self.kl_target is not None and not self.weight_min <= self.weight <= self.weight_max:
+            raise ValueError(
+                f"weight = {self.weight:g} is where kl_target starts and must lie in [weight_min, weight_max] = "
+                f"[{self.weight_min:g}, {self.weight_max:g}]. Move it or the bounds"
+            )
+        return self
 
 
 class AlgorithmConfig(Section):
@@ -208,3 +267,12 @@ class AlgorithmConfig(Section):
     """Truncation of the actor's own correction p_ω,ref/p_inf, which is staleness and numerics only."""
     distillation: DistillationConfig = DistillationConfig()
     """Policy → actor distillation."""
+
+    @model_validator(mode="after")
+    def _kl_target_needs_something_to_weigh_against(self) -> AlgorithmConfig:
+        if self.distillation.kl_target is not None and not self.actor_ppo:
+            raise ValueError(
+                "distillation.kl_target needs actor_ppo: AdamW takes no notice of the scale of a single loss, so that "
+                "λ_distill alone moves nothing. Set actor_ppo to true, or steer with learner.actor_lr"
+            )
+        return self

@@ -142,7 +142,7 @@ class ScorerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning-rate schedule, shared by policy and actor."""
+    """A learning-rate schedule."""
 
     name: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after the warm-up; linear and cosine end at ``final_fraction`` of the peak."""
@@ -172,7 +172,9 @@ class LearnerConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradient norm clip, for policy and actor apart."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """Learning-rate schedule."""
+    """Learning-rate schedule of the policy."""
+    actor_schedule: ScheduleConfig | None = None
+    """Learning-rate schedule of the actor; null means the policy's. An actor that has to catch up wants no warm-up."""
     device: Device = "auto"
     """``auto`` is CUDA where there is one."""
     max_batch_tokens: PositiveInt = 16384

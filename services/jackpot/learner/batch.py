@@ -39,6 +39,7 @@ class TokenArrays:
     normalizer_head: Tensor  # [N] float32, Z_S
     normalizer_tail: Tensor  # [N] float32, U
     topk_mass: Tensor  # [N] float32
+    obrs_lambda: Tensor  # [N] float32, the λ that acceptance, mask and normalizer belong to
     sequence_index: Tensor  # [N] int64, which of the batch's trajectories the token belongs to
     advantages: Tensor  # [N] float32, the trajectory's advantage at each of its tokens
     topk_ids: Tensor | None  # [N, k] int64, the actor's; only with target = policy
@@ -69,7 +70,6 @@ class Batch:
     truncated: NDArray[np.bool_]  # [sequences]
     oldest_versions: NDArray[np.int64]  # [groups]
     temperature: float
-    obrs_lambda: float
 
     @property
     def num_tokens(self) -> int:
@@ -100,15 +100,14 @@ class Batch:
             truncated=self.truncated[bounds[first] : bounds[last]],
             oldest_versions=self.oldest_versions[first:last],
             temperature=self.temperature,
-            obrs_lambda=self.obrs_lambda,
         )
 
 
 def build_batch(groups: Sequence[ScoredGroup], advantage: AdvantageConfig) -> Batch:
     """Flatten scored groups.
 
-    All groups share one sampling temperature (it is the job's); λ is the first group's, which differs between
-    groups only while a new λ is on its way.
+    All groups share one sampling temperature, the job's. λ is each group's own: where it follows an acceptance rate,
+    a batch may hold groups that were scored before and after a change.
     """
     sequences: list[SequenceSlice] = []
     group_starts: list[int] = []
@@ -139,7 +138,6 @@ def build_batch(groups: Sequence[ScoredGroup], advantage: AdvantageConfig) -> Ba
         truncated=np.array([t.finish_reason == "length" for t in trajectories]),
         oldest_versions=np.array([scored.group.oldest_version for scored in groups], dtype=np.int64),
         temperature=groups[0].group.temperature,
-        obrs_lambda=groups[0].obrs_lambda,
     )
 
 
@@ -160,6 +158,9 @@ def _token_arrays(groups: Sequence[ScoredGroup], advantages: NDArray[np.float64]
         mask=flat([s.mask for s in scores], torch.float32),
         normalizer_head=flat([s.normalizer_head for s in scores], torch.float32),
         normalizer_tail=flat([s.normalizer_tail for s in scores], torch.float32),
+        obrs_lambda=torch.tensor([g.obrs_lambda for g in groups]).repeat_interleave(
+            torch.tensor([g.group.num_tokens for g in groups])
+        ),
         topk_mass=flat([s.topk_mass for s in scores], torch.float32),
         sequence_index=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
         advantages=torch.from_numpy(advantages.astype(np.float32)),

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,11 +26,13 @@ STATE_FILE = "state.json"
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where training stands: finished optimizer steps and finished batches, and the λ in force."""
+    """Where training stands: finished optimizer steps and finished batches, the λ in force, and what the controllers
+    of λ and λ_distill remember."""
 
     step: int
     batch: int
     obrs_lambda: float
+    controls: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ def policy_target_weights(
     batch: Batch,
     micro_batches: Sequence[Sequence[int]],
     correction: JackpotCorrection,
+    obrs_lambda: float,
     job_seed: int,
     chunk_tokens: int,
 ) -> TokenWeights:
@@ -40,6 +41,7 @@ def policy_target_weights(
         batch: trajectories that still carry the actor's top-k.
         micro_batches: indices of sequences that go through the model together.
         correction: clips, mask, estimator and the target's own k.
+        obrs_lambda: λ, the same for all: these scores are made anew, whatever λ the scorer had.
         job_seed: seeds the mask.
         chunk_tokens: slice of the vocabulary pass.
     """
@@ -49,12 +51,12 @@ def policy_target_weights(
     for rows in micro_batches:
         index = batch.token_index(rows)
         scores, candidates = _score(policy, batch, rows, tokens.select(index), correction.top_k, chunk_tokens)
-        estimate = estimate_normalizer(correction.normalizer, candidates, batch.obrs_lambda)
+        estimate = estimate_normalizer(correction.normalizer, candidates, obrs_lambda)
         target[index] = scores
         parts["head"][index] = estimate.head.cpu()
         parts["tail"][index] = estimate.tail.cpu()
         parts["mass"][index] = estimate.mass.cpu()
-    acceptance = acceptance_probs(target, tokens.actor_logprobs, batch.obrs_lambda)
+    acceptance = acceptance_probs(target, tokens.actor_logprobs, obrs_lambda)
     uniforms = torch.cat([acceptance_uniforms(job_seed, s.trajectory_id, s.end - s.start) for s in batch.sequences])
     scored = replace(
         tokens,
@@ -64,8 +66,9 @@ def policy_target_weights(
         normalizer_head=parts["head"],
         normalizer_tail=parts["tail"],
         topk_mass=parts["mass"],
+        obrs_lambda=torch.full_like(target, obrs_lambda),
     )
-    return obrs_weights(scored, correction, batch.obrs_lambda, reference_logprobs=tokens.reference_logprobs)
+    return obrs_weights(scored, correction, reference_logprobs=tokens.reference_logprobs)
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class WeightPublisher:
             def write(directory: Path, model: nn.Module = model) -> None:
                 save_weights(model, directory)
 
-            self._store.publish(role, version, write, {"obrs_lambda": trainer.obrs_lambda})
+            self._store.publish(role, version, write, {"obrs_lambda": trainer.controls.obrs_lambda})
             self._store.prune(role, self._job.weights.keep_versions)
 
     def export(self, trainer: Trainer) -> None:

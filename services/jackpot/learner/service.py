@@ -63,7 +63,7 @@ class Learner:
         self._checkpoints = checkpoints
         self._manifests = manifests
         self._step_log = step_log
-        self._progress = Progress(step=0, batch=0, obrs_lambda=trainer.obrs_lambda)
+        self._progress = Progress(step=0, batch=0, obrs_lambda=trainer.controls.obrs_lambda)
         self._committed_batch = 0
         self._held: dict[int, Delivery[ScoredGroup]] = {}  # by slot: taken from the bus, not yet in a batch
         self._trained: list[Delivery[ScoredGroup]] = []  # in a batch, acknowledged with the next checkpoint
@@ -97,7 +97,7 @@ class Learner:
         if path is None:
             return
         self._progress = self._checkpoints.load(path, self._trainer.learnables)
-        self._trainer.obrs_lambda = self._progress.obrs_lambda
+        self._trainer.controls.restore(self._progress.obrs_lambda, self._progress.controls)
         self._step_log.resumed(self._progress.step)
         LOG.info("resumed from %s", path)
 
@@ -187,7 +187,8 @@ class Learner:
         started = time.monotonic()
         rows = await asyncio.to_thread(self._trainer.train_batch, batch, progress.step)
         trained = time.monotonic()
-        self._progress = Progress(progress.step + len(rows), progress.batch + 1, self._trainer.obrs_lambda)
+        controls = self._trainer.controls
+        self._progress = Progress(progress.step + len(rows), progress.batch + 1, controls.obrs_lambda, controls.state())
         await self._publish()
         published = time.monotonic()
         if self._checkpoint_is_due(progress.step):

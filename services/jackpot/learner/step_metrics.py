@@ -54,6 +54,17 @@ class StepMeter:
         self._row[f"{role}/grad_norm"] = grad_norm
         self._row[f"{role}/lr"] = lr
 
+    def controls(self, obrs_lambda: float, distillation_weight: float | None) -> None:
+        """Record λ as it goes out with the next weights, and the λ_distill of this step."""
+        self._row["rollout_corr/obrs_lambda_next"] = obrs_lambda
+        if distillation_weight is not None:
+            self._row["actor/distill_weight"] = distillation_weight
+
+    @property
+    def kl_policy_actor(self) -> float | None:
+        """Mean KL(policy ‖ actor) of the micro-batches so far; None without distillation."""
+        return self._sums.get("kl/policy_actor")
+
     def row(self) -> dict[str, float]:
         """The finished row."""
         return self._row | self._sums | {"rollout_corr/nonfinite": self._nonfinite}
@@ -89,7 +100,7 @@ def _mismatch_figures(batch: Batch, weights: TokenWeights) -> dict[str, float]:
         "rollout_corr/obrs_normalizer": float(weights.normalizer.double().mean()),
         "rollout_corr/obrs_bias_correction": weights.bias_correction,
         "rollout_corr/obrs_topk_mass": float(weights.topk_mass.double().mean()),
-        "rollout_corr/obrs_lambda": batch.obrs_lambda,
+        "rollout_corr/obrs_lambda": float(weights.obrs_lambda.double().mean()),
         "rollout_corr/weight_mean": float(weights.weight.double().mean()),
         "rollout_corr/weight_raw_max": float(weights.raw_weight.max()),
         "rollout_corr/clipped_fraction_c1": float(weights.clipped_c1.double().mean()),

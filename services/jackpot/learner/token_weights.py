@@ -43,6 +43,7 @@ class TokenWeights:
     normalizer: Tensor  # [N] float32, Z
     topk_mass: Tensor  # [N] float32
     target_logprobs: Tensor  # [N] float32, log p_t
+    obrs_lambda: Tensor  # [N] float32, λ; 1 without OBRS
     bias_correction: float  # κ or τ, before τ is clipped to [0, 1]
 
     def select(self, index: Tensor) -> TokenWeights:
@@ -56,16 +57,15 @@ class TokenWeights:
         return [self.select(index) for index in positions]
 
 
-def reference_target_weights(tokens: TokenArrays, correction: CorrectionConfig, obrs_lambda: float) -> TokenWeights:
+def reference_target_weights(tokens: TokenArrays, correction: CorrectionConfig) -> TokenWeights:
     """Weights of a whole batch from what the scorer found; target = reference, or no OBRS at all.
 
     Args:
-        tokens: the batch; its scores belong to λ = ``obrs_lambda``.
+        tokens: the batch.
         correction: which correction.
-        obrs_lambda: the λ that the scorer applied.
     """
     if correction.name == "jackpot":
-        return obrs_weights(tokens, correction, obrs_lambda, reference_logprobs=None)
+        return obrs_weights(tokens, correction, reference_logprobs=None)
     found = _plain_weights(tokens, correction)
     ones = torch.ones_like(found.value)
     return TokenWeights(
@@ -78,6 +78,7 @@ def reference_target_weights(tokens: TokenArrays, correction: CorrectionConfig, 
         normalizer=ones,
         topk_mass=tokens.topk_mass,
         target_logprobs=tokens.reference_logprobs,
+        obrs_lambda=ones,
         bias_correction=1.0,
     )
 
@@ -103,16 +104,13 @@ def _sequences(tokens: TokenArrays, level: Literal["token", "sequence"]) -> Tens
     return tokens.sequence_index if level == "sequence" else None
 
 
-def obrs_weights(
-    tokens: TokenArrays, correction: JackpotCorrection, obrs_lambda: float, reference_logprobs: Tensor | None
-) -> TokenWeights:
+def obrs_weights(tokens: TokenArrays, correction: JackpotCorrection, reference_logprobs: Tensor | None) -> TokenWeights:
     """Jackpot's weights, with the batch scalar of Z calibrated over exactly these tokens.
 
     Args:
-        tokens: acceptance, mask and normalizer ingredients belong to the target; its log-probabilities stand in
+        tokens: acceptance, mask, λ and normalizer ingredients belong to the target; its log-probabilities stand in
             ``reference_logprobs`` of the arrays when the target is the reference.
         correction: clips, mask and estimator.
-        obrs_lambda: λ.
         reference_logprobs: log p_ref when the target is the policy (``tokens.reference_logprobs`` then holds the
             target's), else None.
     """
@@ -122,7 +120,7 @@ def obrs_weights(
         tokens.reference_logprobs,
         tokens.actor_logprobs,
         normalizer.value,
-        obrs_lambda=obrs_lambda,
+        obrs_lambda=tokens.obrs_lambda,
         c1=correction.c1,
         reference_logprobs=reference_logprobs,
         c2=None if reference_logprobs is None else correction.c2,
@@ -137,5 +135,6 @@ def obrs_weights(
         normalizer=normalizer.value,
         topk_mass=tokens.topk_mass,
         target_logprobs=tokens.reference_logprobs,
+        obrs_lambda=tokens.obrs_lambda,
         bias_correction=normalizer.raw_scalar,
     )

@@ -18,6 +18,7 @@ from jackpot.algorithm.vocabulary import VocabularyScores, differentiable_token_
 from jackpot.config import JobSpec
 from jackpot.learner.batch import Batch, TokenArrays
 from jackpot.learner.checkpoint import Learnable
+from jackpot.learner.controls import Controls
 from jackpot.learner.optimizer import build_optimizer
 from jackpot.learner.policy_target import policy_target_weights
 from jackpot.learner.schedule import learning_rate_factor
@@ -72,8 +73,7 @@ class Trainer:
             role: Learnable(self.models[role], build_optimizer(self.models[role], lr, job.learner))
             for role, lr in self._peak_lr.items()
         }
-        correction = job.algorithm.correction
-        self.obrs_lambda = correction.obrs_lambda if correction.name == "jackpot" else 1.0
+        self.controls = Controls(job.algorithm)
 
     def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
         """Train on one batch, in ``updates_per_batch`` optimizer steps; the figures of each step."""
@@ -89,7 +89,7 @@ class Trainer:
         correction = self._job.algorithm.correction
         if correction.name == "jackpot" and correction.target == "policy":
             return [None] * len(parts)
-        weights = reference_target_weights(batch.tokens, correction, batch.obrs_lambda)
+        weights = reference_target_weights(batch.tokens, correction)
         return weights.split([part.num_tokens for part in parts])
 
     def _actor_reference(self, batch: Batch) -> Tensor | None:
@@ -125,7 +125,16 @@ class Trainer:
                 loss = loss + self._actor_loss(hidden, batch, micro, reference, actor_shares[index], meter)
             loss.backward()  # type: ignore[no-untyped-call]
         self._update(step, meter)
+        self._control(weights, batch, meter)
         return meter.row()
+
+    def _control(self, weights: TokenWeights, batch: Batch, meter: StepMeter) -> None:
+        """Let λ and λ_distill follow what this step measured."""
+        distillation_weight = self.controls.distillation_weight if self._actor_learns else None
+        self.controls.observe_tokens(weights.target_logprobs, batch.tokens.actor_logprobs)
+        if meter.kl_policy_actor is not None:
+            self.controls.observe_kl(meter.kl_policy_actor)
+        meter.controls(self.controls.obrs_lambda, distillation_weight)
 
     def _policy_weights(self, batch: Batch) -> TokenWeights:
         correction = self._job.algorithm.correction
@@ -135,6 +144,7 @@ class Trainer:
             batch,
             self._micro_batches(batch),
             correction,
+            self.controls.obrs_lambda,
             self._job.seed,
             self._job.scorer.chunk_tokens,
         )
@@ -219,7 +229,7 @@ class Trainer:
             chunk_tokens=algorithm.distillation.chunk_tokens,
         )
         meter.distillation(divergence.detach())
-        total = algorithm.distillation.weight * divergence.sum() / batch.num_tokens
+        total = self.controls.distillation_weight * divergence.sum() / batch.num_tokens
         if not algorithm.actor_ppo:
             return total
         logprobs = self._sampled(hidden, head, micro, entropy=False).logprobs
@@ -237,10 +247,11 @@ class Trainer:
         return total + loss.loss_sum
 
     def _update(self, step: int, meter: StepMeter) -> None:
-        factor = learning_rate_factor(self._job.learner.schedule, step, self._job.learner.steps)
+        learner = self._job.learner
         for role, learnable in self.learnables.items():
-            lr = self._peak_lr[role] * factor
-            norm = torch.nn.utils.clip_grad_norm_(learnable.model.parameters(), self._job.learner.max_grad_norm)
+            schedule = learner.schedule if role == "policy" else learner.actor_schedule or learner.schedule
+            lr = self._peak_lr[role] * learning_rate_factor(schedule, step, learner.steps)
+            norm = torch.nn.utils.clip_grad_norm_(learnable.model.parameters(), learner.max_grad_norm)
             meter.optimizer_step(role, float(norm), lr)
             if not torch.isfinite(norm):
                 LOG.error("step %d: the %s's gradient is not finite; its update is skipped", step + 1, role)

@@ -54,6 +54,7 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
     "policy/lr": StepColumn("jackpot_learning_rate", _LR, _of("policy")),
     "actor/ppo_loss": StepColumn("jackpot_loss", _LOSS, {"loss": "actor_ppo"}),
     "actor/distill_loss": StepColumn("jackpot_loss", _LOSS, {"loss": "actor_distill"}),
+    "actor/distill_weight": StepColumn("jackpot_distill_weight", "Weight of distillation in the actor's loss"),
     "actor/grad_norm": StepColumn("jackpot_grad_norm", _GRAD_NORM, _of("actor")),
     "actor/lr": StepColumn("jackpot_learning_rate", _LR, _of("actor")),
     "rollout_corr/kl": StepColumn(
@@ -78,6 +79,9 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
         "jackpot_obrs_topk_mass_ratio", "Target probability covered by the ids looked at"
     ),
     "rollout_corr/obrs_lambda": StepColumn("jackpot_obrs_lambda", "OBRS's lambda of the batch"),
+    "rollout_corr/obrs_lambda_next": StepColumn(
+        "jackpot_obrs_lambda_next", "OBRS's lambda that goes out with the weights of this step"
+    ),
     "rollout_corr/weight_mean": StepColumn("jackpot_weight_mean", "Mean correction weight of a token, clipped"),
     "rollout_corr/weight_raw_max": StepColumn("jackpot_weight_raw_max", "Largest correction weight before clipping"),
     "rollout_corr/clipped_fraction_c1": StepColumn("jackpot_weight_clipped_ratio", _CLIPPED, {"clip": "c1"}),

@@ -81,7 +81,7 @@ def make_engine(environment: ServiceEnvironment, job: JobSpec, metrics: Metrics)
     """
     store = WeightStore(environment.run_dir / "weights")
     correction = job.algorithm.correction
-    obrs_lambda = correction.obrs_lambda if isinstance(correction, JackpotCorrection) else 1.0
+    obrs_lambda = correction.initial_lambda if isinstance(correction, JackpotCorrection) else 1.0
     target = TargetPolicy(job.policy, store, job.scorer.device, obrs_lambda)
     actors = None
     if needs_actor(job):

@@ -88,7 +88,13 @@ def test_an_actor_of_its_own_makes_the_job_off_policy() -> None:
         ("actor=police", "actor", "police", "unknown actor", "Write 'policy', or a mapping with the actor's model."),
         # Shapes.
         ("learner=3", "learner", 3, "is not a mapping of settings", "Known here: actor_lr"),
-        ("algorithm.correction=3", "algorithm.correction", 3, "is not a mapping", "Known here: c1, c2, cap"),
+        (
+            "algorithm.correction=3",
+            "algorithm.correction",
+            3,
+            "is not a mapping",
+            "Known here: acceptance_rate, c1, c2",
+        ),
         ("task.params=[1]", "task.params", [1], "valid dictionary", "jackpot schema"),
         # Settings that would make the log-probabilities wrong.
         ("sampling.top_p=0.9", "sampling.top_p", 0.9, "reshapes the distribution", "Set top_p to 1.0"),
@@ -271,3 +277,29 @@ def test_the_schema_keeps_ranges_and_knows_the_short_form() -> None:
     assert (group_size["type"], group_size["minimum"]) == ("integer", 1)
     short = schema["$defs"]["AlgorithmConfig"]["properties"]["correction"]["anyOf"][0]
     assert short["enum"] == ["none", "is", "tis", "icepop", "mis", "jackpot"]
+
+
+def test_lambda_and_acceptance_rate_exclude_each_other() -> None:
+    found = problem_with("algorithm.correction.acceptance_rate=0.9", "algorithm.correction.obrs_lambda=1")
+    assert found.field == "algorithm.correction"
+    assert "exclude each other" in found.problem
+    assert "Remove one of them" in found.remedy
+    found = problem_with("algorithm.correction.obrs_lambda=null")
+    assert "needs an acceptance_rate" in found.problem
+
+
+def test_an_acceptance_rate_survives_being_written_and_read() -> None:
+    job = parse_job(MINIMAL, ["algorithm.correction.acceptance_rate=0.9"])
+    assert isinstance(job.algorithm.correction, JackpotCorrection)
+    assert job.algorithm.correction.obrs_lambda is None
+    assert job.algorithm.correction.initial_lambda == 1.0
+    assert parse_job(json.loads(job.model_dump_json())) == job
+
+
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    assert "AdamW" in problem_with("algorithm.distillation.kl_target=0.1", "algorithm.actor_ppo=false").problem
+    assert "dr_grpo" in problem_with("algorithm.advantage={name: rloo, normalize_std: false}").remedy
+    assert "not below" in problem_with("algorithm.correction={name: icepop, low: 3, high: 2}").problem
+    assert "low_high" in problem_with("algorithm.correction={name: icepop, threshold: '2'}").problem
+    bounds = problem_with("algorithm.distillation={kl_target: 0.1, weight: 0}")
+    assert (bounds.field, bounds.remedy) == ("algorithm.distillation", "Move it or the bounds.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,18 @@ def _group(
         policy_version=0,
         normalizer="tail",
     )
+
+
+def rescored(job: JobSpec, group: ScoredGroup, obrs_lambda: float) -> ScoredGroup:
+    """The group as a scorer with another λ would have scored it, but for the normalizer's ingredients."""
+    scores = []
+    for trajectory, score in zip(group.group.trajectories, group.scores, strict=True):
+        target, actor = torch.from_numpy(score.target_logprobs), torch.from_numpy(trajectory.actor_logprobs)
+        acceptance = acceptance_probs(target, actor, obrs_lambda)
+        uniforms = acceptance_uniforms(job.seed, trajectory.trajectory_id, trajectory.num_tokens)
+        mask = acceptance_mask(acceptance, uniforms)
+        scores.append(replace(score, acceptance_probs=acceptance.numpy(), mask=mask.numpy()))
+    return replace(group, scores=tuple(scores), obrs_lambda=obrs_lambda)
 
 
 def _scores(

@@ -15,8 +15,9 @@ from .conftest import MakeGroups, MakeJob, MakeTrainer
 def test_two_steps_and_a_resume_and_two_steps_equal_four_steps_bit_for_bit(
     tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
 ) -> None:
-    job = make_job("learner.weight_decay=0.1")
-    batches = [build_batch(make_groups(job, seed=seed), job.algorithm.advantage) for seed in range(4)]
+    steered = ("algorithm.distillation.kl_target=0.1", "algorithm.correction={acceptance_rate: 0.8, target: policy}")
+    job = make_job("learner.weight_decay=0.1", *steered)
+    batches = [build_batch(make_groups(job, seed=seed, with_topk=True), job.algorithm.advantage) for seed in range(4)]
     straight = make_trainer(job)
     for step, batch in enumerate(batches):
         straight.train_batch(batch, step)
@@ -25,15 +26,20 @@ def test_two_steps_and_a_resume_and_two_steps_equal_four_steps_bit_for_bit(
     first = make_trainer(job)
     for step in (0, 1):
         first.train_batch(batches[step], step)
-    path = store.save(Progress(step=2, batch=2, obrs_lambda=1.0), first.learnables)
+    progress = Progress(2, 2, first.controls.obrs_lambda, first.controls.state())
+    path = store.save(progress, first.learnables)
     second = make_trainer(job)
-    assert store.load(path, second.learnables) == Progress(step=2, batch=2, obrs_lambda=1.0)
+    restored = store.load(path, second.learnables)
+    assert restored == progress
+    second.controls.restore(restored.obrs_lambda, restored.controls)
     for step in (2, 3):
         second.train_batch(batches[step], step)
 
     for role, model in straight.models.items():
         for expected, got in zip(model.parameters(), second.models[role].parameters(), strict=True):
             assert torch.equal(expected, got)
+    assert second.controls.obrs_lambda == straight.controls.obrs_lambda != 1.0
+    assert second.controls.state() == straight.controls.state()
 
 
 def test_only_the_newest_checkpoints_are_kept_and_the_latest_is_found(

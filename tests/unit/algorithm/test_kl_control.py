@@ -1,0 +1,57 @@
+"""The controller of λ_distill against simple models of an actor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from jackpot.algorithm.kl_control import KlControlSettings, KlControlState, initial_state, update
+
+SETTINGS = KlControlSettings(
+    target=0.2, initial=1.0, lower=0.01, upper=100.0, proportional=0.5, integral=0.1, smoothing=0.5
+)
+
+
+def test_by_hand() -> None:
+    settings = replace(SETTINGS, smoothing=0.0)
+    state = update(initial_state(settings), 0.2 * math.exp(0.4), settings)
+    assert state.integral == pytest.approx(0.04)
+    assert state.weight == pytest.approx(math.exp(0.04 + 0.2))
+    later = update(state, 0.2, settings)
+    assert later.integral == pytest.approx(0.04)
+    assert later.weight == pytest.approx(math.exp(0.04))
+
+
+def test_a_wild_batch_counts_no_more_than_a_factor_e() -> None:
+    settings = replace(SETTINGS, smoothing=0.0)
+    assert update(initial_state(settings), 1e6, settings).weight == pytest.approx(math.exp(0.6))
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf, 0.0, -1.0])
+def test_what_is_no_divergence_changes_nothing(kl: float) -> None:
+    state = KlControlState(integral=0.3, log_kl=-1.0, weight=2.0)
+    assert update(state, kl, SETTINGS) == state
+
+
+@pytest.mark.parametrize("target", [0.05, 0.2, 0.5])
+def test_the_kl_of_a_slow_actor_ends_at_the_target(target: float) -> None:
+    """An actor whose KL goes to 0.3/weight^0.5, a fifth of the way each step."""
+    settings = replace(SETTINGS, target=target)
+    state, log_kl = initial_state(settings), math.log(0.6)
+    for _ in range(300):
+        log_kl += 0.2 * (math.log(0.3) - 0.5 * math.log(state.weight) - log_kl)
+        state = update(state, math.exp(log_kl), settings)
+    assert math.exp(log_kl) == pytest.approx(target, rel=0.02)
+
+
+def test_at_a_bound_the_integrator_waits() -> None:
+    state = initial_state(SETTINGS)
+    for _ in range(1000):
+        state = update(state, 5.0, SETTINGS)
+    assert state.weight == SETTINGS.upper
+    assert state.integral <= math.log(SETTINGS.upper)
+    for _ in range(10):
+        state = update(state, 0.05, SETTINGS)
+    assert state.weight < 0.5 * SETTINGS.upper, "it left the bound at once, with nothing to unwind"
