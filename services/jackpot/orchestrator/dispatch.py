@@ -24,7 +24,6 @@ from jackpot.errors import (
     RequestRefusedError,
     RewardError,
 )
-from jackpot.orchestrator.cancellation import heed_cancellation
 from jackpot.orchestrator.replicas import ReplicaPool
 from jackpot.orchestrator.rewards import RewardPool
 from jackpot.orchestrator.slots import SlotBook
@@ -181,7 +180,6 @@ class Dispatcher:
         # A group of the batch that is being filled passes over the budget: those that fill it wait for this one.
         urgent = self._book.pacing.start_step(key.slot) <= self._current_version
         reserved = await self._bus.reserve(key.group_id(self._job_id), largest_group_bytes(self._job), urgent=urgent)
-        heed_cancellation()
         if reserved:
             self._held_since = None
             return True

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable
 
-from jackpot.orchestrator.cancellation import heed_cancellation
 from jackpot.orchestrator.ledger import LedgerFile
 from jackpot.orchestrator.slots import SlotBook
 from jackpot.runtime.bus import TrajectoryBus
@@ -52,7 +51,6 @@ class LedgerMirror:
             if time.monotonic() - self._depths_at >= DEPTHS_SECONDS:
                 self._metrics.observe_bus(await self._bus.depths())
                 self._depths_at = time.monotonic()
-            heed_cancellation()
             await asyncio.sleep(POLL_SECONDS)
 
     def rewind(self) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusError, BusLostError, DeadlineError
-from jackpot.orchestrator.cancellation import heed_cancellation
 from jackpot.orchestrator.dispatch import Dispatcher, TrainingPrompts
 from jackpot.orchestrator.evaluation import EvaluationLog, PolicyEvaluation
 from jackpot.orchestrator.failures import first_error
@@ -179,7 +178,6 @@ class Orchestrator:
                 await self._declare_lost()
             # In a task of its own, for the same reason as an evaluation: what begins again must be a fresh task.
             again = await self._recover()
-            heed_cancellation()
             await asyncio.create_task(self._orchestrate(again))
             return True
         except BusLostError as error:

@@ -204,7 +204,8 @@ class ScorerWorker:
             if self._stop.is_set():
                 return
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._stop.wait()
             pause = min(2 * pause, GREATEST_PAUSE_SECONDS)
 
     async def _begin_bus_anew(self) -> bool:
