@@ -4,8 +4,9 @@
 
 It reads the same job file and trains the same models with the same mathematics as the services, and serves two
 ends: to try settings quickly, and as the baseline that the pipeline is measured against. With staleness 1 (the job's
-``orchestrator.max_staleness`` unless given) every batch is sampled *and scored* with weights that are one batch old:
-the worst that the pipeline may do.
+``orchestrator.max_staleness`` unless given) every batch is sampled with weights that are one batch old. It is scored
+with weights of the same age, or with the newest when ``--scorer-staleness`` is 0; in the pipeline either may happen.
+The two differ more than it seems: only an old reference lets the PPO clip act in the first update of a batch.
 """
 
 from __future__ import annotations
@@ -27,13 +28,22 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache
 
 from jackpot.algorithm.advantage import group_advantages
-from jackpot.algorithm.correction import no_weights, tis_weights
+from jackpot.algorithm.correction import icepop_weights, is_weights, mis_weights, no_weights, tis_weights
 from jackpot.algorithm.distillation import forward_kl
 from jackpot.algorithm.normalizer import Candidates, mean_acceptance, normalizer_from, tail_normalizer
 from jackpot.algorithm.objective import actor_loss_sum, policy_loss_sum, token_denominator
 from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance_uniforms, jackpot_weights
 from jackpot.algorithm.vocabulary import VocabularyScores, differentiable_token_logprobs, token_logprobs
-from jackpot.config import JackpotCorrection, JobSpec, TisCorrection, load_job
+from jackpot.config import (
+    CorrectionConfig,
+    IcepopCorrection,
+    IsCorrection,
+    JackpotCorrection,
+    JobSpec,
+    MisCorrection,
+    TisCorrection,
+    load_job,
+)
 from jackpot.demo.recipe import RECIPES, builtin_models_missing, cache_root, is_builtin, resolve_builtin
 from jackpot.errors import ConfigError
 from jackpot.learner.schedule import learning_rate_factor
@@ -82,10 +92,11 @@ class SingleProcess:
 
     Args:
         job: the job; its correction's target must be the reference and its normalizer ``tail``.
-        staleness: how many batches old the weights are that sample and score.
+        staleness: how many batches old the weights are that sample.
+        scorer_staleness: how many batches old those are that score, at most as old as the former.
     """
 
-    def __init__(self, job: JobSpec, staleness: int) -> None:
+    def __init__(self, job: JobSpec, staleness: int, scorer_staleness: int) -> None:
         torch.manual_seed(job.seed)
         self.job = job
         self.task = build_task(job.task, job.seed)
@@ -102,7 +113,8 @@ class SingleProcess:
             self.optimizers[self.actor] = _optimizer(self.actor, job.learner.actor_lr or job.learner.lr, job)
         self.step = 0
         self.batch_index = 0
-        # What samples and scores is the oldest entry.
+        self.scorer_staleness = scorer_staleness
+        # Past weights, the newest last.
         self.snapshots = deque([self._snapshot()] * (staleness + 1), maxlen=staleness + 1)
 
     def _snapshot(self) -> tuple[Any, Any]:
@@ -116,7 +128,7 @@ class SingleProcess:
         items: list[Item] = []
         for position in range(first, first + groups):
             items += [self.task.train_prompt(self.order.prompt(position)[1])] * size
-        policy, actor = self.snapshots[0]
+        actor, policy = self.snapshots[0][1], self.snapshots[-1 - self.scorer_staleness][0]
         sampled = self.generate(actor, items, self.job.sampling.temperature)
         rewards = self.rewards(sampled, items)
         scored, report = self.score(policy, sampled, rewards)
@@ -181,14 +193,10 @@ class SingleProcess:
         )
         reference = found.logprobs[:, 0]
         report = {"kl": (actor_logprobs - reference).mean().item(), "acceptance": 1.0}
-        mask = torch.ones_like(reference)
-        match correction:
-            case JackpotCorrection():
-                weights, mask, report["acceptance"] = self._obrs(correction, sampled, actor_logprobs, found, row)
-            case TisCorrection(cap=cap):
-                weights = tis_weights(reference, actor_logprobs, cap=cap).value
-            case _:
-                weights = no_weights(reference, actor_logprobs).value
+        if isinstance(correction, JackpotCorrection):
+            weights, mask, report["acceptance"] = self._obrs(correction, sampled, actor_logprobs, found, row)
+        else:
+            weights, mask = _plain_weights(correction, reference, actor_logprobs, row), torch.ones_like(reference)
         return Scored(ids, row, actor_logprobs, reference, advantages.flatten()[row], weights, mask), report
 
     def _obrs(
@@ -199,7 +207,7 @@ class SingleProcess:
         found: VocabularyScores,
         row: Tensor,
     ) -> tuple[Tensor, Tensor, float]:
-        obrs_lambda, reference = correction.obrs_lambda, found.logprobs[:, 0]
+        obrs_lambda, reference = correction.initial_lambda, found.logprobs[:, 0]
         accept = acceptance_probs(reference, actor_logprobs, obrs_lambda)
         assert found.topk_ids is not None and found.topk_logprobs is not None
         candidates = Candidates(
@@ -233,11 +241,17 @@ class SingleProcess:
     def _update(self, sampled: Sampled, scored: Scored, actor_reference: Tensor | None) -> None:
         """One optimizer step of L = L_ppo_obrs(θ) + L_ppo(ω) + λ_distill · L_distill(ω)."""
         algorithm, learner = self.job.algorithm, self.job.learner
-        clip = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
+        low, high = algorithm.clip_low, algorithm.clip_high
         policy_hidden = self._hidden(self.policy, sampled)
         logprobs = self._logprobs(policy_hidden, self.policy, scored.ids)
         sums = policy_loss_sum(
-            logprobs, scored.reference_logprobs, scored.advantages, scored.weights, scored.mask, **clip
+            logprobs,
+            scored.reference_logprobs,
+            scored.advantages,
+            scored.weights,
+            scored.mask,
+            clip_low=low,
+            clip_high=high,
         )
         loss = sums.loss_sum / token_denominator(scored.mask, algorithm.denominator)
         if self.actor_learns:
@@ -250,7 +264,13 @@ class SingleProcess:
                 own = self._logprobs(hidden, self.actor, scored.ids)
                 old = own.detach() if actor_reference is None else actor_reference
                 sums = actor_loss_sum(
-                    own, old, scored.actor_logprobs, scored.advantages, cap=algorithm.actor_cap, **clip
+                    own,
+                    old,
+                    scored.actor_logprobs,
+                    scored.advantages,
+                    cap=algorithm.actor_cap,
+                    clip_low=low,
+                    clip_high=high,
                 )
                 loss = loss + sums.loss_sum / len(own)
         for optimizer in self.optimizers.values():
@@ -289,9 +309,9 @@ class SingleProcess:
         return tokens, torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded])
 
 
-def run(job: JobSpec, staleness: int, *, quiet: bool = False) -> dict[str, Any]:
+def run(job: JobSpec, staleness: int, scorer_staleness: int, *, quiet: bool = False) -> dict[str, Any]:
     """Train the job and return the accuracy curve of the policy and the throughput."""
-    loop = SingleProcess(job, staleness)
+    loop = SingleProcess(job, staleness, scorer_staleness)
     curve = [(0, loop.evaluate())]
     seconds, completions = 0.0, job.learner.groups_per_batch * job.sampling.group_size
     if not quiet:
@@ -343,16 +363,37 @@ def _optimizer(model: Any, lr: float, job: JobSpec) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=job.learner.betas)
 
 
+def _plain_weights(correction: CorrectionConfig, reference: Tensor, actor: Tensor, row: Tensor) -> Tensor:
+    """F of a correction without rejection: [N]."""
+    match correction:
+        case IsCorrection(level=level):
+            return is_weights(reference, actor, sequence_index=row if level == "sequence" else None).value
+        case TisCorrection(cap=cap, level=level):
+            return tis_weights(reference, actor, cap=cap, sequence_index=row if level == "sequence" else None).value
+        case IcepopCorrection(low=low, high=high):
+            return icepop_weights(reference, actor, low=low, high=high).value
+        case MisCorrection(cap=cap, low=low):
+            return mis_weights(reference, actor, sequence_index=row, cap=cap, low=low).value
+        case _:
+            return no_weights(reference, actor).value
+
+
 def _check(job: JobSpec) -> None:
-    correction = job.algorithm.correction
-    if isinstance(correction, JackpotCorrection) and (correction.target, correction.normalizer) != (
-        "reference",
-        "tail",
-    ):
-        value = f"{correction.target}, {correction.normalizer}"
-        raise ConfigError(
-            "algorithm.correction", value, "is not in this loop", "Use target reference and normalizer tail."
-        )
+    """Refuse what the services can do and this loop cannot, instead of quietly doing something else."""
+    algorithm, correction = job.algorithm, job.algorithm.correction
+    settings: dict[str, tuple[object, object]] = {
+        "algorithm.advantage.name": (algorithm.advantage.name, "grpo"),
+        "algorithm.loss_normalization": (algorithm.loss_normalization, "token"),
+        "algorithm.kl_penalty.weight": (algorithm.kl_penalty.weight, 0.0),
+        "algorithm.distillation.kl_target": (algorithm.distillation.kl_target, None),
+    }
+    if isinstance(correction, JackpotCorrection):
+        settings["algorithm.correction.target"] = (correction.target, "reference")
+        settings["algorithm.correction.normalizer"] = (correction.normalizer, "tail")
+        settings["algorithm.correction.acceptance_rate"] = (correction.acceptance_rate, None)
+    for field, (value, known) in settings.items():
+        if value != known:
+            raise ConfigError(field, value, "is not in this loop", f"Leave it at {known!r}, or use `jackpot run`.")
 
 
 def main() -> None:
@@ -361,6 +402,7 @@ def main() -> None:
     parser.add_argument("job", type=Path)
     parser.add_argument("overrides", nargs="*", help="settings, e.g. algorithm.correction=tis seed=3")
     parser.add_argument("--staleness", type=int, help="batches that sampling is ahead; default: the job's maximum")
+    parser.add_argument("--scorer-staleness", type=int, help="the same of scoring; default: that of sampling")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--json", type=Path, help="append the result to this file, one JSON object a line")
     options = parser.parse_intermixed_args()
@@ -372,13 +414,16 @@ def main() -> None:
 
         make_models(RECIPES[recipe], cache_root())
     staleness = job.orchestrator.max_staleness if options.staleness is None else options.staleness
-    result = run(job, staleness)
+    scorer_staleness = staleness if options.scorer_staleness is None else options.scorer_staleness
+    if not 0 <= scorer_staleness <= staleness:
+        parser.error("scoring is at most as stale as sampling")
+    result = run(job, staleness, scorer_staleness)
     print(
         f"final accuracy {result['final_accuracy']:.3f}  area under the curve {result['area_under_curve']:.3f}  "
         f"{result['samples_per_second']:.0f} samples/s  {result['train_seconds']:.1f} s"
     )
     if options.json is not None:
-        row = {"overrides": options.overrides, "staleness": staleness, **result}
+        row = {"overrides": options.overrides, "staleness": staleness, "scorer_staleness": scorer_staleness, **result}
         with options.json.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
