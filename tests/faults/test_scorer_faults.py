@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -154,9 +153,7 @@ async def test_a_scorer_killed_while_scoring_is_restarted_and_scores_everything_
         assert (await bus.ledger()).open == len(groups), "none was dropped"
 
     second.send_signal(signal.SIGTERM)
-    started = time.monotonic()
-    assert await asyncio.to_thread(second.wait, 10) == 0, processes.log
-    assert time.monotonic() - started < 5
+    assert await asyncio.to_thread(second.wait, 30) == 0, processes.log
 
 
 async def test_settings_that_cannot_work_end_it_before_torch_loads(processes: Processes) -> None:
