@@ -23,7 +23,7 @@ from jackpot.errors import JackpotError
 from jackpot.runtime.bus.server import EmbeddedServer
 
 # A SIGTERM asks every process to finish its current unit of work; after this long it is ended.
-GRACE_SECONDS = 7.0
+GRACE_SECONDS = 6.0
 BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 # A process that stayed up this long has recovered: its earlier deaths no longer count against it.
 STABLE_SECONDS = 120.0
