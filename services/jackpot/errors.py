@@ -1,7 +1,7 @@
 """Every error that Jackpot raises on purpose. Each message says what is wrong and what to do about it.
 
 ``exit_code`` follows sysexits where a launcher has to tell "try again" from "never will":
-2 and 78 are configuration (never retried), everything else may be retried.
+2 and 78 are configuration and 70 is an alarm that stops the job (never retried), everything else may be retried.
 """
 
 from __future__ import annotations
@@ -92,6 +92,12 @@ class WeightCorruptError(WeightError):
 
 class JobFailedError(JackpotError):
     """The job stopped because one of its processes keeps dying, or an alarm said so."""
+
+
+class AlarmError(JobFailedError):
+    """An alarm stopped the job, as it was told to. A restart would only raise it again."""
+
+    exit_code = 70
 
 
 class RequestRefusedError(JackpotError):

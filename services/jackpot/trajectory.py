@@ -15,6 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+EXACT_KL = "exact_kl"
+"""Key of a scored group's metadata: [KL(p_t ‖ p_inf), KL(p_t ‖ p'_inf)] over the whole vocabulary, summed over the
+group's tokens. There with normalizer ``full`` alone."""
+
 FinishReason = Literal["stop", "length"]
 Role = Literal["policy", "actor"]
 

@@ -15,6 +15,7 @@ from jackpot.config.algorithm import (
 )
 from jackpot.config.job import (
     ActorConfig,
+    AlarmsConfig,
     BusConfig,
     EvaluationConfig,
     JobSpec,
@@ -35,6 +36,7 @@ from jackpot.config.vllm import VllmConfig
 __all__ = [
     "ActorConfig",
     "AdvantageConfig",
+    "AlarmsConfig",
     "AlgorithmConfig",
     "BusConfig",
     "CorrectionConfig",

@@ -254,6 +254,25 @@ class WeightStoreConfig(Section):
     """Versions kept per role; more lets slow replicas and evaluations find the version that they want."""
 
 
+class AlarmsConfig(Section):
+    """Signs of collapse that the learner watches for after every step. Collapse is absorbing: equal rewards give zero
+    advantages, which give a zero gradient, for ever."""
+
+    action: Literal["warn", "stop"] = "warn"
+    """``warn`` writes to the log, to ``alarms.jsonl`` and to a metric; ``stop`` also ends the job as failed, after a
+    checkpoint. ``warn``, because a solved task looks like a collapsed one: all its rewards are equal, too."""
+    equal_rewards_steps: NonNegativeInt = 10
+    """Steps in a row without any difference between rewards; 0 is off. Ten batches by chance is no chance."""
+    zero_gradient_steps: NonNegativeInt = 3
+    """Steps in a row with a policy gradient of exactly 0; 0 is off."""
+    kl_bound: PositiveFloat | None = 5.0
+    """Greatest KL(policy ‖ actor), in nats per token (where the actor does not learn: k3's estimate of KL from scoring
+    to sampling); null is off. At 5 the actor's tokens have next to no probability under the policy."""
+    accuracy_drop: Fraction = 0.1
+    """How far the policy's held-out accuracy may fall below its best while the actor's mean reward rises, in two
+    evaluations in a row; 0 is off. Rewards are the actor's: they can rise while the policy falls apart."""
+
+
 class RunConfig(Section):
     """The local run."""
 
@@ -298,6 +317,8 @@ class JobSpec(Section):
     """Trajectory bus."""
     weights: WeightStoreConfig = WeightStoreConfig()
     """Weight store."""
+    alarms: AlarmsConfig = AlarmsConfig()
+    """Alarms."""
     run: RunConfig = RunConfig()
     """Local run."""
 

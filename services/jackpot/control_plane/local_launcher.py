@@ -27,7 +27,11 @@ GRACE_SECONDS = 6.0
 BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 # A process that stayed up this long has recovered: its earlier deaths no longer count against it.
 STABLE_SECONDS = 120.0
-NEVER_RESTARTED = (2, 78)
+NEVER_RESTARTED = {
+    2: "cannot work with this configuration",
+    70: "stopped the job",
+    78: "cannot work with this configuration",
+}
 MUST_FINISH = ("learner", "orchestrator")
 SERVER = "bus-server"
 
@@ -189,7 +193,7 @@ class LocalLauncher:
             process.recent_deaths = 0
         process.recent_deaths += 1
         if code in NEVER_RESTARTED or process.recent_deaths > self._job.run.max_restarts:
-            why = "cannot work with this configuration" if code in NEVER_RESTARTED else f"keeps dying ({_told(code)})"
+            why = NEVER_RESTARTED.get(code, f"keeps dying ({_told(code)})")
             return (
                 f"{process.name} {why}; the end of {self._run.log(process.name)}:\n{self._run.last_lines(process.name)}"
             )

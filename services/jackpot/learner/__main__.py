@@ -11,6 +11,7 @@ from jackpot.runtime.process import STOPPED_EARLY, announce_ready, run_service
 
 async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
     """Train to the last step: 0; stopped before that: 75."""
+    from jackpot.learner.alarm_log import AlarmLog
     from jackpot.learner.checkpoint import CheckpointStore
     from jackpot.learner.manifests import ManifestLog
     from jackpot.learner.publisher import WeightPublisher
@@ -28,7 +29,7 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     actor = None
     if not isinstance(job.actor, str) and job.actor.weights == "own":
         actor = load_causal_lm(job.actor.model, job.actor.dtype, device, field="actor.model")
-    run_dir = environment.run_dir
+    run_dir, metrics = environment.run_dir, Metrics(environment.job_id)
     bus = await TrajectoryBus.connect(
         environment.redis_url, environment.job_id, job.bus, f"learner-{environment.instance}", run_dir / "payloads"
     )
@@ -41,7 +42,8 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
             WeightPublisher(job, WeightStore(run_dir / "weights"), run_dir),
             CheckpointStore(run_dir / "checkpoints", job.learner.keep_checkpoints),
             ManifestLog(run_dir / "manifests"),
-            StepLog(run_dir, Metrics(environment.job_id)),
+            StepLog(run_dir, metrics),
+            AlarmLog(job.alarms, run_dir, metrics),
         )
         announce_ready(device=str(device))
         finished = await learner.run(stop.is_set)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jackpot.algorithm.advantage import estimate_advantages
 from jackpot.config import AdvantageConfig
-from jackpot.trajectory import ScoredGroup
+from jackpot.trajectory import EXACT_KL, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +70,7 @@ class Batch:
     truncated: NDArray[np.bool_]  # [sequences]
     oldest_versions: NDArray[np.int64]  # [groups]
     temperature: float
+    exact_kl: NDArray[np.float64] | None  # [groups, 2], KL before and after OBRS summed over each group's tokens
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +101,7 @@ class Batch:
             truncated=self.truncated[bounds[first] : bounds[last]],
             oldest_versions=self.oldest_versions[first:last],
             temperature=self.temperature,
+            exact_kl=None if self.exact_kl is None else self.exact_kl[first:last],
         )
 
 
@@ -138,7 +140,14 @@ def build_batch(groups: Sequence[ScoredGroup], advantage: AdvantageConfig) -> Ba
         truncated=np.array([t.finish_reason == "length" for t in trajectories]),
         oldest_versions=np.array([scored.group.oldest_version for scored in groups], dtype=np.int64),
         temperature=groups[0].group.temperature,
+        exact_kl=_exact_kl(groups),
     )
+
+
+def _exact_kl(groups: Sequence[ScoredGroup]) -> NDArray[np.float64] | None:
+    """What the scorer found over the whole vocabulary; None with estimators that do not look at all of it."""
+    found = [scored.group.metadata.get(EXACT_KL) for scored in groups]
+    return None if any(pair is None for pair in found) else np.array(found, dtype=np.float64)
 
 
 def _token_arrays(groups: Sequence[ScoredGroup], advantages: NDArray[np.float64]) -> TokenArrays:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from jackpot.config import JobSpec
 from jackpot.errors import BusError, BusLostError, DeadlineError
+from jackpot.learner.alarm_log import AlarmLog
 from jackpot.learner.batch import build_batch
 from jackpot.learner.checkpoint import CheckpointStore, Progress
 from jackpot.learner.manifests import Manifest, ManifestLog
@@ -44,6 +45,7 @@ class Learner:
         checkpoints: where checkpoints go.
         manifests: the write-ahead log of batches.
         step_log: where each step's figures go.
+        alarm_log: who watches them.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Learner:
         checkpoints: CheckpointStore,
         manifests: ManifestLog,
         step_log: StepLog,
+        alarm_log: AlarmLog,
     ) -> None:
         self._job = job
         self._bus = bus
@@ -63,6 +66,7 @@ class Learner:
         self._checkpoints = checkpoints
         self._manifests = manifests
         self._step_log = step_log
+        self._alarm_log = alarm_log
         self._progress = Progress(step=0, batch=0, obrs_lambda=trainer.controls.obrs_lambda)
         self._committed_batch = 0
         self._held: dict[int, Delivery[ScoredGroup]] = {}  # by slot: taken from the bus, not yet in a batch
@@ -73,6 +77,7 @@ class Learner:
 
         Raises:
             DeadlineError: no group arrived for ``learner.batch_timeout_seconds``.
+            AlarmError: an alarm, with ``alarms.action`` = stop.
         """
         self._restore()
         async with self._leases_renewed():
@@ -203,6 +208,18 @@ class Learner:
             "throughput/tokens_per_second": batch.num_tokens / (now - started + waited_seconds),
         }
         self._step_log.write([row | times for row in rows], batch.num_tokens)
+        await self._heed_alarms(rows)
+
+    async def _heed_alarms(self, rows: list[dict[str, float]]) -> None:
+        """Look for signs of collapse; where they are to stop the job, nothing that was trained is lost.
+
+        Raises:
+            AlarmError: an alarm, and the job is to stop on it.
+        """
+        alarms = self._alarm_log.look(rows)
+        if alarms and self._job.alarms.action == "stop":
+            await self._checkpoint()
+        self._alarm_log.stop_on(alarms)
 
     def _checkpoint_is_due(self, step_before: int) -> bool:
         every = self._job.learner.checkpoint_every

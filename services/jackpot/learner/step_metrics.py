@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from jackpot.algorithm.diagnostics import effective_sample_ratio, kl_before_and_after, ratio_quantiles
 from jackpot.algorithm.objective import TokenLoss
 from jackpot.learner.batch import Batch
 from jackpot.learner.token_weights import TokenWeights
 from jackpot.trajectory import Role
+
+RATIO_QUANTILES = {"p01": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 class StepMeter:
@@ -86,15 +88,16 @@ def _batch_figures(batch: Batch, step: int) -> dict[str, float]:
 
 
 def _mismatch_figures(batch: Batch, weights: TokenWeights) -> dict[str, float]:
-    log_ratio = (weights.target_logprobs - batch.tokens.actor_logprobs).double()
-    weight = (weights.weight * weights.mask).double()
-    # 1 when all weights are equal, 1/N when one token carries everything, 0 when nothing is accepted.
-    effective = weight.sum().square() / (weight.square().sum() * len(weight)) if weight.any() else torch.zeros(())
-    return {
+    target, actor = weights.target_logprobs, batch.tokens.actor_logprobs
+    log_ratio = (target - actor).double()
+    divergence = kl_before_and_after(target, actor, weights.normalizer, weights.obrs_lambda)
+    figures = {
         "rollout_corr/kl": float(-log_ratio.mean()),
         "rollout_corr/k3_kl": float((log_ratio.exp() - 1 - log_ratio).mean()),
-        "rollout_corr/rollout_is_eff_sample_size": float(effective),
+        "rollout_corr/rollout_is_eff_sample_size": effective_sample_ratio(weights.weight * weights.mask),
         "rollout_corr/rollout_is_max": float(log_ratio.max().exp()),
+        "rollout_corr/kl_before": divergence.before,
+        "rollout_corr/kl_after": divergence.after,
         "rollout_corr/obrs_acceptance_rate": float(weights.acceptance_probs.double().mean()),
         "rollout_corr/obrs_accepted_fraction": float(weights.mask.double().mean()),
         "rollout_corr/obrs_normalizer": float(weights.normalizer.double().mean()),
@@ -107,3 +110,9 @@ def _mismatch_figures(batch: Batch, weights: TokenWeights) -> dict[str, float]:
         "rollout_corr/clipped_fraction_c2": float(weights.clipped_c2.double().mean()),
         "rollout_corr/nonfinite": float((~(log_ratio.isfinite() & weights.weight.isfinite())).sum()),
     }
+    quantiles = ratio_quantiles(target, actor, list(RATIO_QUANTILES.values()))
+    figures |= {f"rollout_corr/target_ratio_{n}": q for n, q in zip(RATIO_QUANTILES, quantiles, strict=True)}
+    if batch.exact_kl is not None:
+        before, after = batch.exact_kl.sum(axis=0) / max(1, batch.num_tokens)
+        figures |= {"rollout_corr/kl_before_exact": float(before), "rollout_corr/kl_after_exact": float(after)}
+    return figures

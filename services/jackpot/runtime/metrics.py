@@ -33,6 +33,11 @@ def _of(model: str) -> Mapping[str, str]:
     return {"model": model}
 
 
+def _kl(obrs: str, method: str) -> Mapping[str, str]:
+    return {"obrs": obrs, "method": method}
+
+
+_TARGET_KL = "KL(p_target || sampled from) per token, before OBRS and of the tokens that it accepts"
 _LOSS = "Loss of the last optimizer step"
 _GRAD_NORM = "Gradient norm before clipping"
 _LR = "Learning rate"
@@ -65,6 +70,18 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
         "jackpot_effective_sample_ratio", "Effective sample size of the token weights, over their number"
     ),
     "rollout_corr/rollout_is_max": StepColumn("jackpot_importance_ratio_max", "Largest p_ref/p_inf, not clipped"),
+    "rollout_corr/kl_before": StepColumn("jackpot_target_kl_nats", _TARGET_KL, _kl("before", "estimate")),
+    "rollout_corr/kl_after": StepColumn("jackpot_target_kl_nats", _TARGET_KL, _kl("after", "estimate")),
+    "rollout_corr/kl_before_exact": StepColumn("jackpot_target_kl_nats", _TARGET_KL, _kl("before", "exact")),
+    "rollout_corr/kl_after_exact": StepColumn("jackpot_target_kl_nats", _TARGET_KL, _kl("after", "exact")),
+    **{
+        f"rollout_corr/target_ratio_{quantile}": StepColumn(
+            "jackpot_target_ratio",
+            "Quantile of p_target/p_inf over sampled tokens, not clipped",
+            {"quantile": quantile},
+        )
+        for quantile in ("p01", "p10", "p50", "p90", "p99")
+    },
     "rollout_corr/obrs_acceptance_rate": StepColumn(
         "jackpot_obrs_acceptance_ratio", "Mean acceptance probability a(x)"
     ),
@@ -171,6 +188,7 @@ class Metrics:
         self._weights_refused = self._counter(
             "jackpot_weights_refused", "Weight versions refused as damaged or not fitting", "role"
         )
+        self._alarms = self._counter("jackpot_alarms", "Alarms raised by the learner", "alarm")
         self._restarts = self._counter("jackpot_process_restarts", "Restarts of a process by the launcher", "process")
         build = Info("jackpot_build", "What is running", ("job_id",), registry=registry)
         build.labels(job_id).info({"version": version("jackpot"), "python": platform.python_version()})
@@ -211,6 +229,10 @@ class Metrics:
     def count_group(self, state: str, reason: str = "") -> None:
         """Count a group that reached its end: ``trained``, or ``dropped`` with a reason."""
         self._groups.labels(self._job_id, state, reason).inc()
+
+    def count_alarm(self, alarm: str) -> None:
+        """Count an alarm."""
+        self._alarms.labels(self._job_id, alarm).inc()
 
     def count_restart(self, process: str) -> None:
         """Count a restart of a process."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from jackpot.algorithm.diagnostics import exact_kl_before_and_after
 from jackpot.algorithm.normalizer import Candidates, NormalizerParts, estimate_normalizer, full_normalizer
 from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance_uniforms
 from jackpot.algorithm.vocabulary import iterate_logprobs, token_logprobs
@@ -18,7 +19,7 @@ from jackpot.runtime.models import output_head
 from jackpot.scorer.passes import LookedUp, PassSettings, flat_hidden, hidden_by_pass, look_up
 from jackpot.scorer.target import ActorVersions, TargetPolicy
 from jackpot.scorer.tokens import FlatTokens, check_group, flatten
-from jackpot.trajectory import Group, ScoredGroup, TokenScores, Trajectory
+from jackpot.trajectory import EXACT_KL, Group, ScoredGroup, TokenScores, Trajectory
 
 NO_NORMALIZER = "none"
 """Stamped on groups of corrections that know no Z."""
@@ -28,6 +29,14 @@ def needs_actor(job: JobSpec) -> bool:
     """Whether the job's normalizer runs the actor's own forward pass in the scorer."""
     correction = job.algorithm.correction
     return isinstance(correction, JackpotCorrection) and correction.normalizer != "tail"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """What was found of one trajectory."""
+
+    scores: TokenScores
+    exact_kl: list[float] | None  # KL before and after OBRS, summed over its tokens; with normalizer full alone
 
 
 class GroupScorer:
@@ -67,14 +76,14 @@ class GroupScorer:
             for trajectory in group.trajectories:
                 k = trajectory.topk_ids.shape[1] if self._with_topk and trajectory.topk_ids is not None else 0
                 alike.setdefault((group.temperature, k), []).append((group, trajectory))
-        scores: dict[int, TokenScores] = {}
+        scores: dict[int, _Found] = {}
         for (temperature, _), members in alike.items():
             found = self._score(members, temperature, obrs_lambda)
             scores.update((id(trajectory), one) for (_, trajectory), one in zip(members, found, strict=True))
         return [
             ScoredGroup(
-                group=group if self._keeps_topk else _without_topk(group),
-                scores=tuple(scores[id(trajectory)] for trajectory in group.trajectories),
+                group=self._scored_group(group, [scores[id(trajectory)] for trajectory in group.trajectories]),
+                scores=tuple(scores[id(trajectory)].scores for trajectory in group.trajectories),
                 obrs_lambda=obrs_lambda,
                 policy_version=version,
                 normalizer=self._obrs.normalizer if self._obrs else NO_NORMALIZER,
@@ -82,9 +91,19 @@ class GroupScorer:
             for group in groups
         ]
 
+    def _scored_group(self, group: Group, found: Sequence[_Found]) -> Group:
+        """The group as the learner gets it: without what nobody asks for any more, with its exact divergences."""
+        group = group if self._keeps_topk else _without_topk(group)
+        sums = [one.exact_kl for one in found if one.exact_kl is not None]
+        if not sums:
+            return group
+        return replace(
+            group, metadata={**group.metadata, EXACT_KL: [sum(values) for values in zip(*sums, strict=True)]}
+        )
+
     def _score(
         self, members: Sequence[tuple[Group, Trajectory]], temperature: float, obrs_lambda: float
-    ) -> list[TokenScores]:
+    ) -> list[_Found]:
         settings = PassSettings(self._job.scorer.max_batch_tokens, self._job.scorer.chunk_tokens, temperature)
         tokens = flatten(members, self._target.model.device, with_topk=self._with_topk)
         if self._obrs is None:
@@ -94,8 +113,9 @@ class GroupScorer:
             no_tail = torch.zeros_like(acceptance)
             parts = NormalizerParts(head=acceptance, tail=no_tail, mass=target_logprobs.exp())
             return self._cut(tokens, target_logprobs, acceptance, parts)
+        exact_kl: Tensor | None = None
         if self._obrs.normalizer == "full":
-            target_logprobs, parts = self._full(tokens, settings, obrs_lambda)
+            target_logprobs, parts, exact_kl = self._full(tokens, settings, obrs_lambda)
         else:
             ids = torch.cat([tokens.token_ids[:, None], tokens.topk_ids], dim=1)
             target = look_up(self._target.model, tokens.runs, ids, settings, top_k=self._obrs.top_k)
@@ -103,7 +123,7 @@ class GroupScorer:
             candidates = self._candidates(tokens, target, settings)
             parts = estimate_normalizer(self._obrs.normalizer, candidates, obrs_lambda)
         acceptance = acceptance_probs(target_logprobs, tokens.actor_logprobs, obrs_lambda)
-        return self._cut(tokens, target_logprobs, acceptance, parts)
+        return self._cut(tokens, target_logprobs, acceptance, parts, exact_kl)
 
     def _candidates(self, tokens: FlatTokens, target: LookedUp, settings: PassSettings) -> Candidates:
         """The actor's returned top-k and the target's own; with the actor's forward, p_inf is exact on both."""
@@ -124,8 +144,10 @@ class GroupScorer:
             actor_logprobs_on_target=actor_logprobs_on_target,
         )
 
-    def _full(self, tokens: FlatTokens, settings: PassSettings, obrs_lambda: float) -> tuple[Tensor, NormalizerParts]:
-        """log p_t of the sampled tokens, and Z over the whole vocabulary, a slice of tokens at a time."""
+    def _full(
+        self, tokens: FlatTokens, settings: PassSettings, obrs_lambda: float
+    ) -> tuple[Tensor, NormalizerParts, Tensor]:
+        """log p_t of the sampled tokens, and over the whole vocabulary Z and the KLs [N, 2]; by slices of tokens."""
         assert self._actors is not None
         policy = self._target.model
         head, chunk = output_head(policy), settings.chunk_tokens
@@ -134,6 +156,7 @@ class GroupScorer:
             hidden, head, tokens.token_ids, temperature=settings.temperature, chunk_tokens=chunk
         ).logprobs
         z = torch.zeros_like(sampled)
+        exact_kl = z.new_zeros(len(z), 2)
         for version, runs in tokens.runs_by_version().items():
             actor = self._actors.at(version)
             for where, actor_hidden in hidden_by_pass(actor, runs, settings):
@@ -145,11 +168,17 @@ class GroupScorer:
                 )
                 for (part, p_target), (_, p_actor) in zip(policy_rows, actor_rows, strict=True):
                     z[where[part]] = full_normalizer(p_target, p_actor, obrs_lambda).head
-        return sampled, NormalizerParts(head=z, tail=torch.zeros_like(z), mass=torch.ones_like(z))
+                    exact_kl[where[part]] = torch.stack(exact_kl_before_and_after(p_target, p_actor, obrs_lambda), 1)
+        return sampled, NormalizerParts(head=z, tail=torch.zeros_like(z), mass=torch.ones_like(z)), exact_kl
 
     def _cut(
-        self, tokens: FlatTokens, target_logprobs: Tensor, acceptance: Tensor, parts: NormalizerParts
-    ) -> list[TokenScores]:
+        self,
+        tokens: FlatTokens,
+        target_logprobs: Tensor,
+        acceptance: Tensor,
+        parts: NormalizerParts,
+        exact_kl: Tensor | None = None,
+    ) -> list[_Found]:
         """The scores of each trajectory, with its mask."""
         arrays = [t.float().cpu().numpy() for t in (target_logprobs, acceptance, parts.head, parts.tail, parts.mass)]
         scores = []
@@ -161,16 +190,16 @@ class GroupScorer:
                     f"{self._target.version} are not finite. Look for a diverged loss in the learner's log."
                 )
             uniforms = acceptance_uniforms(self._job.seed, run.trajectory.trajectory_id, run.end)
-            scores.append(
-                TokenScores(
-                    target_logprobs=logprobs,
-                    acceptance_probs=accepted,
-                    mask=acceptance_mask(torch.from_numpy(accepted), uniforms).numpy(),
-                    normalizer_head=head,
-                    normalizer_tail=tail,
-                    topk_mass=mass,
-                )
+            one = TokenScores(
+                target_logprobs=logprobs,
+                acceptance_probs=accepted,
+                mask=acceptance_mask(torch.from_numpy(accepted), uniforms).numpy(),
+                normalizer_head=head,
+                normalizer_tail=tail,
+                topk_mass=mass,
             )
+            own = None if exact_kl is None else exact_kl[run.offset : run.offset + run.end].double().sum(0).tolist()
+            scores.append(_Found(one, own))
         return scores
 
 

@@ -7,13 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scoring_world import SEED, VOCABULARY, World, expected_scores, make_world, sample_group
+from scoring_world import (
+    SEED,
+    VOCABULARY,
+    World,
+    actor_logprobs,
+    expected_scores,
+    full_logprobs,
+    make_world,
+    sample_group,
+)
 
 from jackpot.algorithm.obrs import acceptance_uniforms
 from jackpot.errors import PayloadError, ScoringError, WeightMissingError
 from jackpot.scorer.scoring import GroupScorer, needs_actor
 from jackpot.scorer.target import ActorVersions, TargetPolicy
-from jackpot.trajectory import Group, ScoredGroup
+from jackpot.trajectory import EXACT_KL, Group, ScoredGroup
 
 NORMALIZERS = ("tail", "union_tail", "union_kappa", "full")
 TOP_K = 5
@@ -69,6 +78,23 @@ def test_each_span_is_scored_with_the_actor_version_that_sampled_it(world: World
     assert [span.version for span in group.trajectories[0].version_spans] == [0, 1, 2]
     (scored,) = scorer_for(world, jackpot(normalizer)).score_groups([group])
     assert_expected(world, group, scored, normalizer, obrs_lambda=1.3)
+
+
+def test_the_full_normalizer_comes_with_exact_divergences(world: World) -> None:
+    group = sample_group(world, lengths=(7, 4), versions=(0, 1))
+    (scored,) = scorer_for(world, jackpot("full")).score_groups([group])
+    expected = np.zeros(2)
+    for trajectory in group.trajectories:
+        prompt, ids = group.prompt_token_ids, trajectory.token_ids
+        target = full_logprobs(world.policies[0], prompt, ids, group.temperature)
+        actor = actor_logprobs(world, prompt, ids, trajectory.version_spans, group.temperature)
+        accepted = np.minimum(np.exp(actor), np.exp(target) / 1.3)
+        accepted = np.log(accepted / accepted.sum(-1, keepdims=True))
+        expected += [(np.exp(target) * (target - other)).sum() for other in (actor, accepted)]
+    np.testing.assert_allclose(scored.group.metadata[EXACT_KL], expected, rtol=1e-4)
+    assert expected[1] < expected[0]
+    (estimated,) = scorer_for(world, jackpot("tail")).score_groups([group])
+    assert EXACT_KL not in estimated.group.metadata
 
 
 @pytest.mark.parametrize("correction", ["none", "tis"])

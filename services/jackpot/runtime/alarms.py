@@ -1,0 +1,103 @@
+"""Signs of collapse in the figures of training steps and evaluations. Pure: rows in, alarms out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jackpot.config import AlarmsConfig
+
+EQUAL_REWARDS = "equal_rewards"
+ZERO_GRADIENT = "zero_gradient"
+KL_TOO_LARGE = "kl_too_large"
+ACCURACY_FALLS = "accuracy_falls"
+ALARM_NAMES = (EQUAL_REWARDS, ZERO_GRADIENT, KL_TOO_LARGE, ACCURACY_FALLS)
+
+_EVALUATIONS_IN_A_ROW = 2
+_REWARD_MEMORY = 0.9  # weight of the past in the smoothed reward
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something that looks like collapse."""
+
+    name: str
+    step: int
+    message: str
+
+
+class AlarmWatch:
+    """Looks at steps and evaluations in their order. An alarm is given when it begins and again once it had passed.
+
+    Args:
+        config: what counts as an alarm.
+    """
+
+    def __init__(self, config: AlarmsConfig) -> None:
+        self._config = config
+        self._active: set[str] = set()
+        self._equal_steps = 0
+        self._zero_steps = 0
+        self._reward: float | None = None  # smoothed
+        self._best: tuple[float, float] | None = None  # best accuracy, and the smoothed reward at that time
+        self._bad_evaluations = 0
+
+    def observe_step(self, row: Mapping[str, float]) -> list[Alarm]:
+        """The alarms that begin with this row of ``metrics.jsonl``."""
+        step = int(row["step"])
+        self._equal_steps = self._equal_steps + 1 if row.get("reward/std") == 0 else 0
+        self._zero_steps = self._zero_steps + 1 if row.get("policy/grad_norm") == 0 else 0
+        reward = row.get("reward/mean", math.nan)
+        if math.isfinite(reward):
+            past = reward if self._reward is None else self._reward
+            self._reward = _REWARD_MEMORY * past + (1 - _REWARD_MEMORY) * reward
+        divergence, bound = row.get("kl/policy_actor", row.get("rollout_corr/k3_kl", 0.0)), self._config.kl_bound
+        found = [
+            self._turn(
+                EQUAL_REWARDS,
+                step,
+                0 < self._config.equal_rewards_steps <= self._equal_steps,
+                f"every reward has been {reward:g} for {self._equal_steps} steps, so that nothing is learned: the task "
+                "is solved, or the policy or the actor has collapsed. Look at the policy accuracy.",
+            ),
+            self._turn(
+                ZERO_GRADIENT,
+                step,
+                0 < self._config.zero_gradient_steps <= self._zero_steps,
+                f"the policy's gradient has been exactly 0 for {self._zero_steps} steps: rewards do not differ within "
+                "groups, or no token is accepted. Look at reward/std and the acceptance rate.",
+            ),
+            self._turn(
+                KL_TOO_LARGE,
+                step,
+                bound is not None and divergence > bound,
+                f"policy and actor are {divergence:.3g} nats per token apart, more than {bound}: the actor is left "
+                "behind. Raise learner.actor_lr or algorithm.distillation.weight.",
+            ),
+        ]
+        return [alarm for alarm in found if alarm is not None]
+
+    def observe_evaluation(self, step: int, accuracy: float) -> list[Alarm]:
+        """The alarms that begin with an evaluation of weight version ``step``."""
+        reward = self._reward if self._reward is not None else -math.inf
+        if self._best is None or accuracy >= self._best[0]:
+            self._best = (accuracy, reward)
+        best, reward_then = self._best
+        drop = self._config.accuracy_drop
+        bad = drop > 0 and best - accuracy > drop and reward > reward_then
+        self._bad_evaluations = self._bad_evaluations + 1 if bad else 0
+        alarm = self._turn(
+            ACCURACY_FALLS,
+            step,
+            self._bad_evaluations >= _EVALUATIONS_IN_A_ROW,
+            f"the policy's accuracy fell from {best:.3f} to {accuracy:.3f} while the actor's reward rose from "
+            f"{reward_then:.3f} to {reward:.3f}: the policy learns from text that it would not write. Reject more "
+            "(obrs_lambda), distil more, or lower learner.lr.",
+        )
+        return [] if alarm is None else [alarm]
+
+    def _turn(self, name: str, step: int, on: bool, message: str) -> Alarm | None:
+        begins = on and name not in self._active
+        (self._active.add if on else self._active.discard)(name)
+        return Alarm(name, step, message) if begins else None
