@@ -91,7 +91,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
                 )
             ]
         ) from None
-    return parse_job(_read_yaml(text, str(path)), overrides, base=path.parent)
+    return parse_job(read_yaml(text, str(path)), overrides, base=path.parent)
 
 
 def parse_job(data: Mapping[str, Any], overrides: Sequence[str] = (), *, base: Path | None = None) -> JobSpec:
@@ -120,7 +120,16 @@ def job_json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **JobSpec.model_json_schema()}
 
 
-def _read_yaml(text: str, where: str) -> Mapping[str, Any]:
+def read_yaml(text: str, where: str) -> Mapping[str, Any]:
+    """A YAML or JSON text as a mapping of settings, not validated yet.
+
+    Args:
+        text: of the job file.
+        where: it comes from, for the message.
+
+    Raises:
+        InvalidJobError: it is no YAML, not a mapping, or uses what could blow it up (aliases, endless nesting).
+    """
     try:
         data = yaml.load(text, Loader=_PlainLoader)
     except _YAML_ERRORS as error:

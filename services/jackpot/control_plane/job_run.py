@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,17 +35,33 @@ class _Outcome:
     ledger: Ledger | None = None
 
 
-def run_job(run: RunDirectory, job: JobSpec, console: Console, *, resumed: bool) -> dict[str, Any]:
+def run_job(
+    run: RunDirectory,
+    job: JobSpec,
+    console: Console,
+    *,
+    resumed: bool,
+    view: View | None = None,
+    on_started: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Run a job in its directory until it has succeeded, failed or been stopped; the summary.
 
     Leaves ``summary.json`` and ``curves.png``. SIGINT and SIGTERM stop the job cleanly.
+
+    Args:
+        run: the run directory.
+        job: the job as resolved.
+        console: where the run is shown, unless ``view`` is given.
+        resumed: whether this session continues an earlier one.
+        view: shows the run instead of the console's own view.
+        on_started: called once every process has been started.
 
     Raises:
         JackpotError: another launcher holds the run, or its processes could not be started at all.
     """
     with run.locked():
         started = time.monotonic()
-        outcome = asyncio.run(_session(run, job, console, started))
+        outcome = asyncio.run(_session(run, job, view or open_view(console), started, on_started))
         summary = build_summary(
             run,
             state=outcome.state,
@@ -60,15 +76,18 @@ def run_job(run: RunDirectory, job: JobSpec, console: Console, *, resumed: bool)
         return summary
 
 
-async def _session(run: RunDirectory, job: JobSpec, console: Console, started: float) -> _Outcome:
+async def _session(
+    run: RunDirectory, job: JobSpec, view: View, started: float, on_started: Callable[[], None] | None
+) -> _Outcome:
     outcome = _Outcome()
     launcher: Launcher = LocalLauncher(run, job)
-    view = open_view(console)
     observer = BusObserver(run.job_id, job.bus, run.path / "payloads")
     try:
         with _stop_signals() as stop:
             try:
                 await launcher.start()
+                if on_started is not None:
+                    on_started()
                 await _follow(run, job, launcher, observer, view, stop, started, outcome)
             finally:
                 outcome.ledger = await observer.ledger(launcher.redis_url)

@@ -6,7 +6,7 @@ import re
 import secrets
 import time
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -88,6 +88,35 @@ class Transition(Record):
     """The state since."""
     reason: str
     """Why."""
+
+
+class JobList(Record):
+    """A page of jobs, newest first."""
+
+    jobs: list[JobRecord]
+    """The jobs."""
+    next_cursor: str | None
+    """Ask for the next page with this; null on the last one. A filtered page may be short although more follow."""
+
+
+class JobDetail(JobRecord):
+    """A job, whole."""
+
+    spec: dict[str, Any]
+    """The job file with every default."""
+    transitions: list[Transition]
+    """Every change of its state, oldest first."""
+
+
+class DryRun(Record):
+    """A job that would be taken."""
+
+    valid: bool
+    """Always true: a job that would be refused is answered with the problem."""
+    spec: dict[str, Any]
+    """The job file with every default."""
+    notes: list[str]
+    """What can only be checked when the job starts."""
 
 
 def new_job_id(name: str) -> str:

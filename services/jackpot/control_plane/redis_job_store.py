@@ -170,7 +170,13 @@ class RedisJobStore:
             step = Transition(time=moment, before=before.state, state=state, reason=reason)
             record, _, transitions = self._of_job(job_id)
             keys = [record, transitions, self._prefix + "all", self._prefix + "queue"]
-            args: list[str | bytes | int] = [job_id, old, after.model_dump_json(), step.model_dump_json(), after.priority]
+            args: list[str | bytes | int] = [
+                job_id,
+                old,
+                after.model_dump_json(),
+                step.model_dump_json(),
+                after.priority,
+            ]
             args.append(1 if state is JobState.QUEUED else 0)
             async with self._translated():
                 if await self._transition([*keys, self._state(before.state), self._state(state)], args):

@@ -1,9 +1,8 @@
-"""The `jackpot` command. Exit codes: 0 success, 1 failed, 2 configuration, 130 interrupted."""
+"""Commands that need no server: run, demo, validate, schema."""
 
 from __future__ import annotations
 
 import json
-import sys
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,32 +10,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-import jackpot
 from jackpot.config import job_json_schema, load_job
-from jackpot.errors import ConfigError, JackpotError
+from jackpot.errors import ConfigError
 
 EXIT_CODES = {"succeeded": 0, "failed": 1, "stopped": 130}
-
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Reinforcement learning with rollouts from a cheaper model than the one being trained.",
-)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. learner.lr=1e-3")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON, as the last line.")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run goes; default runs/<job id>.")]
 
 
-@app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        typer.echo(f"jackpot {jackpot.__version__}")
-        raise typer.Exit
-
-
-@app.command()
 def run(
     job_file: Annotated[Path | None, typer.Argument(metavar="JOB.yaml", help="The job file.")] = None,
     overrides: Overrides = None,
@@ -55,7 +38,6 @@ def run(
         _run_file(job_file, overrides or [], run_dir, as_json)
 
 
-@app.command()
 def demo(
     overrides: Overrides = None,
     compare: Annotated[
@@ -72,7 +54,6 @@ def demo(
             _run_file(path, overrides or [], run_dir, as_json)
 
 
-@app.command()
 def validate(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")], overrides: Overrides = None
 ) -> None:
@@ -83,19 +64,15 @@ def validate(
     typer.echo(f"{job_file} is a valid job")
 
 
-@app.command()
 def schema() -> None:
     """Print the JSON Schema of the job file, for editors."""
     typer.echo(json.dumps(job_json_schema(), indent=2))
 
 
-def main() -> None:
-    """Run the command line; errors are one line each, with the exit code of their kind."""
-    try:
-        app()
-    except JackpotError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+def add_to(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    for command in (run, demo, validate, schema):
+        app.command()(command)
 
 
 def _run_file(job_file: Path, overrides: list[str], run_dir: Path | None, as_json: bool) -> None:

@@ -1,0 +1,52 @@
+"""Routes: what those need who run the server, and the schema of the job file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from jackpot.config import job_json_schema
+from jackpot.control_plane.api.access import Behind, Reader
+from jackpot.control_plane.api.problems import ProblemError
+from jackpot.control_plane.records import Record
+
+router = APIRouter(tags=["operations"])
+
+
+class Health(Record):
+    """The server is up."""
+
+    status: str
+    """Always ``ok``; anything else is a problem document."""
+
+
+@router.get("/healthz", response_model=Health)
+async def healthz() -> dict[str, str]:
+    """Whether the server answers at all."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", response_model=Health)
+async def readyz(backend: Behind) -> dict[str, str]:
+    """Whether jobs can be taken and are looked after."""
+    problem = await backend.readiness()
+    if problem is not None:
+        raise ProblemError(503, "not-ready", f"Not ready: {problem}. Try again.", headers={"Retry-After": "2"})
+    return {"status": "ok"}
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus's format"}},
+)
+async def metrics(_: Reader, backend: Behind) -> Response:
+    """The server's own metrics, for Prometheus."""
+    return Response(backend.metrics.render(await backend.store.counts()), media_type="text/plain; version=0.0.4")
+
+
+@router.get("/v1/schema")
+async def schema() -> dict[str, Any]:
+    """The JSON Schema of the job file."""
+    return job_json_schema()

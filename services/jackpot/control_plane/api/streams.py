@@ -1,0 +1,148 @@
+"""Streams: a job's events as server-sent events, and its logs as they grow."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jackpot.control_plane.alarms import AlarmWatch
+from jackpot.control_plane.backend import Backend
+from jackpot.control_plane.jsonl_tail import JsonlTail
+from jackpot.control_plane.observation import LogTail
+from jackpot.errors import BusError, JobNotFoundError
+
+LOOK_SECONDS = 0.2
+HEARTBEAT_SECONDS = 10.0
+CURSOR_PATTERN = r"^[0-9]{1,9}-[0-9]{1,15}-[0-9]{1,15}$"
+
+
+@dataclass(slots=True)
+class EventCursor:
+    """Where a stream of events stands: transitions seen, and bytes of each file read. It is the id of an event, so
+    that a client that comes back goes on exactly where it was, after a restart of the server, too."""
+
+    transitions: int = 0
+    steps: int = 0
+    evaluations: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.transitions}-{self.steps}-{self.evaluations}"
+
+    @classmethod
+    def parse(cls, text: str | None) -> EventCursor:
+        """The cursor behind an id; the beginning if it is none."""
+        if text is None or re.fullmatch(CURSOR_PATTERN, text) is None:
+            return cls()
+        return cls(*(int(part) for part in text.split("-")))
+
+
+class EventStream:
+    """A job's events from a cursor on: ``state``, ``step``, ``evaluation``, ``alarm``, and ``end`` with the last.
+
+    Args:
+        backend: store and run directories.
+        job_id: whose events.
+        cursor: where to begin.
+    """
+
+    def __init__(self, backend: Backend, job_id: str, cursor: EventCursor) -> None:
+        self._backend = backend
+        self._job_id = job_id
+        self._cursor = cursor
+        run_dir = backend.scheduler.run_dir(job_id)
+        self._steps = JsonlTail(run_dir / "metrics.jsonl", cursor.steps)
+        self._evaluations = JsonlTail(run_dir / "evaluations.jsonl", cursor.evaluations)
+        self._alarms = _primed(run_dir / "metrics.jsonl", cursor.steps)
+
+    async def events(self) -> AsyncIterator[str]:
+        """The events, as text of ``text/event-stream``, until the job is over or the server stops."""
+        yield "retry: 1000\n\n"
+        sent_at = time.monotonic()
+        while not self._backend.stopping.is_set():
+            try:
+                # Asked before the files are read: what an ended job has written is whole.
+                ended = (await self._backend.store.get(self._job_id)).state.finished
+                news = [*await self._states(), *self._rows()]
+            except JobNotFoundError:
+                yield _event("end", None, {"reason": "the job was deleted"})
+                return
+            except BusError:
+                return  # the client comes back with its Last-Event-ID
+            for text in news:
+                yield text
+                sent_at = time.monotonic()
+            if ended and not news:
+                yield _event("end", str(self._cursor), {"reason": "the job is over"})
+                return
+            if time.monotonic() - sent_at > HEARTBEAT_SECONDS:
+                yield ": still here\n\n"
+                sent_at = time.monotonic()
+            if not news:
+                await asyncio.sleep(LOOK_SECONDS)
+
+    async def _states(self) -> list[str]:
+        texts = []
+        for transition in await self._backend.store.transitions(self._job_id, self._cursor.transitions):
+            self._cursor.transitions += 1
+            texts.append(_event("state", str(self._cursor), transition.model_dump(mode="json")))
+        return texts
+
+    def _rows(self) -> list[str]:
+        texts = []
+        for row, offset in self._steps.read():
+            # Alarms carry no id: a client that is cut off between an alarm and its step gets both again.
+            texts += [_event("alarm", None, asdict(alarm)) for alarm in self._alarms.look(row)]
+            self._cursor.steps = offset
+            texts.append(_event("step", str(self._cursor), row))
+        for row, offset in self._evaluations.read():
+            self._cursor.evaluations = offset
+            texts.append(_event("evaluation", str(self._cursor), row))
+        return texts
+
+
+def _primed(path: Path, offset: int) -> AlarmWatch:
+    """Alarms as they stood at an offset, so that a client that comes back is not told the same again."""
+    watch = AlarmWatch()
+    for row, end in JsonlTail(path).read(max_bytes=offset) if offset else ():
+        if end <= offset:
+            watch.look(row)
+    return watch
+
+
+def _event(name: str, cursor: str | None, data: Any) -> str:
+    identity = "" if cursor is None else f"id: {cursor}\n"
+    return f"event: {name}\n{identity}data: {json.dumps(_finite(data))}\n\n"
+
+
+def _finite(data: Any) -> Any:
+    """NaN and infinity are no JSON: null stands for them."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return None if isinstance(data, float) and data - data != 0 else data
+
+
+async def follow_logs(backend: Backend, job_id: str, paths: list[Path], lines: int, follow: bool) -> AsyncIterator[str]:
+    """Logs of a job's processes, from their last lines on; of several, each line begins with the process.
+
+    Ends once the job is over, at once if it is not to be followed.
+    """
+    tails = {path.stem: LogTail(path, lines) for path in paths}
+    while not backend.stopping.is_set():
+        try:
+            over = not follow or (await backend.store.get(job_id)).state.finished
+        except (JobNotFoundError, BusError):
+            over = True
+        texts = {name: tail.read() for name, tail in tails.items()}
+        for name, text in texts.items():
+            if text:
+                yield text if len(tails) == 1 else "".join(f"{name} | {line}\n" for line in text.splitlines())
+        if over and not any(texts.values()):
+            return
+        if not any(texts.values()):
+            await asyncio.sleep(LOOK_SECONDS)

@@ -1,0 +1,83 @@
+"""`jackpot serve`: the API, the web page and the scheduler in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from jackpot.control_plane.api.app import create_app
+from jackpot.control_plane.backend import Backend
+from jackpot.control_plane.settings import ServeSettings
+from jackpot.errors import ConfigError
+from jackpot.runtime.logs import setup_logging
+
+GRACE_SECONDS = 2  # streams end when the server stops; this is for slow downloads
+
+
+def serve(settings: ServeSettings, announce: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM. Jobs that run then keep running; the next server takes them over.
+
+    Args:
+        settings: of the server.
+        announce: called with the server's address once it is bound.
+
+    Raises:
+        ConfigError: the settings cannot work, or the port is taken.
+        JackpotError: the job store cannot be used.
+    """
+    settings.check()
+    setup_logging("serve", "0")
+    backend = Backend(settings)
+    app = create_app(backend)
+    bound = _bind(settings)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # an address from a header is an address of the client's choice
+        server_header=False,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_keep_alive=30,
+        limit_concurrency=1024,
+        h11_max_incomplete_event_size=16 << 10,
+    )
+    server = _Server(config, backend)
+    address = bound.getsockname()
+    logging.getLogger(__name__).info("listening", extra={"host": address[0], "port": address[1]})
+    announce(settings.url.replace(f":{settings.port}", f":{address[1]}"))
+    with contextlib.closing(bound):
+        server.run(sockets=[bound])
+    if backend.failure is not None:
+        raise backend.failure
+
+
+class _Server(uvicorn.Server):
+    """Ends the streams first when it stops: uvicorn waits for open connections before anything else."""
+
+    def __init__(self, config: uvicorn.Config, backend: Backend) -> None:
+        super().__init__(config)
+        self._backend = backend
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        """SIGINT or SIGTERM."""
+        self._backend.stopping.set()
+        super().handle_exit(sig, frame)  # type: ignore[arg-type]
+
+
+def _bind(settings: ServeSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((settings.host.strip("[]"), settings.port))
+    except OSError as error:
+        bound.close()
+        remedy = "Is another server running? Choose another --port."
+        raise ConfigError("--port", settings.port, f"cannot be bound ({error.strerror})", remedy) from None
+    return bound
