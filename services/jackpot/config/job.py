@@ -43,7 +43,7 @@ class ActorConfig(ModelConfig):
     """``policy``: the actor is the policy itself in a cheaper number format. It holds the policy's newest weights; give
     it the policy's model and ``train: false``."""
     quantization: Literal["fp8_per_channel", "fp8_per_tensor"] | None = None
-    """Weights in 8 bits, rounded anew with each version. Needs the vLLM engine."""
+    """Weights in 8 bits, rounded anew with each version; ``dtype`` is what it computes in. Needs the vLLM engine."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Number format of the attention cache; ``auto`` is the model's. ``fp8`` needs the vLLM engine."""
 
@@ -331,6 +331,10 @@ class JobSpec(Section):
             raise ValueError(
                 "actor.weights = 'policy' makes the actor the policy itself in another number format. "
                 "Set actor.model to policy.model and actor.train to false, or actor.weights to 'own'"
+            )
+        if actor.quantization and actor.dtype == "float32":
+            raise ValueError(
+                f"actor.quantization = {actor.quantization!r} computes in 16 bits. Set actor.dtype to bfloat16"
             )
         cheap = "quantization" if actor.quantization else "kv_cache_dtype" if actor.kv_cache_dtype != "auto" else None
         if cheap and self.rollout.engine == "transformers":

@@ -303,3 +303,37 @@ def test_settings_that_would_do_nothing_are_refused() -> None:
     assert "low_high" in problem_with("algorithm.correction={name: icepop, threshold: '2'}").problem
     bounds = problem_with("algorithm.distillation={kl_target: 0.1, weight: 0}")
     assert (bounds.field, bounds.remedy) == ("algorithm.distillation", "Move it or the bounds.")
+
+
+ACTOR: dict[str, Any] = {"model": "m", "train": False}
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"actor": ACTOR | {"weights": "policy", "train": True}}, "Set actor.model to policy.model and actor.train"),
+        ({"actor": ACTOR | {"weights": "policy", "model": "n"}}, "Set actor.model to policy.model and actor.train"),
+        ({"actor": ACTOR | {"quantization": "fp8_per_channel"}}, "computes in 16 bits. Set actor.dtype to bfloat16"),
+        (
+            {"actor": ACTOR | {"kv_cache_dtype": "fp8"}, "rollout": {"engine": "transformers"}},
+            "actor.kv_cache_dtype = 'fp8' is beyond the transformers engine",
+        ),
+        ({"rollout": {"vllm": {"lora": {"rank": 8}}}}, "LoRA is not supported"),
+        ({"rollout": {"vllm": {"gpu_memory_fraction": 1.5}}}, "less than or equal to 1"),
+    ],
+)
+def test_cheap_actors_that_cannot_work_are_refused(sections: dict[str, Any], problem: str) -> None:
+    assert problem in str(problem_with(**sections))
+
+
+def test_an_actor_may_be_the_policy_in_a_cheaper_format() -> None:
+    cheap = ACTOR | {
+        "weights": "policy",
+        "dtype": "bfloat16",
+        "quantization": "fp8_per_channel",
+        "kv_cache_dtype": "fp8",
+    }
+    job = parse_job(MINIMAL | {"actor": cheap, "rollout": {"vllm": {"tensor_parallel_size": 2, "max_model_len": 4096}}})
+    assert not job.on_policy
+    assert job.rollout_role == "actor"
+    assert job.rollout_model.dtype == "bfloat16"

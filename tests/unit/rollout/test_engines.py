@@ -56,9 +56,10 @@ def test_vllm_that_is_not_installed_is_refused_with_the_command_that_adds_it() -
         choose_engine("vllm", ENGINES.keys(), lambda: False, never_asked)
 
 
-@pytest.mark.parametrize("cheap", [{"quantization": "fp8_per_channel"}, {"kv_cache_dtype": "fp8"}])
+@pytest.mark.parametrize("cheap", [{"quantization": "fp8_per_tensor"}, {"kv_cache_dtype": "fp8"}])
 def test_number_formats_that_only_vllm_has_are_never_dropped_in_silence(tmp_path: Path, cheap: dict[str, str]) -> None:
-    job = parse_job({"policy": {"model": "m"}, "actor": {"model": "m", **cheap}, "task": {"name": "complement"}})
+    actor = {"model": "m", "dtype": "bfloat16", **cheap}
+    job = parse_job({"policy": {"model": "m"}, "actor": actor, "task": {"name": "complement"}})
     if choose_engine("auto", ENGINES.keys(), has_vllm, has_gpu)[0] == "vllm":
         pytest.skip("vLLM and a GPU are here: auto takes them")
     environment = ServiceEnvironment(run_dir=tmp_path, job_id="job", role="actor")
