@@ -11,7 +11,7 @@ import jackpot
 
 PACKAGE = Path(jackpot.__file__).parent
 LIGHT = ("config", "trajectory", "errors", "orchestrator", "control_plane", "cli")
-SERVICES = sorted({path.parent.name for path in PACKAGE.glob("*/__main__.py")} - {"control_plane", "demo"})
+SERVICES = sorted({path.parent.name for path in PACKAGE.glob("*/__main__.py")} - {"control_plane", "demo", "replay"})
 HEAVY = ("torch", "transformers", "vllm")
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import jackpot
-from jackpot.cli import local, remote, serving
+from jackpot.cli import local, remote, replaying, serving
 from jackpot.errors import JackpotError
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-for _commands in (local, serving, remote):
+for _commands in (local, replaying, serving, remote):
     _commands.add_to(app)
 
 

@@ -214,15 +214,16 @@ class DistillationConfig(Section):
     kl_target: PositiveFloat | None = None
     """Set point of KL(policy ‖ actor), in nats per token, which λ_distill then follows; null keeps it constant. The KL
     cannot fall below what the actor's size and learning rate allow: choose it above what a constant 10 leads to."""
-    weight_min: PositiveFloat = 1e-2
-    """Least λ_distill that ``kl_target`` may lead to."""
-    weight_max: PositiveFloat = 1e2
-    """Greatest λ_distill that ``kl_target`` may lead to: the actor's own loss hardly counts then."""
-    proportional_gain: NonNegativeFloat = 0.5
+    weight_min: PositiveFloat = 1e-3
+    """Least λ_distill that ``kl_target`` may lead to: practically no distillation."""
+    weight_max: PositiveFloat = 10.0
+    """Greatest λ_distill that ``kl_target`` may lead to. Beyond, the actor's own loss hardly counts, and AdamW takes no
+    notice of the scale of what is left: more would only be longer to come back from."""
+    proportional_gain: NonNegativeFloat = 1.0
     """Change of log λ_distill per unit of log(KL / target): answers at once."""
-    integral_gain: NonNegativeFloat = 0.1
-    """The same, summed up over optimizer steps: takes away what the proportional part leaves. Ten steps at a KL too
-    large by a factor e then multiply λ_distill by e; faster would overtake the actor, which needs steps to follow."""
+    integral_gain: NonNegativeFloat = 0.2
+    """The same, summed up over optimizer steps: takes away what the proportional part leaves. Five steps at a KL too
+    large by a factor e multiply λ_distill by e; faster would overtake the actor, which needs steps to follow."""
     kl_smoothing: Annotated[float, Field(ge=0, lt=1), Number] = 0.5
     """Weight of the past in the measured log KL."""
     chunk_tokens: PositiveInt = 512

@@ -280,6 +280,9 @@ class RunConfig(Section):
     """Where the run directory goes; null is ``runs/<job id>``."""
     max_restarts: NonNegativeInt = 5
     """How often one process is restarted before the job stops with its last error."""
+    keep_trajectories: NonNegativeInt = 2
+    """How many of the last batches the learner keeps in ``trajectories/`` for `jackpot replay`; 0 keeps none. Two are
+    enough to choose λ by, take few MB, and the weights that they belong to are still there."""
     threads_per_process: NonNegativeInt = 0
     """CPU threads per process for torch; 0 shares the cores out."""
     startup_timeout_seconds: PositiveFloat = 180.0

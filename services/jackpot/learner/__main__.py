@@ -19,6 +19,7 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     from jackpot.learner.step_log import StepLog
     from jackpot.learner.trainer import Trainer
     from jackpot.runtime.bus import TrajectoryBus
+    from jackpot.runtime.kept_trajectories import KeptTrajectories
     from jackpot.runtime.metrics import Metrics
     from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
     from jackpot.runtime.weights import WeightStore
@@ -44,6 +45,7 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
             ManifestLog(run_dir / "manifests"),
             StepLog(run_dir, metrics),
             AlarmLog(job.alarms, run_dir, metrics),
+            KeptTrajectories(run_dir, job.bus.max_payload_bytes),
         )
         announce_ready(device=str(device))
         finished = await learner.run(stop.is_set)

@@ -24,6 +24,7 @@ from jackpot.learner.publisher import WeightPublisher
 from jackpot.learner.step_log import StepLog
 from jackpot.learner.trainer import Trainer
 from jackpot.runtime.bus import Delivery, TrajectoryBus
+from jackpot.runtime.kept_trajectories import KeptTrajectories
 from jackpot.trajectory import GroupKey, ScoredGroup
 
 LOG = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Learner:
         manifests: the write-ahead log of batches.
         step_log: where each step's figures go.
         alarm_log: who watches them.
+        kept: where the last batches stay to be looked at.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Learner:
         manifests: ManifestLog,
         step_log: StepLog,
         alarm_log: AlarmLog,
+        kept: KeptTrajectories,
     ) -> None:
         self._job = job
         self._bus = bus
@@ -67,6 +70,7 @@ class Learner:
         self._manifests = manifests
         self._step_log = step_log
         self._alarm_log = alarm_log
+        self._kept = kept
         self._progress = Progress(step=0, batch=0, obrs_lambda=trainer.controls.obrs_lambda)
         self._committed_batch = 0
         self._held: dict[int, Delivery[ScoredGroup]] = {}  # by slot: taken from the bus, not yet in a batch
@@ -208,6 +212,7 @@ class Learner:
             "throughput/tokens_per_second": batch.num_tokens / (now - started + waited_seconds),
         }
         self._step_log.write([row | times for row in rows], batch.num_tokens)
+        await asyncio.to_thread(self._kept.write, progress.batch, groups, self._job.run.keep_trajectories)
         await self._heed_alarms(rows)
 
     async def _heed_alarms(self, rows: list[dict[str, float]]) -> None:

@@ -25,7 +25,7 @@ class StepMeter:
     def __init__(self, batch: Batch, weights: TokenWeights, step: int) -> None:
         self._num_tokens = max(1, batch.num_tokens)
         self._row: dict[str, float] = {"step": step + 1}
-        self._row |= _batch_figures(batch, step) | _mismatch_figures(batch, weights)
+        self._row |= _batch_figures(batch, step) | mismatch_figures(batch, weights)
         self._nonfinite = self._row["rollout_corr/nonfinite"]
         self._sums: dict[str, float] = {}
 
@@ -87,7 +87,8 @@ def _batch_figures(batch: Batch, step: int) -> dict[str, float]:
     }
 
 
-def _mismatch_figures(batch: Batch, weights: TokenWeights) -> dict[str, float]:
+def mismatch_figures(batch: Batch, weights: TokenWeights) -> dict[str, float]:
+    """What the token weights of a batch say about the mismatch: the columns ``rollout_corr/*``."""
     target, actor = weights.target_logprobs, batch.tokens.actor_logprobs
     log_ratio = (target - actor).double()
     divergence = kl_before_and_after(target, actor, weights.normalizer, weights.obrs_lambda)

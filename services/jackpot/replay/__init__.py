@@ -1,0 +1,1 @@
+"""Offline replay: weights, acceptance and diagnostics of stored trajectories under any setting, without training."""
