@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-from pathlib import Path
 from typing import Any
 
+from redis.asyncio.connection import parse_url
+
 from jackpot.config import JobSpec
+from jackpot.control_plane.model_directories import check_models
 from jackpot.demo.recipe import builtin_models_missing, is_builtin, make_command, resolve_builtin
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.orchestrator.preflight import validate_job
-
-_COMPLETE = "Download or export the model again, complete with config.json, *.safetensors and tokenizer.json."
+from jackpot.runtime.logs import redact_url
 
 
 def prepare_job(job: JobSpec) -> JobSpec:
@@ -22,11 +22,33 @@ def prepare_job(job: JobSpec) -> JobSpec:
         ConfigError: naming field, value and remedy.
         JackpotError: the built-in models could not be made.
     """
+    check_bus_url(job)  # first: models take half a minute to make, a slip shows at once
     make_builtin_models(job)
     resolved = resolve_models(job)
     check_models(resolved)
     validate_job(resolved)
     return resolved
+
+
+def check_bus_url(job: JobSpec) -> None:
+    """The bus's address, where one is given, can be that of a Redis.
+
+    Raises:
+        ConfigError: it cannot; a password in it is not repeated.
+    """
+    url = job.bus.url
+    if url is None:
+        return
+    remedy = (
+        "Write redis://host:port, rediss://host:port (TLS) or unix:///path, or leave it out for an embedded server."
+    )
+    try:
+        parts = parse_url(url)
+    except ValueError as error:
+        problem = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError("bus.url", redact_url(url), f"is no address of a Redis ({problem})", remedy) from None
+    if not parts.get("path") and not parts.get("host"):
+        raise ConfigError("bus.url", redact_url(url), "names no server", remedy)
 
 
 def make_builtin_models(job: JobSpec) -> None:
@@ -52,46 +74,3 @@ def resolve_models(job: JobSpec) -> JobSpec:
     if not isinstance(job.actor, str):
         update["actor"] = job.actor.model_copy(update={"model": resolve(job.actor.model)})
     return job.model_copy(update=update)
-
-
-def check_models(job: JobSpec) -> None:
-    """Model directories are whole, and policy and actor speak of the same tokens.
-
-    Raises:
-        ConfigError: naming field, value and remedy.
-    """
-    vocabulary = _check_directory("policy.model", job.policy.model)
-    if isinstance(job.actor, str):
-        return
-    if _check_directory("actor.model", job.actor.model) != vocabulary:
-        raise ConfigError(
-            "actor.model",
-            job.actor.model,
-            "has another vocabulary than policy.model, so its tokens mean nothing to the policy",
-            "Use two models of one family that share tokenizer and vocabulary size.",
-        )
-
-
-def _check_directory(field: str, model: str) -> tuple[int, str]:
-    directory = Path(model)
-    if not directory.is_dir():
-        raise ConfigError(field, model, "is not a directory", "Give a model directory in Hugging Face format.")
-    config = _read_json(field, directory / "config.json")
-    tokenizer = _read_json(field, directory / "tokenizer.json")
-    if next(directory.glob("*.safetensors"), None) is None:
-        raise ConfigError(field, model, "holds no *.safetensors", _COMPLETE)
-    text = config.get("text_config", config)
-    content = tokenizer.get("model", {}).get("vocab", {})
-    return int(text.get("vocab_size", 0)), json.dumps(content, sort_keys=True)
-
-
-def _read_json(field: str, path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(field, str(path.parent), f"holds no {path.name}", _COMPLETE) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(field, str(path.parent), f"its {path.name} cannot be read ({error})", _COMPLETE) from None
-    if not isinstance(data, dict):
-        raise ConfigError(field, str(path.parent), f"its {path.name} is not a JSON object", _COMPLETE)
-    return data

@@ -18,10 +18,16 @@ from jackpot.errors import ConfigError, JackpotError
 
 Row = dict[str, Any]
 
+MAX_JOB_ID_LENGTH = 63
+
 
 def new_job_id(name: str) -> str:
-    """A job id: the job's name, the time, and a few random digits against two starts in one second."""
-    return f"{name}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    """A job id: the job's name, the time, and a few random digits against two starts in one second.
+
+    A long name is cut: an id has at most 63 characters, as a label in Kubernetes has.
+    """
+    suffix = f"-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return name[: MAX_JOB_ID_LENGTH - len(suffix)].rstrip("-") + suffix
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +66,26 @@ class RunDirectory:
         """
         try:
             job_id = json.loads((path / "run.json").read_text(encoding="utf-8"))["job_id"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(
                 "--resume", str(path), "is not a run directory", "Give a directory that `jackpot run` made (runs/…)."
             ) from None
         return cls(path.resolve(), job_id)
 
     def load_job(self) -> JobSpec:
-        """The job as resolved when the run was created."""
-        return parse_job(json.loads((self.path / "job.json").read_text(encoding="utf-8")))
+        """The job as resolved when the run was created.
+
+        Raises:
+            ConfigError: ``job.json`` is gone, damaged, or of a version that this one does not understand.
+        """
+        path = self.path / "job.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError("run directory", str(path), f"cannot be read ({error})", "Start a new run.") from None
+        if not isinstance(content, dict):
+            raise ConfigError("run directory", str(path), "does not hold a job", "Start a new run.")
+        return parse_job(content)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -103,17 +120,17 @@ class RunDirectory:
         """The step that the learner last resumed from, if it ever did."""
         try:
             return int(json.loads((self.path / "resumed.json").read_text(encoding="utf-8"))["resumed_from_step"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     @property
     def summary(self) -> Row | None:
         """``summary.json`` of the last session, if there is one."""
         try:
-            summary: Row = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return summary
+        return summary if isinstance(summary, dict) else None
 
     def log(self, process: str) -> Path:
         """The log of a process."""

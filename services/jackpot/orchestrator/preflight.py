@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from jackpot.config import JobSpec
 from jackpot.errors import ConfigError
 from jackpot.orchestrator.dispatch import largest_group_bytes
@@ -21,8 +24,8 @@ def validate_job(job: JobSpec) -> None:
     task = validate_task(job.task, job.seed)
     tokenizer = PromptTokenizer.of_job(job)
     tokenizer.stop_token_ids(job.sampling.stop)
-    for item in (task.train_prompt(0), *task.eval_items(1)):
-        tokenizer.encode_prompt(item.prompt)
+    prompts = [tokenizer.encode_prompt(item.prompt) for item in (task.train_prompt(0), *task.eval_items(1))]
+    _check_lengths(job, max(len(prompt) for prompt in prompts))
     if (needed := largest_group_bytes(job)) > job.bus.max_bytes:
         raise ConfigError(
             "bus.max_bytes",
@@ -30,3 +33,35 @@ def validate_job(job: JobSpec) -> None:
             f"one group may take {needed} bytes",
             "Raise it, or lower sampling.max_tokens, sampling.group_size or rollout.top_logprobs.",
         )
+
+
+def _check_lengths(job: JobSpec, prompt_tokens: int) -> None:
+    """A prompt and the longest completion fit into both models.
+
+    Every engine refuses what does not fit, so that such a job would drop every group.
+    """
+    models = {"policy.model": job.policy.model} | ({} if job.on_policy else {"actor.model": job.rollout_model.model})
+    limits = {field: _max_positions(Path(model)) for field, model in models.items()}
+    if job.rollout.engine == "vllm":
+        limits["rollout.vllm.max_model_len"] = job.rollout.vllm.max_model_len
+    for field, limit in limits.items():
+        if limit is not None and prompt_tokens + job.sampling.max_tokens > limit:
+            raise ConfigError(
+                "sampling.max_tokens",
+                job.sampling.max_tokens,
+                f"with a prompt of {prompt_tokens} tokens it exceeds the {limit} positions of {field}",
+                f"Set it to at most {limit - prompt_tokens}."
+                if limit > prompt_tokens
+                else "Use shorter prompts, or a model with a longer context.",
+            )
+
+
+def _max_positions(model_dir: Path) -> int | None:
+    """The longest sequence that a model was made for; None if it does not say."""
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # whether a model directory is whole is checked elsewhere
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None

@@ -15,9 +15,9 @@ from jackpot.orchestrator.preflight import validate_job
 def job_of(make_model):
     def make(**sections: Any):
         model = str(make_model())
-        return parse_job(
-            {"policy": {"model": model}, "actor": {"model": model}, "task": {"name": "complement"}, **sections}
-        )
+        sampling = {"max_tokens": 64} | sections.pop("sampling", {})
+        base = {"policy": {"model": model}, "actor": {"model": model}, "task": {"name": "complement"}}
+        return parse_job({**base, "sampling": sampling, **sections})
 
     return make
 
@@ -33,7 +33,7 @@ def test_a_good_job_passes(job_of):
         ({"policy": {"model": "/nowhere"}}, "policy.model"),
         ({"task": {"name": "complement", "chat_template": "always"}}, "task.chat_template"),
         ({"sampling": {"stop": ["ab"]}}, "sampling.stop"),
-        ({"bus": {"max_bytes": 100_000}}, "bus.max_bytes"),
+        ({"bus": {"max_bytes": 10_000}}, "bus.max_bytes"),
     ],
 )
 def test_what_cannot_work_is_named(job_of, sections, field):
@@ -41,3 +41,16 @@ def test_what_cannot_work_is_named(job_of, sections, field):
         validate_job(job_of(**sections))
     assert caught.value.field == field
     assert caught.value.remedy
+
+
+def test_a_prompt_and_the_longest_completion_must_fit_into_the_models(job_of):
+    # The tiny models have 128 positions, the task's first prompts 14 characters.
+    validate_job(job_of(sampling={"max_tokens": 114}))
+    with pytest.raises(ConfigError, match=r"14 tokens .* 128 positions of policy\.model\. Set it to at most 114"):
+        validate_job(job_of(sampling={"max_tokens": 115}))
+
+
+def test_vllm_s_own_limit_counts_too(job_of):
+    limited = {"rollout": {"engine": "vllm", "vllm": {"max_model_len": 14}}, "sampling": {"max_tokens": 8}}
+    with pytest.raises(ConfigError, match=r"14 positions of rollout\.vllm\.max_model_len\. Use shorter prompts"):
+        validate_job(job_of(**limited))

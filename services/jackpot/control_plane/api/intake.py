@@ -15,7 +15,8 @@ from jackpot.config import InvalidJobError, JobSpec, parse_job
 from jackpot.config.loading import read_yaml
 from jackpot.control_plane.admission import Admission
 from jackpot.control_plane.api.problems import FieldProblem, ProblemError
-from jackpot.control_plane.preparation import check_models, resolve_models
+from jackpot.control_plane.model_directories import check_models
+from jackpot.control_plane.preparation import resolve_models
 from jackpot.control_plane.records import LABEL_PATTERN, LABEL_VALUE_PATTERN, MAX_LABELS
 from jackpot.demo.recipe import builtin_models_missing
 from jackpot.errors import ConfigError, DeadlineError, JackpotError
