@@ -14,6 +14,9 @@ from jackpot.config import ModelConfig, RolloutConfig
 from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits
 from jackpot.trajectory import Trajectory
 
+# From the start of a process to its being ready, on two cores.
+START_SECONDS = 45.0
+
 Result = TypeVar("Result")
 
 
