@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -18,13 +18,16 @@ from jackpot.control_plane.curves import draw_run
 from jackpot.control_plane.launcher import Launcher, LaunchStatus
 from jackpot.control_plane.live_view import Snapshot, View, open_view
 from jackpot.control_plane.local_launcher import LocalLauncher
+from jackpot.control_plane.progress import Progress
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.summary import State, build_summary, write_summary
 from jackpot.errors import DeadlineError, JackpotError
-from jackpot.runtime.bus import BusDepths, Ledger
+from jackpot.runtime.bus import Ledger
 
 POLL_SECONDS = 0.1
 VIEW_SECONDS = 0.5
+
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -72,7 +75,10 @@ def run_job(
             error=outcome.error,
         )
         write_summary(run, summary)
-        draw_run(run, run.path / "curves.png")
+        try:
+            draw_run(run, run.path / "curves.png")
+        except (ImportError, OSError) as error:  # what was trained is there all the same
+            console.print(f"curves.png could not be drawn: {error}", highlight=False, markup=False)
         return summary
 
 
@@ -85,19 +91,28 @@ async def _session(
     try:
         with _stop_signals() as stop:
             try:
-                await launcher.start()
-                if on_started is not None:
-                    on_started()
-                await _follow(run, job, launcher, observer, view, stop, started, outcome)
+                if await _unless_stopped(_start(launcher, on_started), stop):
+                    await _follow(run, job, launcher, observer, view, stop, started, outcome)
+                else:
+                    outcome.state = "stopped"
             finally:
-                outcome.ledger = await observer.ledger(launcher.redis_url)
-                await observer.close()
-                await launcher.stop()
+                try:
+                    outcome.ledger = await observer.ledger(launcher.redis_url)
+                    await observer.close()
+                finally:
+                    await launcher.stop()
     except JackpotError as error:
-        outcome.state, outcome.error = "failed", str(error)
+        outcome.state, outcome.error = "failed", redact_url(str(error))
     finally:
         view.close()
     return outcome
+
+
+async def _start(launcher: Launcher, on_started: Callable[[], None] | None) -> bool:
+    await launcher.start()
+    if on_started is not None:
+        on_started()
+    return True
 
 
 async def _follow(
@@ -115,44 +130,63 @@ async def _follow(
     Raises:
         DeadlineError: no first step within the start-up deadline and the batch deadline.
     """
-    shown_at = 0.0
+    progress, shown_at = Progress(run), 0.0
     timeout = job.run.startup_timeout_seconds + job.learner.batch_timeout_seconds
     while True:
-        status = await launcher.check()
+        # Not asked once a stop was: Ctrl-C reaches the processes, too, and ending then is no death.
+        status = await _unless_stopped(launcher.check(), stop)
+        if status is None:
+            outcome.state = "stopped"
+            return
         outcome.restarts = status.restarts
-        now = time.monotonic()
-        if now - shown_at >= VIEW_SECONDS or _is_over(status, stop):
+        over, now = status.finished or status.error is not None, time.monotonic()
+        if over or now - shown_at >= VIEW_SECONDS:
             shown_at = now
-            depths = None if _is_over(status, stop) else await observer.depths(launcher.redis_url)
-            snapshot = _snapshot(run, job, depths, status, now - started)
+            depths = None if over else await observer.depths(launcher.redis_url)
+            snapshot = _snapshot(run, job, progress, depths, status, now - started)
             view.show(snapshot)
-            if not snapshot.steps and now - started > timeout:
+            if not over and not snapshot.steps and now - started > timeout:
                 raise DeadlineError("the first optimizer step", timeout, f"Look at the logs in {run.path / 'logs'}.")
-        if _is_over(status, stop):
-            break
+        if over:
+            outcome.state, outcome.error = ("failed" if status.error else "succeeded"), status.error
+            return
         await asyncio.sleep(POLL_SECONDS)
-    if status.error is not None:
-        outcome.state, outcome.error = "failed", status.error
-    else:
-        outcome.state = "succeeded" if status.finished else "stopped"
-
-
-def _is_over(status: LaunchStatus, stop: asyncio.Event) -> bool:
-    return status.finished or status.error is not None or stop.is_set()
 
 
 def _snapshot(
-    run: RunDirectory, job: JobSpec, depths: BusDepths | None, status: LaunchStatus, elapsed_seconds: float
+    run: RunDirectory,
+    job: JobSpec,
+    progress: Progress,
+    depths: BusDepths | None,
+    status: LaunchStatus,
+    elapsed_seconds: float,
 ) -> Snapshot:
     return Snapshot(
         job_id=run.job_id,
         total_steps=job.learner.steps,
-        steps=run.steps,
-        evaluations=run.evaluations,
+        steps=progress.steps(),
+        evaluations=progress.evaluations(),
         depths=depths,
         restarts=sum(status.restarts.values()),
         elapsed_seconds=elapsed_seconds,
     )
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, Result], stop: asyncio.Event) -> Result | None:
+    """What the work returns, or None as soon as a stop is asked for; the work is cancelled then."""
+    if stop.is_set():
+        work.close()
+        return None
+    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return None
+    finally:
+        for one in (task, stopped):
+            one.cancel()
+        await asyncio.gather(task, stopped, return_exceptions=True)
 
 
 @contextmanager

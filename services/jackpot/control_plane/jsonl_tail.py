@@ -49,3 +49,22 @@ class JsonlTail:
         while more := self.read():
             rows += (row for row, _ in more)
         return rows
+
+
+class StepRows:
+    """The rows of a growing file with a ``step`` column, by step; of a step written twice the last.
+
+    Args:
+        path: of the file; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._tail = JsonlTail(path)
+        self._rows: dict[int, Row] = {}
+
+    def refresh(self) -> list[Row]:
+        """All rows so far, in the order of their steps; reads only what is new."""
+        for row in self._tail.rows():
+            if isinstance(row.get("step"), int):
+                self._rows[row["step"]] = row
+        return [self._rows[step] for step in sorted(self._rows)]
