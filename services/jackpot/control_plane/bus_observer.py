@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jackpot.config import BusConfig
-from jackpot.errors import BusError
+from jackpot.errors import BusError, ConfigError
 from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus
 
 ANSWER_SECONDS = 1.5
@@ -17,7 +17,7 @@ Answer = TypeVar("Answer")
 
 
 class BusObserver:
-    """Asks the bus for its figures; None whenever it does not answer soon.
+    """Asks the bus for its figures; None whenever it does not answer soon, or has no address yet.
 
     Args:
         job_id: whose bus.
@@ -31,11 +31,11 @@ class BusObserver:
         self._payload_dir = payload_dir
         self._bus: TrajectoryBus | None = None
 
-    async def depths(self, url: str) -> BusDepths | None:
+    async def depths(self, url: str | None) -> BusDepths | None:
         """How much lies on the bus at ``url``."""
         return await self._ask(url, TrajectoryBus.depths)
 
-    async def ledger(self, url: str) -> Ledger | None:
+    async def ledger(self, url: str | None) -> Ledger | None:
         """The counters of the bus at ``url``."""
         return await self._ask(url, TrajectoryBus.ledger)
 
@@ -45,7 +45,9 @@ class BusObserver:
         if bus is not None:
             await bus.close()
 
-    async def _ask(self, url: str, question: Callable[[TrajectoryBus], Awaitable[Answer]]) -> Answer | None:
+    async def _ask(self, url: str | None, question: Callable[[TrajectoryBus], Awaitable[Answer]]) -> Answer | None:
+        if url is None:
+            return None
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 if self._bus is None:
@@ -54,6 +56,6 @@ class BusObserver:
                     )
                     await self._bus.open()
                 return await question(self._bus)
-        except (BusError, TimeoutError):
+        except (BusError, ConfigError, TimeoutError):
             await self.close()
             return None

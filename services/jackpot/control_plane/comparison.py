@@ -20,7 +20,7 @@ METHODS: Mapping[str, Sequence[str]] = {
     "on-policy": ("actor=policy", "algorithm.correction=none"),
     "none": ("algorithm.correction=none",),
     "tis": ("algorithm.correction=tis",),
-    "jackpot": (),
+    "jackpot": ("algorithm.correction.name=jackpot",),
 }
 """What differs between the runs, as overrides of the job file; everything else is the same."""
 

@@ -15,14 +15,15 @@ from rich.console import Console
 from jackpot.config import JobSpec
 from jackpot.control_plane.bus_observer import BusObserver
 from jackpot.control_plane.curves import draw_run
-from jackpot.control_plane.launcher import Launcher, LaunchStatus
+from jackpot.control_plane.jsonl_tail import StepRows
+from jackpot.control_plane.launcher import Launcher
 from jackpot.control_plane.live_view import Snapshot, View, open_view
 from jackpot.control_plane.local_launcher import LocalLauncher
-from jackpot.control_plane.progress import Progress
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.summary import State, build_summary, write_summary
 from jackpot.errors import DeadlineError, JackpotError
 from jackpot.runtime.bus import Ledger
+from jackpot.runtime.logs import redact_url
 
 POLL_SECONDS = 0.1
 VIEW_SECONDS = 0.5
@@ -130,7 +131,8 @@ async def _follow(
     Raises:
         DeadlineError: no first step within the start-up deadline and the batch deadline.
     """
-    progress, shown_at = Progress(run), 0.0
+    steps, evaluations = StepRows(run.path / "metrics.jsonl"), StepRows(run.path / "evaluations.jsonl")
+    shown_at = 0.0
     timeout = job.run.startup_timeout_seconds + job.learner.batch_timeout_seconds
     while True:
         # Not asked once a stop was: Ctrl-C reaches the processes, too, and ending then is no death.
@@ -142,8 +144,15 @@ async def _follow(
         over, now = status.finished or status.error is not None, time.monotonic()
         if over or now - shown_at >= VIEW_SECONDS:
             shown_at = now
-            depths = None if over else await observer.depths(launcher.redis_url)
-            snapshot = _snapshot(run, job, progress, depths, status, now - started)
+            snapshot = Snapshot(
+                job_id=run.job_id,
+                total_steps=job.learner.steps,
+                steps=steps.refresh(),
+                evaluations=evaluations.refresh(),
+                depths=None if over else await observer.depths(launcher.redis_url),
+                restarts=sum(status.restarts.values()),
+                elapsed_seconds=now - started,
+            )
             view.show(snapshot)
             if not over and not snapshot.steps and now - started > timeout:
                 raise DeadlineError("the first optimizer step", timeout, f"Look at the logs in {run.path / 'logs'}.")
@@ -151,25 +160,6 @@ async def _follow(
             outcome.state, outcome.error = ("failed" if status.error else "succeeded"), status.error
             return
         await asyncio.sleep(POLL_SECONDS)
-
-
-def _snapshot(
-    run: RunDirectory,
-    job: JobSpec,
-    progress: Progress,
-    depths: BusDepths | None,
-    status: LaunchStatus,
-    elapsed_seconds: float,
-) -> Snapshot:
-    return Snapshot(
-        job_id=run.job_id,
-        total_steps=job.learner.steps,
-        steps=progress.steps(),
-        evaluations=progress.evaluations(),
-        depths=depths,
-        restarts=sum(status.restarts.values()),
-        elapsed_seconds=elapsed_seconds,
-    )
 
 
 async def _unless_stopped(work: Coroutine[Any, Any, Result], stop: asyncio.Event) -> Result | None:

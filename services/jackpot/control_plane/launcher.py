@@ -20,11 +20,11 @@ class Launcher(Protocol):
     """Runs the processes of one job."""
 
     @property
-    def redis_url(self) -> str:
-        """Where the job's bus is; known once started."""
+    def redis_url(self) -> str | None:
+        """Where the job's bus is; None before it is started."""
 
     async def start(self) -> None:
-        """Bring every process up.
+        """Bring every process up. Cancelled, it leaves to :meth:`stop` what is up already.
 
         Raises:
             JackpotError: something could not be started.
@@ -34,4 +34,4 @@ class Launcher(Protocol):
         """Look after the processes once, restarting what died; call it several times a second."""
 
     async def stop(self) -> None:
-        """Take every process down within ten seconds."""
+        """Take every process down within ten seconds; also if only some were started."""

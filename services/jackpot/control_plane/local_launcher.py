@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.control_plane.launcher import LaunchStatus
-from jackpot.control_plane.run_directory import RunDirectory
-from jackpot.errors import JackpotError
-from jackpot.runtime.bus.server import EmbeddedServer
+from jackpot.control_plane.run_directory import RunDirectory, last_lines
+from jackpot.control_plane.socket_directory import close_socket_directory, open_socket_directory
+from jackpot.control_plane.supervision import Deaths, told
+from jackpot.errors import ConfigError, JackpotError
+from jackpot.runtime.bus import TrajectoryBus
+from jackpot.runtime.bus.server import EmbeddedServer, dies_with
 
 # A SIGTERM asks every process to finish its current unit of work; after this long it is ended.
 GRACE_SECONDS = 6.0
-BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-# A process that stayed up this long has recovered: its earlier deaths no longer count against it.
-STABLE_SECONDS = 120.0
+LEFTOVERS_SECONDS = 15.0  # for what a killed session left to notice that it is alone, and end
+POLL_SECONDS = 0.02
 NEVER_RESTARTED = {
     2: "cannot work with this configuration",
     70: "stopped the job",
@@ -43,19 +45,20 @@ class _Process:
     name: str
     service: str
     environment: ServiceEnvironment
+    deaths: Deaths
     popen: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     restart_at: float | None = None
-    recent_deaths: int = 0
     finished: bool = False
 
 
 @dataclass(slots=True)
-class _Restarts:
-    by_process: dict[str, int] = field(default_factory=dict)
+class _ServerWatch:
+    """The embedded server, while it is supervised."""
 
-    def count(self, name: str) -> None:
-        self.by_process[name] = self.by_process.get(name, 0) + 1
+    deaths: Deaths
+    started_at: float = 0.0
+    restart_at: float | None = None
 
 
 class LocalLauncher:
@@ -72,15 +75,15 @@ class LocalLauncher:
         self._run = run
         self._job = job
         self._server = EmbeddedServer(run.path / "redis") if job.bus.url is None else None
+        self._server_watch = _ServerWatch(Deaths(job.run.max_restarts))
         self._processes: list[_Process] = []
-        self._restarts = _Restarts()
-        self._socket_dir: Path | None = None
-        self._server_deaths = 0
+        self._restarts: Counter[str] = Counter()
+        self._bus_url: str | None = None
 
     @property
-    def redis_url(self) -> str:
-        """Where the job's bus is; known once started."""
-        return self._job.bus.url or (self._server.url if self._server else "")
+    def redis_url(self) -> str | None:
+        """Where the job's bus is; None before it is started."""
+        return self._bus_url
 
     async def start(self) -> None:
         """Start the server, then every process at once.
@@ -89,11 +92,9 @@ class LocalLauncher:
             JackpotError: the server could not be started, or a process of an earlier session does not end.
         """
         await end_leftovers(self._run.path)
-        if self._server is not None:
-            await self._server.start()
+        self._bus_url = await self._start_bus()
         # Unix sockets: no port to lose a race for, and nobody but this user can connect.
-        self._socket_dir = Path(tempfile.mkdtemp(prefix="jackpot-"))
-        self._processes = self._plan(self._socket_dir)
+        self._processes = self._plan(open_socket_directory(self._run.path), self._bus_url)
         targets = [{"targets": [p.environment.metrics_address], "labels": {"process": p.name}} for p in self._processes]
         (self._run.path / "prometheus_targets.json").write_text(json.dumps(targets, indent=2), encoding="utf-8")
         for process in self._processes:
@@ -105,7 +106,7 @@ class LocalLauncher:
         for process in self._processes:
             error = error or self._check_process(process)
         finished = all(p.finished for p in self._processes if p.service in MUST_FINISH)
-        return LaunchStatus(finished=finished, error=error, restarts=dict(self._restarts.by_process))
+        return LaunchStatus(finished=finished, error=error, restarts=dict(self._restarts))
 
     async def stop(self) -> None:
         """SIGTERM to all, SIGKILL to who ignores it, the server last."""
@@ -114,16 +115,26 @@ class LocalLauncher:
             popen.terminate()
         deadline = time.monotonic() + GRACE_SECONDS
         while any(popen.poll() is None for popen in running) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(POLL_SECONDS)
         for popen in running:
             popen.kill()
             popen.wait()
         if self._server is not None:
             await self._server.stop(timeout_seconds=2.0)
-        if self._socket_dir is not None:
-            shutil.rmtree(self._socket_dir, ignore_errors=True)
+        close_socket_directory(self._run.path)
 
-    def _plan(self, sockets: Path) -> list[_Process]:
+    async def _start_bus(self) -> str:
+        if self._server is not None:
+            await self._server.start()
+            self._server_watch.started_at = time.monotonic()
+            return self._server.url
+        # Without this, every process would wait for a server whose address has a slip in it.
+        url, settings = self._job.bus.url or "", self._job.bus
+        bus = await TrajectoryBus.connect(url, self._run.job_id, settings, "launcher", self._run.path / "payloads")
+        await bus.close()
+        return url
+
+    def _plan(self, sockets: Path, bus_url: str) -> list[_Process]:
         job = self._job
         rollouts = [f"unix:{sockets}/rollout-{index}.sock" for index in range(job.rollout.replicas)]
         evaluator = f"unix:{sockets}/evaluator.sock"
@@ -148,13 +159,16 @@ class LocalLauncher:
         common: dict[str, object] = {
             "run_dir": self._run.path,
             "job_id": self._run.job_id,
-            "redis_url": self.redis_url,
+            "redis_url": bus_url,
             "threads": threads,
         }
         ports = free_ports(len(plan))
         return [
             _Process(
-                name, service, ServiceEnvironment.model_validate({**common, **settings} | {"metrics_address": address})
+                name,
+                service,
+                ServiceEnvironment.model_validate({**common, **settings} | {"metrics_address": address}),
+                Deaths(job.run.max_restarts),
             )
             for (name, service, settings), address in zip(plan, ports, strict=True)
         ]
@@ -170,6 +184,8 @@ class LocalLauncher:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # The services ask for this themselves, but only once Python is up.
+                preexec_fn=dies_with(os.getpid()) if sys.platform == "linux" else None,
             )
         process.started_at = time.monotonic()
         process.restart_at = None
@@ -189,29 +205,43 @@ class LocalLauncher:
         if code == 0 and process.service in MUST_FINISH:
             process.finished = True
             return None
-        if now - process.started_at > STABLE_SECONDS:
-            process.recent_deaths = 0
-        process.recent_deaths += 1
-        if code in NEVER_RESTARTED or process.recent_deaths > self._job.run.max_restarts:
-            why = NEVER_RESTARTED.get(code, f"keeps dying ({_told(code)})")
+        delay = None if code in NEVER_RESTARTED else process.deaths.restart_delay(now - process.started_at)
+        if delay is None:
+            why = NEVER_RESTARTED.get(code, f"keeps dying ({told(code)})")
             return (
                 f"{process.name} {why}; the end of {self._run.log(process.name)}:\n{self._run.last_lines(process.name)}"
             )
-        self._restarts.count(process.name)
-        process.restart_at = now + BACKOFF_SECONDS[min(process.recent_deaths, len(BACKOFF_SECONDS)) - 1]
+        self._restarts[process.name] += 1
+        process.restart_at = now + delay
         return None
 
     async def _check_server(self) -> str | None:
-        if self._server is None or self._server.poll() is None:
+        """Look at the embedded server; why the job must stop, or None."""
+        server, watch, now = self._server, self._server_watch, time.monotonic()
+        if server is None:
             return None
-        self._server_deaths += 1
-        if self._server_deaths > self._job.run.max_restarts:
-            return f"the embedded server keeps dying; see {self._run.path / 'redis' / 'server.log'}"
-        self._restarts.count(SERVER)
+        if watch.restart_at is None:
+            code = server.poll()
+            return None if code is None else self._plan_server_restart(told(code))
+        if now < watch.restart_at:
+            return None
         try:
-            await self._server.start()
+            await server.start()
+        except ConfigError as error:
+            return str(error)  # the binary is gone
         except JackpotError as error:
-            return f"the embedded server died and cannot be started again: {error}"
+            return self._plan_server_restart(str(error))
+        watch.started_at, watch.restart_at = time.monotonic(), None
+        return None
+
+    def _plan_server_restart(self, why: str) -> str | None:
+        watch, now = self._server_watch, time.monotonic()
+        delay = watch.deaths.restart_delay(now - watch.started_at)
+        if delay is None:
+            log = self._run.path / "redis" / "server.log"
+            return f"the embedded server keeps dying ({why}); the end of {log}:\n{last_lines(log)}"
+        self._restarts[SERVER] += 1
+        watch.restart_at = now + delay
         return None
 
 
@@ -227,7 +257,7 @@ def free_ports(count: int) -> list[str]:
             one.close()
 
 
-async def end_leftovers(run_dir: Path, timeout_seconds: float = 15.0) -> None:
+async def end_leftovers(run_dir: Path, timeout_seconds: float = LEFTOVERS_SECONDS) -> None:
     """Wait for processes of an earlier session of this run, whose launcher was killed; end those that stay.
 
     Raises:
@@ -242,15 +272,16 @@ async def end_leftovers(run_dir: Path, timeout_seconds: float = 15.0) -> None:
             return False
         return variables.get("JACKPOT_RUN_DIR") == str(run_dir) and process.pid != os.getpid()
 
-    leftovers = [process for process in psutil.process_iter() if mine(process)]
-    _, alive = await asyncio.to_thread(psutil.wait_procs, leftovers, timeout_seconds)
-    for process in alive:
-        process.kill()
-    _, alive = await asyncio.to_thread(psutil.wait_procs, alive, 5.0)
-    if alive:
+    async def alive_after(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+        deadline = time.monotonic() + seconds
+        while (alive := psutil.wait_procs(processes, timeout=0)[1]) and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+        return alive
+
+    leftovers = await alive_after([process for process in psutil.process_iter() if mine(process)], timeout_seconds)
+    for process in leftovers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    if alive := await alive_after(leftovers, 5.0):
         pids = ", ".join(str(process.pid) for process in alive)
         raise JackpotError(f"processes of an earlier session of {run_dir} do not end: {pids}; end them first")
-
-
-def _told(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"

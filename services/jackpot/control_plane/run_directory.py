@@ -136,14 +136,19 @@ class RunDirectory:
         """The log of a process."""
         return self.path / "logs" / f"{process}.log"
 
-    def last_lines(self, process: str, count: int = 5) -> str:
+    def last_lines(self, process: str) -> str:
         """The end of a process's log, for an error message."""
-        try:
-            lines = self.log(process).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            return ""
-        errors = [line for line in lines[-50:] if line.startswith("error:")]
-        return "\n".join(errors[-1:] or lines[-count:])
+        return last_lines(self.log(process))
+
+
+def last_lines(log: Path, count: int = 5) -> str:
+    """The last ``error:`` line near the end of a log, or else its last lines."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    errors = [line for line in lines[-50:] if line.startswith("error:")]
+    return "\n".join(errors[-1:] or lines[-count:])
 
 
 def _latest_rows(path: Path) -> list[Row]:

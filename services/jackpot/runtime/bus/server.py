@@ -146,7 +146,7 @@ class EmbeddedServer:
                 stderr=log,
                 pass_fds=[self._lock] if self._lock is not None else [],
                 start_new_session=True,  # Ctrl-C is for the launcher, which stops the server last
-                preexec_fn=_dies_with(os.getpid()) if sys.platform == "linux" else None,
+                preexec_fn=dies_with(os.getpid()) if sys.platform == "linux" else None,
             )
         try:
             await self._wait_until_ready(deadline, timeout_seconds)
@@ -242,8 +242,12 @@ class EmbeddedServer:
         return " | ".join(lines[-_LOG_LINES_SHOWN:])
 
 
-def _dies_with(parent: int) -> Callable[[], None]:
-    """To run in the child: SIGTERM when the parent ends, also if it ended before this was set."""
+def dies_with(parent: int) -> Callable[[], None]:
+    """To run in the child (``preexec_fn``): SIGTERM when the parent ends, also if it ended before this was set. Linux.
+
+    Args:
+        parent: process id of the parent. It is the *thread* that starts the child whose end counts.
+    """
     prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: after the fork nothing may be loaded
 
     def arrange() -> None:

@@ -1,0 +1,50 @@
+"""Where a run's unix sockets lie: a private directory whose path is short enough for a socket.
+
+Run directories may lie anywhere, and the kernel takes no socket path beyond 104 to 108 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+MAX_SOCKET_PATH_BYTES = 100
+_LONGEST_NAME = "/evaluator-9999.sock"
+_RECORD = "sockets.json"
+
+
+def open_socket_directory(run_dir: Path) -> Path:
+    """A directory for a session's sockets, recorded in ``sockets.json`` of the run directory.
+
+    What a killed session left behind is removed, so that directories do not pile up.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    close_socket_directory(run_dir)
+    directory = Path(tempfile.mkdtemp(prefix="jackpot-", dir=_short_base()))
+    (run_dir / _RECORD).write_text(json.dumps({"directory": str(directory)}), encoding="utf-8")
+    return directory
+
+
+def close_socket_directory(run_dir: Path) -> None:
+    """Remove the recorded directory, if it is one that only this user can have made."""
+    record = run_dir / _RECORD
+    try:
+        directory = Path(json.loads(record.read_text(encoding="utf-8"))["directory"])
+        status = directory.lstat()
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    if private and directory.name.startswith("jackpot-"):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _short_base() -> str:
+    base = tempfile.gettempdir()
+    longest = len(os.fsencode(base)) + len("/jackpot-12345678") + len(_LONGEST_NAME)
+    return base if longest <= MAX_SOCKET_PATH_BYTES else "/tmp"
