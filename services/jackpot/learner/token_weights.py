@@ -43,7 +43,7 @@ class TokenWeights:
     normalizer: Tensor  # [N] float32, Z
     topk_mass: Tensor  # [N] float32
     target_logprobs: Tensor  # [N] float32, log p_t
-    obrs_lambda: Tensor  # [N] float32, λ; 1 without OBRS
+    obrs_lambda: Tensor  # [N] float32, λ; 0, which rejects nothing, without OBRS
     bias_correction: float  # κ or τ, before τ is clipped to [0, 1]
 
     def select(self, index: Tensor) -> TokenWeights:
@@ -78,7 +78,7 @@ def reference_target_weights(tokens: TokenArrays, correction: CorrectionConfig) 
         normalizer=ones,
         topk_mass=tokens.topk_mass,
         target_logprobs=tokens.reference_logprobs,
-        obrs_lambda=ones,
+        obrs_lambda=torch.zeros_like(ones),
         bias_correction=1.0,
     )
 

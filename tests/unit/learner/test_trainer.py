@@ -258,3 +258,22 @@ def test_the_row_holds_the_figures_of_the_batch(
     assert row["response/truncated_fraction"] == pytest.approx(1 / 3)
     assert 0 < row["rollout_corr/rollout_is_eff_sample_size"] <= 1
     assert row["kl/policy_actor"] > 0 and row["rollout_corr/nonfinite"] == 0
+
+
+def test_without_rejection_nothing_is_brought_nearer(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    rows = {}
+    for correction in ("jackpot", "tis"):
+        job = make_job(f"algorithm.correction={correction}")
+        batch = build_batch(make_groups(job), job.algorithm.advantage)
+        rows[correction] = make_trainer(job).train_batch(batch, first_step=0)[0]
+    ratio = (batch.tokens.reference_logprobs - batch.tokens.actor_logprobs).double()
+    before = float((ratio.exp() * ratio - ratio.exp() + 1).mean())
+    for row in rows.values():
+        assert row["rollout_corr/kl_before"] == pytest.approx(before)
+        assert row["rollout_corr/target_ratio_p50"] == pytest.approx(float(ratio.exp().quantile(0.5)), rel=0.05)
+        assert row["rollout_corr/target_ratio_p01"] < row["rollout_corr/target_ratio_p99"]
+    assert rows["tis"]["rollout_corr/kl_after"] == pytest.approx(before)
+    assert rows["tis"]["rollout_corr/obrs_lambda"] == 0
+    assert rows["jackpot"]["rollout_corr/kl_after"] != pytest.approx(before)
