@@ -1,0 +1,63 @@
+"""Whole jobs with vLLM rollouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from job_world import assert_ledger_adds_up, assert_mirror_agrees, jackpot_run, write_job
+
+NUM_STEPS = 40
+
+
+@pytest.mark.timeout(300)
+def test_a_job_outlives_the_kill_of_its_vllm_process(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    job_file = write_job(tmp_path, make_model, steps=NUM_STEPS, checkpoint_every=5)
+    directory = tmp_path / "run"
+    arguments = [str(job_file), "rollout.engine=vllm", "evaluation.every=20", "--run-dir", str(directory)]
+    with jackpot_run(*arguments, directory=directory) as run:
+        run.wait_for_step(6)
+        rollout = run.child("rollout-0")
+        assert rollout is not None
+        (engine,) = rollout.children()
+        engine.kill()
+        killed_at = run.step
+        code, _, stderr = run.finish(200)
+    assert code == 0, stderr
+    assert run.summary["state"] == "succeeded"
+    assert run.summary["restarts_by_process"] == {"rollout-0": 1}
+    assert_ledger_adds_up(run.summary, trained=2 * NUM_STEPS)
+    assert_mirror_agrees(run)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == set(range(1, NUM_STEPS + 1))
+    assert max(row["staleness/max"] for row in rows) <= 1
+    log = (directory / "logs" / "rollout-0.log").read_text()
+    assert "vLLM's engine process has died" in log
+    # Its successor began where the job was, not at version 0.
+    after = log[log.index("vLLM's engine process has died") :]
+    first = next(line for line in after.splitlines() if "weights loaded" in line)
+    assert int(first.split("version=")[1].split()[0]) >= killed_at - 1
+
+
+@pytest.mark.timeout(300)
+def test_an_actor_that_is_the_policy_in_eight_bits_stays_close_to_it(
+    tmp_path: Path, make_model: Callable[..., Path]
+) -> None:
+    job_file = write_job(tmp_path, make_model, steps=6)
+    directory = tmp_path / "run"
+    model = make_model("qwen3", seed=1)
+    formats = ["dtype=bfloat16", "quantization=fp8_per_channel", "kv_cache_dtype=fp8", "weights=policy", "train=false"]
+    overrides = [f"actor.{setting}" for setting in (f"model={model}", *formats)]
+    arguments = [str(job_file), "rollout.engine=vllm", "orchestrator.max_staleness=0", *overrides]
+    with jackpot_run(*arguments, "--run-dir", str(directory), directory=directory) as run:
+        code, _, stderr = run.finish(200)
+    assert code == 0, stderr
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["staleness/max"] for row in rows] == [0.0] * 6
+    acceptance = [row["rollout_corr/obrs_acceptance_rate"] for row in rows]
+    assert all(0.7 < rate < 1 for rate in acceptance)  # two random models that differ accept a third
+    assert (directory / "export" / "actor" / "model.safetensors").read_bytes() == (
+        directory / "export" / "policy" / "model.safetensors"
+    ).read_bytes()
