@@ -13,6 +13,9 @@ import typer
 import jackpot
 from jackpot.cli import local, remote, replaying, serving
 from jackpot.errors import JackpotError
+from jackpot.runtime.logs import redact_url
+
+INSTALL = "This command needs more than the base package: pip install 'jackpot[local]'."
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,5 +41,13 @@ def main() -> None:
     try:
         app()
     except JackpotError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {redact_url(str(error))}", err=True)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "jackpot":
+            raise
+        typer.echo(f"error: {error.name} is not installed. {INSTALL}", err=True)
+        sys.exit(1)
+    except OSError as error:  # a full disk, a directory without permission: not ours to explain further
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -80,6 +81,7 @@ def _run_file(job_file: Path, overrides: list[str], run_dir: Path | None, as_jso
     from jackpot.control_plane.preparation import prepare_job
     from jackpot.control_plane.run_directory import RunDirectory, new_job_id
 
+    _require_services()
     job = prepare_job(load_job(job_file, overrides))
     job_id = new_job_id(job.name)
     directory = run_dir or Path(job.run.directory or Path("runs") / job_id)
@@ -91,6 +93,7 @@ def _resume(directory: Path, as_json: bool) -> None:
     from jackpot.control_plane.job_run import run_job
     from jackpot.control_plane.run_directory import RunDirectory
 
+    _require_services()
     run_directory = RunDirectory.open(directory)
     summary = run_directory.summary
     if summary is not None and summary.get("state") == "succeeded":
@@ -103,6 +106,7 @@ def _compare(job_file: Path, overrides: list[str], run_dir: Path | None, as_json
     from jackpot.control_plane.comparison import compare, comparison_table
     from jackpot.control_plane.run_directory import new_job_id
 
+    _require_services()
     console = _console(as_json)
     directory = run_dir or Path("runs") / new_job_id("compare")
     comparison = compare(job_file, overrides, directory, console)
@@ -112,6 +116,13 @@ def _compare(job_file: Path, overrides: list[str], run_dir: Path | None, as_json
         typer.echo(json.dumps(comparison))
     worst = max(EXIT_CODES[summary["state"]] for summary in comparison["runs"].values())
     raise typer.Exit(worst)
+
+
+def _require_services() -> None:
+    """What the service processes import, and this one does not: its absence would show only in their logs."""
+    for name in ("torch", "transformers", "safetensors", "psutil", "matplotlib"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
