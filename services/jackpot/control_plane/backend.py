@@ -35,7 +35,6 @@ class Backend:
         self.tokens = TokenFile(settings.data_dir / "tokens.json")
         self.metrics = ServiceMetrics()
         self.stopping = asyncio.Event()
-        self.failure: JackpotError | None = None  # why it could not be opened
         self.store: RedisJobStore
         self.scheduler: Scheduler
 
@@ -61,17 +60,13 @@ class Backend:
             self.scheduler = Scheduler(self.store, directory / "runs", self.settings.policy)
             tasks.append(asyncio.create_task(self.scheduler.run()))
             if embedded is not None:
-                tasks.append(asyncio.create_task(_keep_up(embedded)))
+                tasks.append(asyncio.create_task(_keep_up(embedded, self.stopping)))
             yield
-        except JackpotError as error:
-            self.failure = error
-            raise
         finally:
             self.stopping.set()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             if tasks:
+                self.scheduler.stop()
+                await asyncio.gather(*tasks, return_exceptions=True)
                 await self.store.close()
             if embedded is not None:
                 await embedded.stop()
@@ -99,9 +94,9 @@ class Backend:
         return lock
 
 
-async def _keep_up(server: EmbeddedServer) -> None:
+async def _keep_up(server: EmbeddedServer, stopping: asyncio.Event) -> None:
     """Start the store's server again when it dies; its data, socket and password stay."""
-    while True:
+    while not stopping.is_set():
         await asyncio.sleep(WATCH_SECONDS)
         if server.poll() is None:
             continue

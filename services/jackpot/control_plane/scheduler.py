@@ -76,11 +76,12 @@ class Scheduler:
         self._policy = policy
         self._watched: dict[str, _Watch] = {}
         self._wake = asyncio.Event()
+        self._stopped = False
         self._looked_at = time.monotonic()
 
     async def run(self) -> None:
-        """Look after the jobs until cancelled. Jobs keep running then; the next scheduler finds them."""
-        while True:
+        """Look after the jobs until :meth:`stop`. Jobs keep running then; the next scheduler finds them."""
+        while not self._stopped:
             try:
                 await self.look()
                 pause = LOOK_SECONDS
@@ -88,9 +89,15 @@ class Scheduler:
             except (JackpotError, OSError) as error:
                 LOG.error("jobs cannot be looked after: %s", error)
                 pause = TROUBLE_SECONDS
-            self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause)
+            self._wake.clear()
+
+    def stop(self) -> None:
+        """End :meth:`run` after what it is doing. Not by cancelling it: a cancelled look would be half a look, and
+        redis-py's retries may take a cancellation for a lost connection and go on."""
+        self._stopped = True
+        self._wake.set()
 
     @property
     def silent_seconds(self) -> float:

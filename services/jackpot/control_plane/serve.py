@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
@@ -14,6 +16,8 @@ from jackpot.control_plane.backend import Backend
 from jackpot.control_plane.settings import ServeSettings
 from jackpot.errors import ConfigError
 from jackpot.runtime.logs import setup_logging
+
+LOG = logging.getLogger(__name__)
 
 GRACE_SECONDS = 2  # streams end when the server stops; this is for slow downloads
 
@@ -36,6 +40,7 @@ def serve(settings: ServeSettings, announce: Callable[[str], None]) -> None:
     bound = _bind(settings)
     config = uvicorn.Config(
         app,
+        lifespan="off",
         log_config=None,
         access_log=False,
         proxy_headers=False,  # an address from a header is an address of the client's choice
@@ -47,27 +52,35 @@ def serve(settings: ServeSettings, announce: Callable[[str], None]) -> None:
         limit_concurrency=1024,
         h11_max_incomplete_event_size=16 << 10,
     )
-    server = _Server(config, backend)
-    address = bound.getsockname()
-    logging.getLogger(__name__).info("listening", extra={"host": address[0], "port": address[1]})
-    announce(settings.url.replace(f":{settings.port}", f":{address[1]}"))
+    url = settings.url.replace(f":{settings.port}", f":{bound.getsockname()[1]}")
     with contextlib.closing(bound):
-        server.run(sockets=[bound])
-    if backend.failure is not None:
-        raise backend.failure
+        asyncio.run(_serve(backend, _Server(config), bound, lambda: announce(url)))
+
+
+async def _serve(backend: Backend, server: _Server, bound: socket.socket, announce: Callable[[], None]) -> None:
+    """The backend is opened before the first connection is taken, and closed after the last."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        # Streams first: uvicorn waits for open connections before anything else.
+        backend.stopping.set()
+        server.should_exit = True
+
+    async with backend.open():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
+        LOG.info("listening", extra={"port": bound.getsockname()[1]})
+        announce()
+        await server.serve(sockets=[bound])
 
 
 class _Server(uvicorn.Server):
-    """Ends the streams first when it stops: uvicorn waits for open connections before anything else."""
+    """Leaves the signals to us: uvicorn would end the process with them before the backend is closed."""
 
-    def __init__(self, config: uvicorn.Config, backend: Backend) -> None:
-        super().__init__(config)
-        self._backend = backend
-
-    def handle_exit(self, sig: int, frame: object) -> None:
-        """SIGINT or SIGTERM."""
-        self._backend.stopping.set()
-        super().handle_exit(sig, frame)  # type: ignore[arg-type]
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing to capture."""
+        yield
 
 
 def _bind(settings: ServeSettings) -> socket.socket:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,18 +29,12 @@ _EXAMPLE = {
 
 
 def create_app(backend: Backend) -> FastAPI:
-    """The application around a backend, which it opens and closes."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with backend.open():
-            yield
+    """The application around a backend, which the caller opens and closes."""
 
     app = FastAPI(
         title="Jackpot",
         version=jackpot.__version__,
         summary="Submit training jobs, and follow them.",
-        lifespan=lifespan,
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
         responses={code: {"model": problems.Problem, "description": "A problem"} for code in _PROBLEM_CODES},

@@ -68,7 +68,7 @@ class EventStream:
             try:
                 # Asked before the files are read: what an ended job has written is whole.
                 ended = (await self._backend.store.get(self._job_id)).state.finished
-                news = [*await self._states(), *self._rows()]
+                news = await self._news()
             except JobNotFoundError:
                 yield _event("end", None, {"reason": "the job was deleted"})
                 return
@@ -86,23 +86,28 @@ class EventStream:
             if not news:
                 await asyncio.sleep(LOOK_SECONDS)
 
-    async def _states(self) -> list[str]:
+    async def _news(self) -> list[str]:
+        """What is new, in the order of its time, so that the past is told as it happened."""
+        transitions = await self._backend.store.transitions(self._job_id, self._cursor.transitions)
+        # (time, what the cursor becomes, name, data)
+        news: list[tuple[float, tuple[str, int], str, Any]] = [
+            (
+                one.time.timestamp(),
+                ("transitions", self._cursor.transitions + index),
+                "state",
+                one.model_dump(mode="json"),
+            )
+            for index, one in enumerate(transitions, start=1)
+        ]
+        for name, tail, event in (("steps", self._steps, "step"), ("evaluations", self._evaluations, "evaluation")):
+            news += [(float(row.get("time") or 0.0), (name, end), event, row) for row, end in tail.read()]
         texts = []
-        for transition in await self._backend.store.transitions(self._job_id, self._cursor.transitions):
-            self._cursor.transitions += 1
-            texts.append(_event("state", str(self._cursor), transition.model_dump(mode="json")))
-        return texts
-
-    def _rows(self) -> list[str]:
-        texts = []
-        for row, offset in self._steps.read():
-            # Alarms carry no id: a client that is cut off between an alarm and its step gets both again.
-            texts += [_event("alarm", None, asdict(alarm)) for alarm in self._alarms.look(row)]
-            self._cursor.steps = offset
-            texts.append(_event("step", str(self._cursor), row))
-        for row, offset in self._evaluations.read():
-            self._cursor.evaluations = offset
-            texts.append(_event("evaluation", str(self._cursor), row))
+        for _, (part, position), event, data in sorted(news, key=lambda one: one[0]):
+            if event == "step":
+                # Alarms carry no id: a client that is cut off between an alarm and its step gets both again.
+                texts += [_event("alarm", None, asdict(alarm)) for alarm in self._alarms.look(data)]
+            setattr(self._cursor, part, max(position, getattr(self._cursor, part)))
+            texts.append(_event(event, str(self._cursor), data))
         return texts
 
 
