@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from job_world import (
     JACKPOT,
+    Run,
     assert_ledger_adds_up,
     assert_mirror_agrees,
     jackpot_run,
@@ -68,23 +71,56 @@ def test_a_run_killed_as_a_whole_is_resumed_from_its_checkpoint(tmp_path: Path, 
     assert again.returncode == 2 and "has finished already" in again.stderr
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_interrupting_stops_everything_within_ten_seconds_and_says_how_to_go_on(
     tmp_path: Path, make_model: MakeModel
 ) -> None:
     job_file = write_job(tmp_path, make_model, steps=10_000)
     directory = tmp_path / "run"
-    with jackpot_run(str(job_file), "--run-dir", str(directory), directory=directory) as run:
+    # No death is allowed: services that Ctrl-C ended must not be taken for dying ones.
+    arguments = [str(job_file), "run.max_restarts=0", "--run-dir", str(directory)]
+    with jackpot_run(*arguments, directory=directory) as run:
         run.wait_for_step(2)
-        children = [run.child(name) for name in PROCESSES]
-        started = time.monotonic()
-        run.process.send_signal(signal.SIGINT)
-        code, stdout, _ = run.finish(20)
-        assert time.monotonic() - started < 10
-    assert code == 130
+        # As a terminal does it: to every process of the foreground group.
+        stdout = assert_stops(run, lambda: os.killpg(run.process.pid, signal.SIGINT))
     assert f"jackpot run --resume {directory}" in stdout
     assert run.summary["state"] == "stopped" and run.summary["restarts"] == 0
+
+    step = run.step
+    with jackpot_run("--resume", str(directory), directory=directory) as run:
+        run.wait_for_step(step + 1)
+        again = subprocess.run([*JACKPOT, "run", "--resume", str(directory)], capture_output=True, text=True)
+        assert again.returncode == 1 and "is running already" in again.stderr and "Traceback" not in again.stderr
+        # As a service manager does it: to the launcher alone.
+        assert_stops(run, lambda: run.process.send_signal(signal.SIGTERM))
+    assert run.summary["state"] == "stopped" and run.summary["resumed_from_step"] is not None
+
+
+def assert_stops(run: Run, interrupt: Callable[[], None]) -> str:
+    """The run ends within ten seconds with exit code 130, and every process with it; returns its stdout."""
+    children = [run.child(name) for name in PROCESSES]
+    started = time.monotonic()
+    interrupt()
+    code, stdout, stderr = run.finish(20)
+    assert time.monotonic() - started < 10
+    assert code == 130, stderr
     assert all(child is not None and not child.is_running() for child in children)
+    return stdout
+
+
+@pytest.mark.timeout(200)
+def test_no_process_outlives_a_launcher_that_was_killed_while_it_started_them(
+    tmp_path: Path, make_model: MakeModel
+) -> None:
+    job_file = write_job(tmp_path, make_model, steps=10_000)
+    directory = tmp_path / "run"
+    with jackpot_run(str(job_file), "--run-dir", str(directory), directory=directory) as run:
+        run.wait_until(lambda: run.child("orchestrator") is not None, "the last process to be started")
+        children = psutil.Process(run.process.pid).children(recursive=True)
+        run.process.kill()  # the launcher alone
+        run.process.wait()
+        _, alive = psutil.wait_procs(children, timeout=60)
+    assert len(children) == len(PROCESSES) and alive == []
 
 
 @pytest.mark.timeout(300)

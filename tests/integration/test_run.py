@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 from collections.abc import Callable
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 from job_world import JACKPOT, assert_ledger_adds_up, assert_mirror_agrees, jackpot_run, write_job
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jackpot.control_plane.comparison import compare
 
 MakeModel = Callable[..., Path]
 
@@ -58,12 +62,34 @@ def test_on_policy_training_runs_without_an_actor(tmp_path: Path, make_model: Ma
     assert max(abs(row["rollout_corr/kl"]) for row in rows) < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_corrections_are_compared_on_one_seed(tmp_path: Path, make_model: MakeModel) -> None:
+    job_file = write_job(tmp_path, make_model, steps=2)
+    text = io.StringIO()
+    overrides = ["seed=7", "evaluation.prompts=4", "evaluation.every=1"]
+    comparison = compare(job_file, overrides, tmp_path / "compared", Console(file=text, width=160))
+    assert list(comparison["runs"]) == ["on-policy", "none", "tis", "jackpot"]
+    for method, summary in comparison["runs"].items():
+        assert summary["state"] == "succeeded", summary
+        assert_ledger_adds_up(summary, trained=4)
+        job = json.loads((tmp_path / "compared" / method / "job.json").read_text())
+        assert job["seed"] == comparison["seed"] == 7
+        assert job["algorithm"]["correction"]["name"] == {"on-policy": "none"}.get(method, method)
+    # The same policy, asked the same questions before any training.
+    assert len({summary["policy_accuracy"]["initial"] for summary in comparison["runs"].values()}) == 1
+    assert json.loads((tmp_path / "compared" / "comparison.json").read_text()) == comparison
+    assert (tmp_path / "compared" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
 BAD_INPUT = {
     "unknown key": (["learner.stepps=3"], "learner.stepps", "steps"),
     "wrong type": (["learner.steps=many"], "learner.steps", "number"),
     "unknown task": (["task.name=complemnt"], "task.name", "complement"),
     "truncated sampling": (["sampling.top_p=0.9"], "sampling.top_p", "temperature"),
     "not a model": (["policy.model=/nowhere"], "policy.model", "directory"),
+    "too long for the model": (["sampling.max_tokens=128"], "sampling.max_tokens", "at most"),
+    "no address": (["bus.url=localhost:6379"], "bus.url", "redis://host:port"),
     "empty dataset": (["task.name=jsonl", "task.params={path: empty.jsonl}"], "task.params.path", "empty"),
     "not a task": (["task.name=python:json:dumps"], "task.params", "factory(params, seed)"),
     "unknown reward": (["task.name=jsonl", "task.params={path: one.jsonl, reward: exactly}"], "reward", "exact_match"),
