@@ -26,6 +26,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield one
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_job_is_followed_to_success_and_its_model_loads(
     server: Server, tmp_path: Path, make_model: MakeModel
 ) -> None:
@@ -69,6 +71,8 @@ def test_a_job_is_followed_to_success_and_its_model_loads(
         assert not run_dir.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_running_job_is_cancelled_and_resumed_from_the_command_line(
     server: Server, tmp_path: Path, make_model: MakeModel
 ) -> None:
