@@ -94,7 +94,7 @@ def test_a_job_is_submitted_watched_cancelled_and_compared(
         second = client.submit(job | {"seed": 1})
         client.cancel(second.id)
     page.get_by_role("link", name="Jobs", exact=True).click()
-    page.locator("svg.spark polyline").first.wait_for()
+    page.locator("svg.spark polyline").first.wait_for(state="attached")  # a flat one has no height
     for box in (page.get_by_label("compare tiny").nth(0), page.get_by_label("compare tiny").nth(1)):
         box.check()
     page.screenshot(path=screenshots / "jobs.png", full_page=True)
