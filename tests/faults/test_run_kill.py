@@ -109,6 +109,22 @@ def assert_stops(run: Run, interrupt: Callable[[], None]) -> str:
 
 
 @pytest.mark.timeout(200)
+def test_interrupting_while_everything_starts_is_a_stop_and_no_failure(tmp_path: Path, make_model: MakeModel) -> None:
+    job_file = write_job(tmp_path, make_model)
+    directory = tmp_path / "run"
+    arguments = [str(job_file), "run.max_restarts=0", "--run-dir", str(directory), "--json"]
+    with jackpot_run(*arguments, directory=directory) as run:
+        run.wait_until(lambda: run.child("orchestrator") is not None, "the last process to be started")
+        # Services that are still loading die of this at once, before the launcher looks again.
+        os.killpg(run.process.pid, signal.SIGINT)
+        code, stdout, stderr = run.finish(30)
+    assert code == 130, stderr
+    summary = json.loads(stdout)
+    assert summary["state"] == "stopped" and summary["steps"] == 0 and summary["restarts"] == 0
+    assert "error" not in summary and "Traceback" not in stderr
+
+
+@pytest.mark.timeout(200)
 def test_no_process_outlives_a_launcher_that_was_killed_while_it_started_them(
     tmp_path: Path, make_model: MakeModel
 ) -> None:
