@@ -30,7 +30,7 @@ def serve(
     data_dir: DataDir = Path(DEFAULT_DATA_DIR),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8700,
-    slots: Annotated[int, typer.Option(min=1, help="Jobs that run at the same time.")] = 1,
+    slots: Annotated[int, typer.Option(min=0, help="Jobs that run at the same time; 0 only queues.")] = 1,
     max_losses: Annotated[int, typer.Option(min=0, help="How often a lost job is resumed.")] = 3,
     store: Annotated[
         str | None, typer.Option(envvar="JACKPOT_STORE_URL", help="Redis or Valkey for the jobs; embedded without it.")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio.connection import parse_url
@@ -12,7 +16,10 @@ from jackpot.control_plane.model_directories import check_models
 from jackpot.demo.recipe import builtin_models_missing, is_builtin, make_command, resolve_builtin
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.orchestrator.preflight import validate_job
+from jackpot.runtime.bus.server import dies_with
 from jackpot.runtime.logs import redact_url
+
+TIDY_UP_SECONDS = 5.0
 
 
 def prepare_job(job: JobSpec) -> JobSpec:
@@ -58,10 +65,29 @@ def make_builtin_models(job: JobSpec) -> None:
         JackpotError: the warm-up failed.
     """
     for recipe in builtin_models_missing(job):
-        # stdout belongs to the caller (--json); the warm-up's progress is on stderr.
-        finished = subprocess.run(make_command(recipe), stdout=subprocess.DEVNULL, check=False)
-        if finished.returncode:
+        if _run_to_end(make_command(recipe)):
             raise JackpotError(f"the built-in models of {recipe!r} could not be made; see the lines above")
+
+
+def _run_to_end(command: Sequence[str]) -> int:
+    """Run a command; its exit code. Interrupted, it is interrupted, too, and gets the time to tidy up."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,  # stdout belongs to the caller (--json); the warm-up's progress is on stderr
+        start_new_session=True,  # a Ctrl-C reaches it through us: once, not twice
+        preexec_fn=dies_with(os.getpid()) if sys.platform == "linux" else None,
+    )
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(TIDY_UP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
 
 
 def resolve_models(job: JobSpec) -> JobSpec:

@@ -46,8 +46,8 @@ class RedisJobStore:
             socket_connect_timeout=TIMEOUT_SECONDS,
             retry=Retry(EqualJitterBackoff(cap=1.0, base=0.05), RETRIES),
         )
-        self._create, self._transition, self._delete = (
-            self._redis.register_script(_source(name)) for name in ("create", "transition", "delete")
+        self._create, self._transition, self._delete, self._page = (
+            self._redis.register_script(_source(name)) for name in ("create", "transition", "delete", "page")
         )
 
     async def check_server(self) -> None:
@@ -126,8 +126,8 @@ class RedisJobStore:
         filtered = (len(states) > 1) or (len(labels) + len(states) > 1)
         records: dict[str, bytes] = {}
         for _ in range(SCAN_PAGES):
-            ids, next_cursor = await self._ids(index, cursor, max(limit, 200) if filtered else limit)
-            for number, job_id, data in await self._records(ids):
+            found, next_cursor = await self._slice(index, cursor, max(limit, 200) if filtered else limit)
+            for number, job_id, data in found:
                 if filtered and not _matches(data, states, labels):
                     continue
                 if len(records) == limit:
@@ -218,13 +218,18 @@ class RedisJobStore:
             raise JobNotFoundError(f"there is no job {job_id}")
         return data
 
-    async def _ids(self, index: str, cursor: int | None, limit: int) -> tuple[list[tuple[int, str]], int | None]:
-        """Ids with their numbers, newest first, and the number that follows."""
+    async def _slice(
+        self, index: str, cursor: int | None, limit: int
+    ) -> tuple[list[tuple[int, str, bytes]], int | None]:
+        """Records with their numbers and ids, newest first, and the number that follows."""
         newest = "+inf" if cursor is None else cursor
         async with self._translated():
-            found = await self._redis.zrevrangebyscore(index, newest, "-inf", start=0, num=limit + 1, withscores=True)
-        ids = [(int(number), job_id.decode()) for job_id, number in found]
-        return ids[:limit], ids[limit][0] if len(ids) > limit else None
+            found, records = await self._page([index], [newest, limit, self._of_job("")[0]])
+        ids = [(int(float(number)), job_id.decode()) for job_id, number in zip(found[::2], found[1::2], strict=True)]
+        following = ids[limit][0] if len(ids) > limit else None
+        # A job that was deleted a moment ago is missing.
+        whole = zip(ids[:limit], records, strict=True)
+        return [(number, job_id, data) for (number, job_id), data in whole if data is not None], following
 
     async def _records(self, ids: list[tuple[int, str]]) -> list[tuple[int, str, bytes]]:
         if not ids:
