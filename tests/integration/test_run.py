@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_corrections_are_compared_on_one_seed(tmp_path: Path, make_model: MakeMo
     assert len({summary["policy_accuracy"]["initial"] for summary in comparison["runs"].values()}) == 1
     assert json.loads((tmp_path / "compared" / "comparison.json").read_text()) == comparison
     assert (tmp_path / "compared" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interrupting_the_warm_up_leaves_no_half_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JACKPOT_CACHE", str(tmp_path / "cache"))
+    models = tmp_path / "cache" / "models"
+    job_file = Path(__file__).parents[2] / "examples" / "demo.yaml"
+    with jackpot_run(str(job_file), "--run-dir", str(tmp_path / "run"), directory=tmp_path / "run") as run:
+        run.wait_until(lambda: any(models.glob(".complement-*")), "the warm-up to begin")
+        run.process.send_signal(signal.SIGINT)
+        code, stdout, stderr = run.finish(30)
+    assert code == 130 and stdout == "" and "Traceback" not in stderr
+    assert [path.suffix for path in models.iterdir()] == [".lock"]
+    assert not (tmp_path / "run").exists()
 
 
 BAD_INPUT = {

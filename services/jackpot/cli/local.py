@@ -128,6 +128,7 @@ def _require_services() -> None:
 def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
     console = _console(as_json)
     accuracy, divergence, ledger = summary["policy_accuracy"], summary["kl_policy_actor"], summary["ledger"]
+    succeeded = summary["state"] == "succeeded"
     lines = [
         f"{summary['state']} after {summary['steps']} steps in {summary['wall_seconds']:.0f} s",
         f"policy accuracy  {_figure(accuracy['initial'])} → {_figure(accuracy['final'])} on held-out prompts",
@@ -135,7 +136,7 @@ def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
         f"KL policy‖actor  {_figure(divergence['initial'])} → {_figure(divergence['final'])} nats per token",
         f"ledger           {ledger['dispatched']} groups dispatched, {ledger['trained']} trained, "
         f"dropped {ledger['dropped'] or 'none'}; {summary['restarts']} restarts",
-        f"everything is in {directory} (summary.json, curves.png, export/)",
+        f"everything is in {directory} (summary.json, {'curves.png, export/' if succeeded else 'logs/'})",
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -15,13 +15,15 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 2 or arguments[0] not in RECIPES:
         print(f"usage: python -m jackpot.demo {{{','.join(RECIPES)}}} CACHE_DIRECTORY", file=sys.stderr)
         return 2
-    from jackpot.demo.warmup import make_models  # torch loads only once the arguments are known to be right
-
     try:
+        from jackpot.demo.warmup import make_models  # torch loads only once the arguments are known to be right
+
         print(make_models(RECIPES[arguments[0]], Path(arguments[1])))
     except JackpotError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
