@@ -155,11 +155,10 @@ async def logs(
 ) -> StreamingResponse:
     """The logs of the job's processes, as plain text, passwords removed."""
     await backend.store.get(job_id)
-    run_dir = backend.scheduler.run_dir(job_id)
-    names = observation.services(run_dir) if service is None else [service]
-    paths = [observation.log_path(run_dir, name) for name in names]
+    if service is not None:
+        observation.log_path(backend.scheduler.run_dir(job_id), service)
     _check_streams(backend)
-    lines = follow_logs(backend, job_id, paths, tail, follow)
+    lines = follow_logs(backend, job_id, service, tail, follow)
     return StreamingResponse(_counted(lines, backend), media_type="text/plain; charset=utf-8")
 
 

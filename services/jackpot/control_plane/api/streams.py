@@ -14,7 +14,7 @@ from typing import Any
 from jackpot.control_plane.alarms import AlarmWatch
 from jackpot.control_plane.backend import Backend
 from jackpot.control_plane.jsonl_tail import JsonlTail
-from jackpot.control_plane.observation import LogTail
+from jackpot.control_plane.observation import LogTail, services
 from jackpot.errors import BusError, JobNotFoundError
 
 LOOK_SECONDS = 0.2
@@ -132,21 +132,27 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and data - data != 0 else data
 
 
-async def follow_logs(backend: Backend, job_id: str, paths: list[Path], lines: int, follow: bool) -> AsyncIterator[str]:
-    """Logs of a job's processes, from their last lines on; of several, each line begins with the process.
+async def follow_logs(
+    backend: Backend, job_id: str, service: str | None, lines: int, follow: bool
+) -> AsyncIterator[str]:
+    """Logs of a job's processes, from their last lines on; of all of them, each line begins with the process.
 
     Ends once the job is over, at once if it is not to be followed.
     """
-    tails = {path.stem: LogTail(path, lines) for path in paths}
+    run_dir = backend.scheduler.run_dir(job_id)
+    tails: dict[str, LogTail] = {}
     while not backend.stopping.is_set():
         try:
             over = not follow or (await backend.store.get(job_id)).state.finished
         except (JobNotFoundError, BusError):
             over = True
+        for name in services(run_dir) if service is None else [service]:
+            if name not in tails:  # a job that waits for a slot has no logs yet
+                tails[name] = LogTail(run_dir / "logs" / f"{name}.log", lines)
         texts = {name: tail.read() for name, tail in tails.items()}
         for name, text in texts.items():
             if text:
-                yield text if len(tails) == 1 else "".join(f"{name} | {line}\n" for line in text.splitlines())
+                yield text if service is not None else "".join(f"{name} | {line}\n" for line in text.splitlines())
         if over and not any(texts.values()):
             return
         if not any(texts.values()):
