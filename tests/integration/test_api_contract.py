@@ -29,7 +29,7 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def job_id(api_server: Server) -> str:
     """A job that there is: cancelled before it starts, or while it does."""
     with api_server.client() as client:
-        return client.cancel(client.submit(TINY_JOB).id).id
+        return client.wait(client.cancel(client.submit(TINY_JOB).id).id).id
 
 
 @pytest.fixture(scope="module")

@@ -91,8 +91,18 @@ class ServicesAnswer(Record):
     """Their names."""
 
 
+_EVENT = {
+    "type": "object",
+    "description": "One event of the stream; data is JSON.",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["state", "step", "evaluation", "alarm", "end"]},
+        "id": {"type": "string", "pattern": CURSOR_PATTERN},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
 _STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events"}
+    200: {"content": {"text/event-stream": {"schema": _EVENT}}, "description": "Events"}
 }
 _TEXT: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Lines"}
