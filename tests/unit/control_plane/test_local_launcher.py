@@ -85,7 +85,7 @@ async def test_the_server_is_started_again_where_it_was_until_it_keeps_dying(tmp
             await check_until(launcher, lambda _: server_of(run) is not None)
             assert launcher.redis_url == url
         kill_server(run)
-        status = await check_until(launcher, lambda s: "server" in (s.error or ""))
+        status = await check_until(launcher, lambda s: "embedded server" in (s.error or ""))
     finally:
         await launcher.stop()
     assert status.error is not None and "the embedded server keeps dying (signal 9)" in status.error
