@@ -21,7 +21,7 @@ from job_world import JACKPOT, write_job
 from jackpot.client import Client
 from jackpot.control_plane.api.app import create_app
 from jackpot.control_plane.backend import Backend
-from jackpot.control_plane.scheduler import SchedulingPolicy
+from jackpot.control_plane.jobs.scheduler import SchedulingPolicy
 from jackpot.control_plane.settings import ServeSettings
 
 DEADLINE_SECONDS = 100.0
@@ -105,7 +105,7 @@ class Server:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 command = process.cmdline()
-                if "jackpot.control_plane.run_child" in command and str(self.data_dir) in " ".join(command):
+                if "jackpot.control_plane.sessions.run_child" in command and str(self.data_dir) in " ".join(command):
                     found.append(process)
         return found
 

@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 import httpx
 
-from jackpot.control_plane.records import JobDetail, JobList, JobRecord
+from jackpot.control_plane.jobs.records import JobDetail, JobList, JobRecord
 from jackpot.errors import ApiError
 
 DEFAULT_URL = "http://127.0.0.1:8700"

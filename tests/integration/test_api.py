@@ -15,7 +15,7 @@ import psutil
 import pytest
 from server_world import TINY_JOB, api
 
-from jackpot.control_plane.admission import Admission
+from jackpot.control_plane.jobs.admission import Admission
 from jackpot.control_plane.tokens import Scope, TokenFile
 
 YAML = {"Content-Type": "application/yaml"}

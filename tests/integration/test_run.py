@@ -14,7 +14,7 @@ from job_world import JACKPOT, assert_ledger_adds_up, assert_mirror_agrees, jack
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jackpot.control_plane.comparison import compare
+from jackpot.control_plane.sessions.comparison import compare
 
 MakeModel = Callable[..., Path]
 

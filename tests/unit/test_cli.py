@@ -38,7 +38,8 @@ def test_version_and_help_come_at_once_without_heavy_imports() -> None:
     assert shown.returncode == 0
     assert all(command in shown.stdout for command in ("run", "demo", "validate", "schema"))
     heavy = "{'torch', 'transformers', 'matplotlib', 'fastapi', 'vllm'}"
-    program = f"import sys, jackpot.cli, jackpot.control_plane.preparation; sys.exit(bool({heavy} & set(sys.modules)))"
+    modules = "jackpot.cli, jackpot.control_plane.sessions.preparation"
+    program = f"import sys, {modules}; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 
 

@@ -59,7 +59,7 @@ def validate(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")], overrides: Overrides = None
 ) -> None:
     """Check a job file and all that it names, without starting anything."""
-    from jackpot.control_plane.preparation import prepare_job
+    from jackpot.control_plane.sessions.preparation import prepare_job
 
     prepare_job(load_job(job_file, overrides or []))
     typer.echo(f"{job_file} is a valid job")
@@ -77,9 +77,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _run_file(job_file: Path, overrides: list[str], run_dir: Path | None, as_json: bool) -> None:
-    from jackpot.control_plane.job_run import run_job
-    from jackpot.control_plane.preparation import prepare_job
     from jackpot.control_plane.run_directory import RunDirectory, new_job_id
+    from jackpot.control_plane.sessions.job_run import run_job
+    from jackpot.control_plane.sessions.preparation import prepare_job
 
     _require_services()
     job = prepare_job(load_job(job_file, overrides))
@@ -90,8 +90,8 @@ def _run_file(job_file: Path, overrides: list[str], run_dir: Path | None, as_jso
 
 
 def _resume(directory: Path, as_json: bool) -> None:
-    from jackpot.control_plane.job_run import run_job
     from jackpot.control_plane.run_directory import RunDirectory
+    from jackpot.control_plane.sessions.job_run import run_job
 
     _require_services()
     run_directory = RunDirectory.open(directory)
@@ -103,8 +103,8 @@ def _resume(directory: Path, as_json: bool) -> None:
 
 
 def _compare(job_file: Path, overrides: list[str], run_dir: Path | None, as_json: bool) -> None:
-    from jackpot.control_plane.comparison import compare, comparison_table
     from jackpot.control_plane.run_directory import new_job_id
+    from jackpot.control_plane.sessions.comparison import compare, comparison_table
 
     _require_services()
     console = _console(as_json)

@@ -14,7 +14,7 @@ from jackpot.errors import ApiError, ConfigError, JackpotError
 
 if TYPE_CHECKING:
     from jackpot.client import Client, Event
-    from jackpot.control_plane.records import JobRecord
+    from jackpot.control_plane.jobs.records import JobRecord
 
 EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": 130}
 

@@ -49,8 +49,8 @@ def serve(
     rate_limit: Annotated[float, typer.Option(min=0, help="Requests per second and client; 0 is no limit.")] = 100.0,
 ) -> None:
     """Serve the REST API and the web page. Jobs survive a restart of the server."""
-    from jackpot.control_plane.admission import DEFAULT_TASKS, Admission
-    from jackpot.control_plane.scheduler import SchedulingPolicy
+    from jackpot.control_plane.jobs.admission import DEFAULT_TASKS, Admission
+    from jackpot.control_plane.jobs.scheduler import SchedulingPolicy
     from jackpot.control_plane.serve import serve as serve_until_stopped
     from jackpot.control_plane.settings import ServeSettings
     from jackpot.control_plane.tokens import TokenFile

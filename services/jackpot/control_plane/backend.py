@@ -9,8 +9,8 @@ import logging
 import os
 from collections.abc import AsyncIterator
 
-from jackpot.control_plane.redis_job_store import RedisJobStore
-from jackpot.control_plane.scheduler import Scheduler
+from jackpot.control_plane.jobs.redis_job_store import RedisJobStore
+from jackpot.control_plane.jobs.scheduler import Scheduler
 from jackpot.control_plane.service_metrics import ServiceMetrics
 from jackpot.control_plane.settings import ServeSettings
 from jackpot.control_plane.tokens import TokenFile

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jackpot.control_plane.admission import Admission
-from jackpot.control_plane.scheduler import SchedulingPolicy
+from jackpot.control_plane.jobs.admission import Admission
+from jackpot.control_plane.jobs.scheduler import SchedulingPolicy
 from jackpot.errors import ConfigError
 
 MAX_BODY_BYTES = 256 << 10

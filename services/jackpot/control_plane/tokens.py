@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from enum import IntEnum
 from pathlib import Path
 
-from jackpot.control_plane.records import now
+from jackpot.control_plane.jobs.records import now
 from jackpot.errors import ConfigError
 
 _TOKEN = re.compile(r"jp_([a-z0-9]{8})_([A-Za-z0-9_-]{43})")

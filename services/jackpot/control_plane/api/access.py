@@ -9,7 +9,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from jackpot.control_plane.api.problems import ProblemError
 from jackpot.control_plane.backend import Backend
-from jackpot.control_plane.records import JOB_ID_PATTERN
+from jackpot.control_plane.jobs.records import JOB_ID_PATTERN
 from jackpot.control_plane.tokens import Scope, TokenRecord
 
 _BEARER = HTTPBearer(auto_error=False, description="A token of `jackpot token create`; not needed on a local server.")

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from jackpot.config import InvalidJobError, JobSpec, parse_job
 from jackpot.config.loading import read_yaml
-from jackpot.control_plane.admission import Admission
 from jackpot.control_plane.api.problems import FieldProblem, ProblemError
-from jackpot.control_plane.model_directories import check_models
-from jackpot.control_plane.preparation import resolve_models
-from jackpot.control_plane.records import LABEL_PATTERN, LABEL_VALUE_PATTERN, MAX_LABELS
+from jackpot.control_plane.jobs.admission import Admission
+from jackpot.control_plane.jobs.records import LABEL_PATTERN, LABEL_VALUE_PATTERN, MAX_LABELS
+from jackpot.control_plane.sessions.model_directories import check_models
+from jackpot.control_plane.sessions.preparation import resolve_models
 from jackpot.demo.recipe import builtin_models_missing
 from jackpot.errors import ConfigError, DeadlineError, JackpotError
 from jackpot.orchestrator.preflight import validate_job

@@ -12,8 +12,8 @@ from jackpot.control_plane.api import intake
 from jackpot.control_plane.api.access import Admin, Behind, JobId, Reader, Writer
 from jackpot.control_plane.api.problems import ProblemError
 from jackpot.control_plane.backend import Backend
-from jackpot.control_plane.job_store import IdempotencyKey
-from jackpot.control_plane.records import (
+from jackpot.control_plane.jobs.job_store import IdempotencyKey
+from jackpot.control_plane.jobs.records import (
     MAX_PRIORITY,
     DryRun,
     JobDetail,
@@ -23,7 +23,7 @@ from jackpot.control_plane.records import (
     new_job_id,
     now,
 )
-from jackpot.control_plane.states import JobState
+from jackpot.control_plane.jobs.states import JobState
 
 MAX_PAGE = 200
 

@@ -10,12 +10,12 @@ from fastapi import APIRouter, Header, Path, Query
 from pydantic import Field
 from starlette.responses import StreamingResponse
 
-from jackpot.control_plane import archive, observation
 from jackpot.control_plane.api.access import Behind, JobId, Reader
 from jackpot.control_plane.api.problems import ProblemError
 from jackpot.control_plane.api.streams import CURSOR_PATTERN, EventCursor, EventStream, follow_logs
 from jackpot.control_plane.backend import Backend
-from jackpot.control_plane.records import Record
+from jackpot.control_plane.jobs.records import Record
+from jackpot.control_plane.observing import archive, observation
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.trajectory import Role
 

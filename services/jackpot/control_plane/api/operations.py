@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from jackpot.config import job_json_schema
 from jackpot.control_plane.api.access import Behind, Reader
 from jackpot.control_plane.api.problems import ProblemError
-from jackpot.control_plane.records import Record
+from jackpot.control_plane.jobs.records import Record
 
 router = APIRouter(tags=["operations"])
 

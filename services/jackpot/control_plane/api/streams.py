@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jackpot.control_plane.alarms import AlarmWatch
 from jackpot.control_plane.backend import Backend
-from jackpot.control_plane.jsonl_tail import JsonlTail
-from jackpot.control_plane.observation import LogTail, services
+from jackpot.control_plane.observing.alarms import AlarmWatch
+from jackpot.control_plane.observing.jsonl_tail import JsonlTail
+from jackpot.control_plane.observing.observation import LogTail, services
 from jackpot.errors import BusError, JobNotFoundError
 
 LOOK_SECONDS = 0.2

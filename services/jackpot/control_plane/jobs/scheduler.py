@@ -1,0 +1,279 @@
+"""Gives jobs their slots, looks after their sessions, and writes down what becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jackpot.config import parse_job
+from jackpot.control_plane.jobs.job_store import JobStore
+from jackpot.control_plane.jobs.records import JobRecord, Progress, is_job_id, now
+from jackpot.control_plane.jobs.states import JobState
+from jackpot.control_plane.observing.jsonl_tail import JsonlTail
+from jackpot.control_plane.run_directory import RunDirectory
+from jackpot.control_plane.sessions.session import Session
+from jackpot.errors import JackpotError, JobNotFoundError, JobStateError
+
+LOG = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.25
+TROUBLE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingPolicy:
+    """How many jobs run at once, and what happens to those that get lost."""
+
+    slots: int = 1  # jobs that hold processes at the same time
+    max_losses: int = 3  # how often a job whose processes vanished is resumed before it counts as failed
+    stop_seconds: float = 45.0  # how long a cancelled job may take to stop before it is killed
+
+
+class _Watch:
+    """A job that holds a slot: its session, and how far it has come."""
+
+    def __init__(self, session: Session, run_dir: Path) -> None:
+        self.session = session
+        self._steps = JsonlTail(run_dir / "metrics.jsonl")
+        self._evaluations = JsonlTail(run_dir / "evaluations.jsonl")
+        self.progress = Progress()
+
+    def look(self) -> Progress:
+        """Read what the job has written since."""
+        update: dict[str, object] = {}
+        for row in self._steps.rows():
+            update |= {"step": row.get("step"), "reward": row.get("reward/mean")}
+            update |= {"acceptance_rate": row.get("rollout_corr/obrs_acceptance_rate")}
+        for row in self._evaluations.rows():
+            update["policy_accuracy"] = row.get("policy_accuracy")
+        if update:
+            self.progress = self.progress.model_copy(update=update)
+        return self.progress
+
+
+class Scheduler:
+    """The one writer of what happens to jobs by itself; requests come in through :meth:`cancel` and :meth:`resume`.
+
+    Everything it needs to know is in the store and in the run directories, so that another one takes over where this
+    one ended.
+
+    Args:
+        store: the jobs.
+        runs: parent of the run directories; each bears its job's id.
+        policy: slots and losses.
+    """
+
+    def __init__(self, store: JobStore, runs: Path, policy: SchedulingPolicy) -> None:
+        self._store = store
+        self._runs = runs
+        self._policy = policy
+        self._watched: dict[str, _Watch] = {}
+        self._wake = asyncio.Event()
+        self._stopped = False
+        self._looked_at = time.monotonic()
+
+    async def run(self) -> None:
+        """Look after the jobs until :meth:`stop`. Jobs keep running then; the next scheduler finds them."""
+        while not self._stopped:
+            try:
+                await self.look()
+                pause = LOOK_SECONDS
+                self._looked_at = time.monotonic()
+            except (JackpotError, OSError) as error:
+                LOG.error("jobs cannot be looked after: %s", error)
+                pause = TROUBLE_SECONDS
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), pause)
+            self._wake.clear()
+
+    def stop(self) -> None:
+        """End :meth:`run` after what it is doing. Not by cancelling it: a cancelled look would be half a look, and
+        redis-py's retries may take a cancellation for a lost connection and go on."""
+        self._stopped = True
+        self._wake.set()
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago the jobs were last looked after."""
+        return time.monotonic() - self._looked_at
+
+    @property
+    def progress(self) -> Mapping[str, Progress]:
+        """How far the jobs are that hold a slot; those of the others stand in their records."""
+        return {job_id: watch.progress for job_id, watch in self._watched.items()}
+
+    def run_dir(self, job_id: str) -> Path:
+        """The run directory of a job.
+
+        Raises:
+            JobNotFoundError: the text cannot be a job's id.
+        """
+        if not is_job_id(job_id):
+            raise JobNotFoundError(f"{job_id[:80]!r} is not a job's id")
+        return self._runs / job_id
+
+    def wake(self) -> None:
+        """Look after the jobs at once: there is a new one."""
+        self._wake.set()
+
+    async def cancel(self, job_id: str, reason: str) -> JobRecord:
+        """Stop a job; one that is being stopped or is cancelled already stays as it is.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+            JobStateError: it has ended.
+        """
+        while True:
+            record = await self._store.get(job_id)
+            if record.state in (JobState.STOPPING, JobState.CANCELLED):
+                return record
+            if record.state.finished:
+                raise JobStateError(f"{job_id} has {record.state} already; there is nothing to cancel")
+            queued = record.state is JobState.QUEUED
+            try:
+                if queued:
+                    return await self._store.transition(job_id, JobState.CANCELLED, reason, finished=now())
+                return await self._store.transition(job_id, JobState.STOPPING, reason)
+            except JobStateError:
+                continue  # it got its slot, or ended, at this very moment
+            finally:
+                self.wake()
+
+    async def resume(self, job_id: str, reason: str) -> JobRecord:
+        """Queue a failed or cancelled job again; it goes on from its last checkpoint.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+            JobStateError: it has not ended, or it has succeeded.
+        """
+        record = await self._store.get(job_id)
+        if not record.state.finished:
+            raise JobStateError(f"{job_id} is {record.state}; only a failed or cancelled job can be resumed")
+        record = await self._store.transition(job_id, JobState.QUEUED, reason, error=None, finished=None, losses=0)
+        self.wake()
+        return record
+
+    async def delete(self, job_id: str) -> None:
+        """Forget a finished job and remove its run directory.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+            JobStateError: it has not finished.
+        """
+        directory = self.run_dir(job_id)
+        await self._store.delete(job_id)
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+    async def look(self) -> None:
+        """Look after every job once, and give free slots to the first of the queue.
+
+        Raises:
+            BusError: the store does not answer.
+        """
+        active = await self._store.in_states(JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
+        for record in active:
+            await self._look_after(record)
+        taken = len([record for record in active if record.id in self._watched])
+        self._watched = {record.id: self._watched[record.id] for record in active if record.id in self._watched}
+        if taken < self._policy.slots:
+            for record in await self._store.queue(self._policy.slots - taken):
+                await self._start(record)
+
+    async def _start(self, record: JobRecord) -> None:
+        session = record.session + 1
+        try:
+            record = await self._store.transition(
+                record.id,
+                JobState.STARTING,
+                "has a slot",
+                session=session,
+                started=record.started or now(),
+            )
+        except (JobStateError, JobNotFoundError):
+            return  # cancelled at this very moment
+        await self._launch(record)
+
+    async def _launch(self, record: JobRecord) -> None:
+        try:
+            directory = await self._prepare_directory(record)
+            self._watched[record.id] = _Watch(Session.start(directory, record.session), directory)
+        except (JackpotError, OSError, ValueError) as error:
+            await self._store.transition(
+                record.id, JobState.FAILED, "could not be started", error=str(error), finished=now()
+            )
+
+    async def _prepare_directory(self, record: JobRecord) -> Path:
+        """The run directory, made unless an earlier session has made it."""
+        directory = self.run_dir(record.id)
+        if not (directory / "run.json").exists():  # written last: without it the rest may be half
+            shutil.rmtree(directory, ignore_errors=True)
+            spec = parse_job(json.loads(await self._store.spec(record.id)))
+            RunDirectory.create(directory, record.id, spec)
+        return directory
+
+    async def _look_after(self, record: JobRecord) -> None:
+        watch = self._watched.get(record.id)
+        if watch is None:
+            directory = self.run_dir(record.id)
+            if not directory.is_dir():  # the control plane was killed before it had made the directory
+                if record.state is JobState.STARTING:
+                    await self._launch(record)
+                else:
+                    await self._lost(record, Progress(), "its run directory is gone")
+                return
+            watch = self._watched[record.id] = _Watch(Session(directory, record.session), directory)
+            LOG.info("took over %s", record.id, extra={"state": record.state, "session": record.session})
+        watch.look()
+        if not watch.session.alive():
+            await self._ended(record, watch)
+        elif record.state is JobState.STOPPING:
+            watch.session.ask_to_stop(self._policy.stop_seconds)
+        elif record.state is JobState.STARTING:
+            status = watch.session.status
+            if status is not None and status.phase == "running":
+                await self._transition(record, JobState.RUNNING, "its processes are up")
+
+    async def _ended(self, record: JobRecord, watch: _Watch) -> None:
+        del self._watched[record.id]
+        progress, status = watch.look(), watch.session.status
+        state = status.state if status is not None and status.phase == "finished" else None
+        ended = {"finished": now(), "progress": progress}
+        if state == "succeeded":
+            await self._transition(record, JobState.SUCCEEDED, "all steps are trained", **ended)
+        elif state == "failed":
+            error = status.error if status is not None else None
+            await self._transition(record, JobState.FAILED, "its processes gave up", error=error, **ended)
+        elif record.state is JobState.STOPPING:
+            await self._transition(record, JobState.CANCELLED, record.reason, **ended)
+        else:
+            await self._lost(
+                record, progress, "stopped from outside" if state == "stopped" else "its processes vanished"
+            )
+
+    async def _lost(self, record: JobRecord, progress: Progress, how: str) -> None:
+        losses = record.losses + 1
+        if record.state is JobState.STOPPING:
+            await self._transition(record, JobState.CANCELLED, record.reason, finished=now())
+        elif losses > self._policy.max_losses:
+            error = f"{how}, for the {losses}th time. Look at the logs, then resume it."
+            await self._transition(
+                record, JobState.FAILED, "lost too often", error=error, finished=now(), progress=progress, losses=losses
+            )
+        else:
+            reason = f"lost ({how}); resumes by itself, {losses} of {self._policy.max_losses}"
+            await self._transition(record, JobState.QUEUED, reason, losses=losses, progress=progress)
+
+    async def _transition(self, record: JobRecord, state: JobState, reason: str, **changes: object) -> None:
+        try:
+            await self._store.transition(record.id, state, reason, **changes)
+            LOG.info("%s is %s", record.id, state, extra={"reason": reason})
+        except JobStateError:
+            # Somebody cancelled it since it was read: the next look sees that.
+            LOG.info("%s changed meanwhile", record.id)

@@ -1,0 +1,287 @@
+"""Local processes: an embedded server and one process per service, restarted when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jackpot.config import JobSpec
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.control_plane.launch.launcher import LaunchStatus
+from jackpot.control_plane.launch.socket_directory import close_socket_directory, open_socket_directory
+from jackpot.control_plane.launch.supervision import Deaths, told
+from jackpot.control_plane.run_directory import RunDirectory, last_lines
+from jackpot.errors import ConfigError, JackpotError
+from jackpot.runtime.bus import TrajectoryBus
+from jackpot.runtime.bus.server import EmbeddedServer, dies_with
+
+# A SIGTERM asks every process to finish its current unit of work; after this long it is ended.
+GRACE_SECONDS = 6.0
+LEFTOVERS_SECONDS = 15.0  # for what a killed session left to notice that it is alone, and end
+POLL_SECONDS = 0.02
+NEVER_RESTARTED = {
+    2: "cannot work with this configuration",
+    70: "stopped the job",
+    78: "cannot work with this configuration",
+}
+MUST_FINISH = ("learner", "orchestrator")
+SERVER = "bus-server"
+
+
+@dataclass(slots=True)
+class _Process:
+    """One supervised process."""
+
+    name: str
+    service: str
+    environment: ServiceEnvironment
+    deaths: Deaths
+    popen: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    restart_at: float | None = None
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class _ServerWatch:
+    """The embedded server, while it is supervised."""
+
+    deaths: Deaths
+    started_at: float = 0.0
+    restart_at: float | None = None
+
+
+class LocalLauncher:
+    """Runs a job's processes on this machine.
+
+    Start it from the main thread: the kernel ends the processes when the thread that started them ends.
+
+    Args:
+        run: the run directory, held by the caller.
+        job: the job as resolved.
+    """
+
+    def __init__(self, run: RunDirectory, job: JobSpec) -> None:
+        self._run = run
+        self._job = job
+        self._server = EmbeddedServer(run.path / "redis") if job.bus.url is None else None
+        self._server_watch = _ServerWatch(Deaths(job.run.max_restarts))
+        self._processes: list[_Process] = []
+        self._restarts: Counter[str] = Counter()
+        self._bus_url: str | None = None
+
+    @property
+    def redis_url(self) -> str | None:
+        """Where the job's bus is; None before it is started."""
+        return self._bus_url
+
+    async def start(self) -> None:
+        """Start the server, then every process at once.
+
+        Raises:
+            JackpotError: the server could not be started, or a process of an earlier session does not end.
+        """
+        await end_leftovers(self._run.path)
+        self._bus_url = await self._start_bus()
+        # Unix sockets: no port to lose a race for, and nobody but this user can connect.
+        self._processes = self._plan(open_socket_directory(self._run.path), self._bus_url)
+        targets = [{"targets": [p.environment.metrics_address], "labels": {"process": p.name}} for p in self._processes]
+        (self._run.path / "prometheus_targets.json").write_text(json.dumps(targets, indent=2), encoding="utf-8")
+        for process in self._processes:
+            self._spawn(process)
+
+    async def check(self) -> LaunchStatus:
+        """Restart what died; say whether the job is finished or cannot go on."""
+        error = await self._check_server()
+        for process in self._processes:
+            error = error or self._check_process(process)
+        finished = all(p.finished for p in self._processes if p.service in MUST_FINISH)
+        return LaunchStatus(finished=finished, error=error, restarts=dict(self._restarts))
+
+    async def stop(self) -> None:
+        """SIGTERM to all, SIGKILL to who ignores it, the server last."""
+        running = [p.popen for p in self._processes if p.popen is not None and p.popen.poll() is None]
+        for popen in running:
+            popen.terminate()
+        deadline = time.monotonic() + GRACE_SECONDS
+        while any(popen.poll() is None for popen in running) and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+        for popen in running:
+            popen.kill()
+            popen.wait()
+        if self._server is not None:
+            await self._server.stop(timeout_seconds=2.0)
+        close_socket_directory(self._run.path)
+
+    async def _start_bus(self) -> str:
+        if self._server is not None:
+            await self._server.start()
+            self._server_watch.started_at = time.monotonic()
+            return self._server.url
+        # Without this, every process would wait for a server whose address has a slip in it.
+        url, settings = self._job.bus.url or "", self._job.bus
+        bus = await TrajectoryBus.connect(url, self._run.job_id, settings, "launcher", self._run.path / "payloads")
+        await bus.close()
+        return url
+
+    def _plan(self, sockets: Path, bus_url: str) -> list[_Process]:
+        job = self._job
+        rollouts = [f"unix:{sockets}/rollout-{index}.sock" for index in range(job.rollout.replicas)]
+        evaluator = f"unix:{sockets}/evaluator.sock"
+        plan: list[tuple[str, str, Mapping[str, object]]] = [
+            ("learner", "learner", {}),
+            *(
+                (f"rollout-{i}", "rollout", {"instance": str(i), "role": job.rollout_role, "listen": address})
+                for i, address in enumerate(rollouts)
+            ),
+            ("evaluator", "rollout", {"instance": "evaluator", "role": "policy", "listen": evaluator}),
+            *(
+                (f"scorer-{i}", "scorer", {"instance": str(i), "listen": f"unix:{sockets}/scorer-{i}.sock"})
+                for i in range(job.scorer.replicas)
+            ),
+            (
+                "orchestrator",
+                "orchestrator",
+                {"rollout_addresses": tuple(rollouts), "evaluator_address": evaluator},
+            ),
+        ]
+        threads = job.run.threads_per_process or max(1, (os.cpu_count() or 1) // (len(plan) - 1))
+        common: dict[str, object] = {
+            "run_dir": self._run.path,
+            "job_id": self._run.job_id,
+            "redis_url": bus_url,
+            "threads": threads,
+        }
+        ports = free_ports(len(plan))
+        return [
+            _Process(
+                name,
+                service,
+                ServiceEnvironment.model_validate({**common, **settings} | {"metrics_address": address}),
+                Deaths(job.run.max_restarts),
+            )
+            for (name, service, settings), address in zip(plan, ports, strict=True)
+        ]
+
+    def _spawn(self, process: _Process) -> None:
+        threads = str(process.environment.threads)
+        variables = os.environ | process.environment.to_env()
+        variables |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        with self._run.log(process.name).open("ab") as log:
+            process.popen = subprocess.Popen(
+                [sys.executable, "-m", f"jackpot.{process.service}"],
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # The services ask for this themselves, but only once Python is up.
+                preexec_fn=dies_with(os.getpid()) if sys.platform == "linux" else None,
+            )
+        process.started_at = time.monotonic()
+        process.restart_at = None
+
+    def _check_process(self, process: _Process) -> str | None:
+        """Look at one process; why the job must stop, or None."""
+        now = time.monotonic()
+        if process.finished:
+            return None
+        if process.restart_at is not None:
+            if now >= process.restart_at:
+                self._spawn(process)
+            return None
+        code = None if process.popen is None else process.popen.poll()
+        if code is None:
+            return None
+        if code == 0 and process.service in MUST_FINISH:
+            process.finished = True
+            return None
+        delay = None if code in NEVER_RESTARTED else process.deaths.restart_delay(now - process.started_at)
+        if delay is None:
+            why = NEVER_RESTARTED.get(code, f"keeps dying ({told(code)})")
+            return (
+                f"{process.name} {why}; the end of {self._run.log(process.name)}:\n{self._run.last_lines(process.name)}"
+            )
+        self._restarts[process.name] += 1
+        process.restart_at = now + delay
+        return None
+
+    async def _check_server(self) -> str | None:
+        """Look at the embedded server; why the job must stop, or None."""
+        server, watch, now = self._server, self._server_watch, time.monotonic()
+        if server is None:
+            return None
+        if watch.restart_at is None:
+            code = server.poll()
+            return None if code is None else self._plan_server_restart(told(code))
+        if now < watch.restart_at:
+            return None
+        try:
+            await server.start()
+        except ConfigError as error:
+            return str(error)  # the binary is gone
+        except JackpotError as error:
+            return self._plan_server_restart(str(error))
+        watch.started_at, watch.restart_at = time.monotonic(), None
+        return None
+
+    def _plan_server_restart(self, why: str) -> str | None:
+        watch, now = self._server_watch, time.monotonic()
+        delay = watch.deaths.restart_delay(now - watch.started_at)
+        if delay is None:
+            log = self._run.path / "redis" / "server.log"
+            return f"the embedded server keeps dying ({why}); the end of {log}:\n{last_lines(log)}"
+        self._restarts[SERVER] += 1
+        watch.restart_at = now + delay
+        return None
+
+
+def free_ports(count: int) -> list[str]:
+    """Loopback addresses with ports that nobody uses right now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+async def end_leftovers(run_dir: Path, timeout_seconds: float = LEFTOVERS_SECONDS) -> None:
+    """Wait for processes of an earlier session of this run, whose launcher was killed; end those that stay.
+
+    Raises:
+        JackpotError: one of them cannot be ended.
+    """
+    import psutil
+
+    def mine(process: psutil.Process) -> bool:
+        try:
+            variables = process.environ()
+        except psutil.Error:
+            return False
+        return variables.get("JACKPOT_RUN_DIR") == str(run_dir) and process.pid != os.getpid()
+
+    async def alive_after(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+        deadline = time.monotonic() + seconds
+        while (alive := psutil.wait_procs(processes, timeout=0)[1]) and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+        return alive
+
+    leftovers = await alive_after([process for process in psutil.process_iter() if mine(process)], timeout_seconds)
+    for process in leftovers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    if alive := await alive_after(leftovers, 5.0):
+        pids = ", ".join(str(process.pid) for process in alive)
+        raise JackpotError(f"processes of an earlier session of {run_dir} do not end: {pids}; end them first")

@@ -1,0 +1,162 @@
+"""What a job's files say, for those who follow it: series, ledger, checkpoints, samples, logs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jackpot.control_plane.observing.jsonl_tail import JsonlTail
+from jackpot.control_plane.observing.recorder import TELEMETRY
+from jackpot.control_plane.observing.samples import SAMPLES
+from jackpot.control_plane.run_directory import Row
+from jackpot.errors import JobNotFoundError
+from jackpot.runtime.logs import redact_url
+
+SERVICE_PATTERN = r"^[a-z]+(-[0-9]{1,4})?$"
+MAX_LOG_BYTES = 1 << 20
+
+_EVALUATION_COLUMNS = ("policy_accuracy", "mean_tokens", "truncated_fraction")
+_SERVICE = re.compile(SERVICE_PATTERN)
+
+
+def series(run_dir: Path, names: Collection[str], max_points: int) -> dict[str, dict[str, list[float | None]]]:
+    """Columns of the job's files as series over steps (telemetry: over time since its first row).
+
+    A column of more than ``max_points`` values is averaged in stretches of equal length.
+
+    Args:
+        run_dir: the run directory.
+        names: columns wanted; empty means all.
+        max_points: most points of one series.
+
+    Returns:
+        By column: ``x`` and ``y`` of equal length; ``y`` is None where there is no finite value.
+    """
+    steps = _by_step(JsonlTail(run_dir / "metrics.jsonl").rows())
+    evaluations = [
+        {"step": row["step"], **{f"evaluation/{name}": row.get(name) for name in _EVALUATION_COLUMNS}}
+        for row in _by_step(JsonlTail(run_dir / "evaluations.jsonl").rows())
+    ]
+    telemetry = JsonlTail(run_dir / TELEMETRY).rows()
+    started = telemetry[0].get("time", 0.0) if telemetry else 0.0
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for rows, axis, offset in ((steps, "step", 0.0), (evaluations, "step", 0.0), (telemetry, "time", started)):
+        columns = dict.fromkeys(name for row in rows for name in row if name not in ("step", "time"))
+        for name in columns:
+            if names and name not in names:
+                continue
+            points = [(float(row[axis]) - offset, row[name]) for row in rows if name in row and axis in row]
+            found[name] = downsample(points, max_points)
+    return found
+
+
+def downsample(points: Sequence[tuple[float, Any]], max_points: int) -> dict[str, list[float | None]]:
+    """At most ``max_points`` points: means over stretches of as many points each; the last point's x is kept."""
+    bounds = (
+        [round(index * len(points) / min(max_points, len(points))) for index in range(min(max_points, len(points)) + 1)]
+        if points
+        else []
+    )
+    xs: list[float | None] = []
+    ys: list[float | None] = []
+    for start, end in pairwise(bounds):
+        values = [value for _, value in points[start:end] if isinstance(value, int | float) and math.isfinite(value)]
+        xs.append(points[end - 1][0])
+        ys.append(sum(values) / len(values) if values else None)
+    return {"x": xs, "y": ys}
+
+
+def _by_step(rows: Sequence[Row]) -> list[Row]:
+    """Of a step written twice, after a restart, the last."""
+    latest = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
+    return [latest[step] for step in sorted(latest)]
+
+
+def ledger(run_dir: Path, summary: Row | None, count: int) -> dict[str, Any]:
+    """How the job's groups ended: counts, and the newest ``count`` entries.
+
+    ``dispatched`` and ``open`` come from the bus's own counters once a session has ended; null before.
+    """
+    records = {row["group_id"]: row for row in JsonlTail(run_dir / "ledger.jsonl").rows() if "group_id" in row}
+    trained = sum(row.get("state") == "trained" for row in records.values())
+    dropped: dict[str, int] = {}
+    for row in records.values():
+        if row.get("state") != "trained":
+            dropped[str(row.get("reason"))] = dropped.get(str(row.get("reason")), 0) + 1
+    final = (summary or {}).get("ledger") or {}
+    return {
+        "trained": trained,
+        "dropped": dropped,
+        "ended": len(records),
+        "dispatched": final.get("dispatched"),
+        "open": final.get("open", 0) if final else None,
+        "entries": list(records.values())[-count:][::-1] if count else [],
+    }
+
+
+def samples(run_dir: Path, count: int) -> list[Row]:
+    """The newest sample trajectories, newest first."""
+    return JsonlTail(run_dir / SAMPLES).rows()[-count:][::-1]
+
+
+def services(run_dir: Path) -> list[str]:
+    """The processes that have a log."""
+    return sorted(path.stem for path in (run_dir / "logs").glob("*.log") if _SERVICE.fullmatch(path.stem))
+
+
+def log_path(run_dir: Path, service: str) -> Path:
+    """The log of a process.
+
+    Raises:
+        JobNotFoundError: there is none of that name; with the names that there are.
+    """
+    known = services(run_dir)
+    if service not in known:
+        raise JobNotFoundError(f"there is no log of {service[:40]!r}; there are: {', '.join(known) or 'none yet'}")
+    return run_dir / "logs" / f"{service}.log"
+
+
+class LogTail:
+    """New lines of a log, secrets redacted.
+
+    Args:
+        path: of the log.
+        lines: how many of its last lines come first.
+    """
+
+    def __init__(self, path: Path, lines: int) -> None:
+        self._path = path
+        self._offset = _offset_of_last(path, lines)
+
+    def read(self) -> str:
+        """The whole lines that have come since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read(MAX_LOG_BYTES)
+        except FileNotFoundError:
+            return ""
+        whole = data[: data.rfind(b"\n") + 1] or (data if len(data) == MAX_LOG_BYTES else b"")
+        self._offset += len(whole)
+        return redact_url(whole.decode("utf-8", errors="replace"))
+
+
+def _offset_of_last(path: Path, lines: int) -> int:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            start = max(0, size - MAX_LOG_BYTES)
+            file.seek(start)
+            data = file.read(size - start)
+    except FileNotFoundError:
+        return 0
+    position = len(data)
+    for _ in range(lines + 1):
+        position = data.rfind(b"\n", 0, position)
+        if position < 0:
+            return start
+    return start + position + 1

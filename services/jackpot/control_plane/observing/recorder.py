@@ -1,0 +1,126 @@
+"""What a job's page shows beyond the learner's and the orchestrator's files: queue depths, throughput of each service,
+and sample trajectories. Written by the session's own process, in the way of nobody: what cannot be had is left out."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jackpot.config import JobSpec
+from jackpot.control_plane.observing.live_view import Snapshot, View
+from jackpot.control_plane.observing.samples import SampleTaker
+from jackpot.control_plane.run_directory import RunDirectory
+
+TELEMETRY = "telemetry.jsonl"
+RECORD_SECONDS = 1.0
+SCRAPE_TIMEOUT_SECONDS = 0.5
+
+# Counters of the services, and the columns that their growth makes.
+RATES: Mapping[str, str] = {
+    "jackpot_tokens_generated_total": "throughput/rollout_tokens_per_second",
+    "jackpot_tokens_scored_total": "throughput/scorer_tokens_per_second",
+    "jackpot_tokens_trained_total": "throughput/learner_tokens_per_second",
+}
+_SAMPLE_LINE = re.compile(r"^(\w+)\{[^}]*\} ([0-9.eE+-]+)$")
+
+
+class Recorder:
+    """A view that passes on what it is shown, and writes rows of ``telemetry.jsonl`` and ``samples.jsonl``.
+
+    Args:
+        run: the run directory.
+        job: the job as resolved.
+        view: who else is shown the run.
+    """
+
+    def __init__(self, run: RunDirectory, job: JobSpec, view: View) -> None:
+        self._run = run
+        self._view = view
+        self._samples = SampleTaker(run.path, job)
+        self._counters: dict[str, Mapping[str, float]] = {}
+        self._seen: Snapshot | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._record, name="recorder", daemon=True)
+
+    def __enter__(self) -> Recorder:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join(timeout=5)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Show the run; remember it for the next row."""
+        self._seen = snapshot
+        self._view.show(snapshot)
+
+    def close(self) -> None:
+        """Close the view."""
+        self._view.close()
+
+    def _record(self) -> None:
+        before = time.monotonic()
+        while not self._closed.wait(RECORD_SECONDS):
+            snapshot, self._seen = self._seen, None
+            if snapshot is None:
+                continue
+            moment = time.monotonic()
+            row: dict[str, Any] = {"step": snapshot.step, "time": time.time(), "restarts": snapshot.restarts}
+            if snapshot.depths is not None:
+                row |= {
+                    "bus/rollouts_waiting": snapshot.depths.rollouts_waiting + snapshot.depths.rollouts_pending,
+                    "bus/scored_waiting": snapshot.depths.scored_waiting + snapshot.depths.scored_pending,
+                    "bus/used_bytes": snapshot.depths.bytes_used,
+                }
+            row |= self._rates(moment - before)
+            before = moment
+            try:
+                with (self._run.path / TELEMETRY).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                self._samples.take(snapshot.step)
+            except OSError:
+                continue  # a full disk stops the learner, which says so
+
+    def _rates(self, seconds: float) -> dict[str, float]:
+        """How fast each service's counters have grown since the last look, summed over its replicas."""
+        rates: dict[str, float] = {}
+        for address in _targets(self._run.path):
+            counters = scrape(address)
+            before = self._counters.get(address)
+            self._counters[address] = counters
+            for counter, column in RATES.items():
+                if before is not None and counter in counters and counter in before:
+                    # A process that was restarted counts from zero again.
+                    growth = max(0.0, counters[counter] - before[counter])
+                    rates[column] = rates.get(column, 0.0) + growth / seconds
+        return rates
+
+
+def _targets(run_dir: Path) -> list[str]:
+    try:
+        groups = json.loads((run_dir / "prometheus_targets.json").read_text(encoding="utf-8"))
+        return [target for group in groups for target in group["targets"]]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def scrape(address: str) -> dict[str, float]:
+    """The counters of :data:`RATES` at ``http://address/metrics``; empty if nobody answers."""
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=SCRAPE_TIMEOUT_SECONDS)
+    try:
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode("utf-8", errors="replace")
+    except (OSError, http.client.HTTPException):
+        return {}
+    finally:
+        connection.close()
+    found = (_SAMPLE_LINE.match(line) for line in text.splitlines())
+    return {match[1]: float(match[2]) for match in found if match and match[1] in RATES}

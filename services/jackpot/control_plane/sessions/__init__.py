@@ -1,0 +1,1 @@
+"""One session of a job, from its preparation to its summary."""

@@ -1,0 +1,136 @@
+"""One session of a job under the control plane: a process of its own that outlives a restart of the control plane.
+
+The process that runs the job writes how it is doing into ``session.json`` of the run directory. Whether it lives is
+told by a lock: the control plane takes it before it starts the process and hands it over, so that there is no moment
+at which a process runs without holding it, and no process id that could mean somebody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from jackpot.errors import JackpotError
+
+Phase = Literal["preparing", "running", "finished"]
+
+LAUNCHER = "launcher"
+"""The session's own log is ``logs/launcher.log``."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatus:
+    """What a session says about itself."""
+
+    session: int
+    pid: int
+    phase: Phase
+    state: str | None = None  # how it finished: succeeded, failed, stopped
+    error: str | None = None
+
+    def write(self, run_dir: Path) -> None:
+        """Write it into the run directory, aside and renamed."""
+        aside = run_dir / ".session.json"
+        aside.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        aside.replace(run_dir / "session.json")
+
+    @classmethod
+    def read(cls, run_dir: Path, session: int) -> SessionStatus | None:
+        """What session number ``session`` last wrote; None if it wrote nothing."""
+        try:
+            status = cls(**json.loads((run_dir / "session.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+        return status if status.session == session else None
+
+
+class Session:
+    """A session's process, as the control plane sees it: started by it, or found again after a restart."""
+
+    def __init__(self, run_dir: Path, number: int, popen: subprocess.Popen[bytes] | None = None) -> None:
+        self._run_dir = run_dir
+        self._number = number
+        self._popen = popen
+        self._asked_at: float | None = None
+
+    @classmethod
+    def start(cls, run_dir: Path, number: int) -> Session:
+        """Start a session.
+
+        Raises:
+            JackpotError: another session of this job still runs, or no process could be started.
+        """
+        lock = _lock(run_dir)
+        if lock is None:
+            raise JackpotError(f"a session of {run_dir.name} still runs")
+        command = [sys.executable, "-m", "jackpot.control_plane.sessions.run_child", str(run_dir), str(number)]
+        try:
+            with (run_dir / "logs" / f"{LAUNCHER}.log").open("ab") as log:
+                popen = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[lock],
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise JackpotError(f"no process could be started for {run_dir.name}: {error}") from error
+        finally:
+            os.close(lock)
+        return cls(run_dir, number, popen)
+
+    @property
+    def status(self) -> SessionStatus | None:
+        """What the session says about itself."""
+        return SessionStatus.read(self._run_dir, self._number)
+
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        if self._popen is not None and self._popen.poll() is not None:
+            return False
+        lock = _lock(self._run_dir)
+        if lock is None:
+            return True
+        os.close(lock)
+        return False
+
+    def ask_to_stop(self, timeout_seconds: float) -> None:
+        """SIGTERM the first time, SIGKILL once ``timeout_seconds`` have passed; call it until the session has ended."""
+        if self._asked_at is None:
+            if self._signal(signal.SIGTERM):
+                self._asked_at = time.monotonic()
+        elif time.monotonic() - self._asked_at > timeout_seconds:
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> bool:
+        status = self.status
+        pid = self._popen.pid if self._popen is not None else status.pid if status is not None else None
+        if pid is None or not self.alive():
+            return False
+        # The holder of the lock is this very process, so that its id cannot have gone to another.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        return True
+
+
+def _lock(run_dir: Path) -> int | None:
+    try:
+        descriptor = os.open(run_dir / ".session.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        raise JackpotError(f"the run directory {run_dir} is gone") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor

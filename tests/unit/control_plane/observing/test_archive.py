@@ -1,0 +1,56 @@
+"""Checkpoints as tar streams."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from jackpot.control_plane.observing.archive import Archive, checkpoints
+from jackpot.errors import JobNotFoundError
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name, content in {
+        "config.json": "{}",
+        "tokenizer.json": "{}",
+        "model.safetensors": "old",
+        "README.md": "no",
+    }.items():
+        (model / name).write_text(content)
+    run = tmp_path / "run"
+    for name in ("checkpoints/00000002/policy", "checkpoints/.00000004.7/policy", "export/policy"):
+        (run / name).mkdir(parents=True)
+        (run / name / "model.safetensors").write_bytes(b"w" * 700)
+    (run / "checkpoints/00000002/policy/optimizer.safetensors").write_bytes(b"o")
+    (run / "export/policy/config.json").write_text("{}")
+    (run / "job.json").write_text(json.dumps({"policy": {"model": str(model)}}))
+    return run
+
+
+def test_a_checkpoint_becomes_a_whole_model_directory(run_dir: Path) -> None:
+    assert [(one["name"], one["step"], one["roles"]) for one in checkpoints(run_dir)] == [
+        ("00000002", 2, {"policy": 700}),
+        ("export", None, {"policy": 700}),
+    ]
+    packed = Archive(run_dir, "00000002", "policy", "job-2")
+    shutil.rmtree(run_dir / "checkpoints")  # pruned while it is sent
+    data = b"".join(packed.chunks())
+    assert len(data) == packed.size
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert sorted(tar.getnames()) == ["job-2/config.json", "job-2/model.safetensors", "job-2/tokenizer.json"]
+        weights = tar.extractfile("job-2/model.safetensors")
+        assert weights is not None and weights.read() == b"w" * 700
+
+
+@pytest.mark.parametrize(("name", "role"), [("00000003", "policy"), ("export", "actor"), ("..", "policy")])
+def test_what_is_not_there_is_named_with_what_is(run_dir: Path, name: str, role: str) -> None:
+    with pytest.raises(JobNotFoundError, match=r"there are: 00000002 \(policy\), export \(policy\)"):
+        Archive(run_dir, name, role, "x")
