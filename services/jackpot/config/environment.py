@@ -40,6 +40,12 @@ class ServiceEnvironment(BaseModel):
     tls_dir: str = ""
     """Directory with ``tls.crt``, ``tls.key`` and ``ca.crt`` for mutual TLS between the services; empty is plaintext,
     which is refused on anything but unix sockets and loopback."""
+    tls_peer_name: str = ""
+    """Name that every service's certificate carries (a DNS subject alternative name). Clients look for it in place of
+    the address's host, whose name a scheduler makes up, and servers refuse callers without it. Empty: clients look for
+    the host, and servers take every certificate of the authority."""
+    health_listen: str = ""
+    """``host:port`` for plaintext gRPC health checks and nothing else: probes speak no TLS. Empty serves none."""
     role: Role = "actor"
     """Rollout service only: whose weights it samples with. ``policy`` makes it the evaluator."""
     rollout_addresses: tuple[str, ...] = ()

@@ -72,7 +72,10 @@ async def _orchestrate(environment: ServiceEnvironment, job: JobSpec) -> None:
             (environment.rollout_addresses, job.orchestrator.generate_timeout_seconds),
             ((environment.evaluator_address,), job.evaluation.timeout_seconds),
         ):
-            channels = {address: open_channel(address, tls_dir=environment.tls_dir) for address in addresses}
+            channels = {
+                address: open_channel(address, tls_dir=environment.tls_dir, tls_peer_name=environment.tls_peer_name)
+                for address in addresses
+            }
             for channel in channels.values():
                 stack.push_async_callback(channel.close)
             pools.append(ReplicaPool(channels, job.orchestrator.attempts, timeout))

@@ -47,7 +47,15 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
         servicer = RolloutServicer(engine, follower, environment.role)
         rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
-    server = create_server(environment.listen, register, [SERVICE_NAME], metrics=metrics, tls_dir=environment.tls_dir)
+    server = create_server(
+        environment.listen,
+        register,
+        [SERVICE_NAME],
+        metrics=metrics,
+        tls_dir=environment.tls_dir,
+        tls_peer_name=environment.tls_peer_name,
+        health_listen=environment.health_listen,
+    )
     await server.start()
     try:
         await _until_stopped(stop, engine, follower, server, job.run.startup_timeout_seconds)

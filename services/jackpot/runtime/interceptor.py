@@ -1,4 +1,5 @@
-"""What happens around every unary call on a server: deadline required, errors to status codes, counts and times."""
+"""What happens around every unary call on a server: the caller's name checked, a deadline required, errors turned into
+status codes, counts and times."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from jackpot.errors import (
     WeightError,
 )
 from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.tls import peer_names
 
 LOG = logging.getLogger(__name__)
 
@@ -53,10 +55,16 @@ def status_of(error: JackpotError) -> grpc.StatusCode:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the unary calls of Jackpot's own services; health and reflection pass untouched."""
+    """Wraps the unary calls of Jackpot's own services; health and reflection pass untouched.
 
-    def __init__(self, metrics: Metrics | None) -> None:
+    Args:
+        metrics: where calls are counted and timed.
+        peer_name: the name that a caller's certificate must carry; empty asks for none.
+    """
+
+    def __init__(self, metrics: Metrics | None, peer_name: str = "") -> None:
         self._metrics = metrics
+        self._peer_name = peer_name
 
     async def intercept_service(
         self,
@@ -82,6 +90,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if self._metrics:
                 self._metrics.rpc_started(service, method)
             try:
+                await self._require_peer(context, method)
                 await _require_deadline(context, method)
                 response = await inner(request, context)
                 code = grpc.StatusCode.OK
@@ -101,6 +110,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     self._metrics.rpc_finished(service, method, code.name, time.monotonic() - started)
 
         return answer
+
+    async def _require_peer(self, context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:
+        if self._peer_name and self._peer_name not in (names := peer_names(context.auth_context())):
+            shown = ", ".join(sorted(names)) or "no name"
+            LOG.warning("refused %s to a client whose certificate carries %s", method, shown)
+            problem = f"only certificates that carry {self._peer_name} may call; yours carries {shown}"
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, problem)
 
 
 async def _require_deadline(context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:

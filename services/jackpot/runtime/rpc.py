@@ -2,7 +2,8 @@
 
 Servers: health under ``liveness``, ``readiness`` and each service's name, reflection, a deadline required on every
 call, Jackpot's errors as status codes, counted and timed. Channels: keepalive, fast reconnection, status codes as
-Jackpot's errors. Messages up to 256 MiB. Plaintext only on unix sockets and loopback; elsewhere mutual TLS.
+Jackpot's errors. Messages up to 256 MiB. Plaintext only on unix sockets and loopback; elsewhere mutual TLS, with health
+alone on a plaintext port of its own for probes that speak no TLS.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import logging
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -32,6 +32,7 @@ from jackpot.errors import (
 )
 from jackpot.runtime.interceptor import RETRY_AFTER, CallInterceptor
 from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.tls import channel_credentials, server_credentials
 
 LOG = logging.getLogger(__name__)
 Request = TypeVar("Request")
@@ -91,24 +92,36 @@ class RpcServer:
     Attributes:
         address: where clients find it, with the real port if port 0 was asked for.
         health: what its health checks are told.
+        health_address: where health alone is answered in plaintext, with the real port; empty if nowhere.
     """
 
-    def __init__(self, server: grpc.aio.Server, address: str, health: HealthReporter) -> None:
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        address: str,
+        health: HealthReporter,
+        probed: grpc.aio.Server | None = None,
+        health_address: str = "",
+    ) -> None:
         self.address = address
         self.health = health
-        self._server = server
+        self.health_address = health_address
+        self._servers = (server,) if probed is None else (server, probed)
 
     async def start(self) -> None:
         """Serve: alive, but not ready until ``health.set_ready(True)``."""
         await self.health.set_live()
         await self.health.set_ready(False)
-        await self._server.start()
-        LOG.info("serving", extra={"address": self.address})
+        for server in self._servers:
+            await server.start()
+        LOG.info("serving", extra={"address": self.address, "health_address": self.health_address})
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
         """Report not ready, let calls under way finish for ``grace_seconds``, then cancel them."""
         await self.health.set_ready(False)
-        await self._server.stop(grace_seconds)
+        # The probes' port last: until the calls under way are done, the process is alive.
+        for server in self._servers:
+            await server.stop(grace_seconds if server is self._servers[0] else 0)
 
 
 def create_server(
@@ -118,6 +131,8 @@ def create_server(
     *,
     metrics: Metrics | None = None,
     tls_dir: str = "",
+    tls_peer_name: str = "",
+    health_listen: str = "",
 ) -> RpcServer:
     """A server bound to ``address`` but not started. Needs a running event loop.
 
@@ -127,42 +142,64 @@ def create_server(
         service_names: full names of the services that ``register`` adds, e.g. ``jackpot.v1.RolloutService``.
         metrics: where calls are counted and timed.
         tls_dir: directory with ``tls.crt``, ``tls.key`` and ``ca.crt``; empty is plaintext.
+        tls_peer_name: the name that a client's certificate must carry to call ``service_names``; empty takes every
+            certificate of the authority.
+        health_listen: ``host:port`` that answers health checks in plaintext, and nothing else; empty is none.
 
     Raises:
-        ConfigError: the address cannot be bound, or would serve plaintext beyond this machine.
+        ConfigError: an address cannot be bound, or would serve plaintext beyond this machine.
     """
     _check_address(address, tls_dir, "JACKPOT_LISTEN")
-    server = grpc.aio.server(interceptors=[CallInterceptor(metrics)], options=_SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=[CallInterceptor(metrics, tls_peer_name)], options=_SERVER_OPTIONS)
     servicer = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     register(server)
     reflected = (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(reflected, server)
+    credentials = server_credentials(tls_dir) if tls_dir else None
+    bound = _bind(server, address, credentials, "JACKPOT_LISTEN")
+    reporter = HealthReporter(servicer, service_names)
+    if not health_listen:
+        return RpcServer(server, bound, reporter)
+    _check_address(health_listen, "", "JACKPOT_HEALTH_LISTEN", serving=False)
+    probed = grpc.aio.server(options=_SERVER_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, probed)
+    return RpcServer(server, bound, reporter, probed, _bind(probed, health_listen, None, "JACKPOT_HEALTH_LISTEN"))
+
+
+def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None, field: str) -> str:
+    """Bind the server; its address with the real port."""
     try:
-        if tls_dir:
-            port = server.add_secure_port(address, _server_credentials(tls_dir))
+        if credentials is not None:
+            port = server.add_secure_port(address, credentials)
         else:
             port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigError("JACKPOT_LISTEN", address, f"cannot be bound ({error})", "Use a free address.") from None
-    if not address.startswith("unix:"):
-        address = f"{address.rpartition(':')[0]}:{port}"
-    return RpcServer(server, address, HealthReporter(servicer, service_names))
+        raise ConfigError(field, address, f"cannot be bound ({error})", "Use a free address.") from None
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
 
 # Channels do not tell where they lead; errors have to.
 _ADDRESSES: weakref.WeakKeyDictionary[grpc.aio.Channel, str] = weakref.WeakKeyDictionary()
 
 
-def open_channel(address: str, *, tls_dir: str = "") -> grpc.aio.Channel:
+def open_channel(address: str, *, tls_dir: str = "", tls_peer_name: str = "") -> grpc.aio.Channel:
     """A channel to ``unix:/path`` or ``host:port``; connects on the first call. To be closed.
+
+    Args:
+        address: of the server; several processes may answer to its name.
+        tls_dir: directory with ``tls.crt``, ``tls.key`` and ``ca.crt``; empty is plaintext.
+        tls_peer_name: the name that the server's certificate must carry, in place of the address's host.
 
     Raises:
         ConfigError: the address has neither form, or the TLS files cannot be read.
     """
     _check_address(address, tls_dir, "address", serving=False)
     if tls_dir:
-        channel = grpc.aio.secure_channel(address, _channel_credentials(tls_dir), options=_CHANNEL_OPTIONS)
+        options = list(_CHANNEL_OPTIONS)
+        if tls_peer_name:
+            options.append(("grpc.ssl_target_name_override", tls_peer_name))
+        channel = grpc.aio.secure_channel(address, channel_credentials(tls_dir), options=options)
     else:
         channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
     _ADDRESSES[channel] = address
@@ -276,23 +313,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def _read_tls(tls_dir: str) -> tuple[bytes, bytes, bytes]:
-    directory = Path(tls_dir)
-    try:
-        authority, key, certificate = ((directory / name).read_bytes() for name in ("ca.crt", "tls.key", "tls.crt"))
-    except OSError as error:
-        raise ConfigError(
-            "JACKPOT_TLS_DIR", tls_dir, f"cannot be read ({error})", "It must hold tls.crt, tls.key and ca.crt."
-        ) from None
-    return authority, key, certificate
-
-
-def _server_credentials(tls_dir: str) -> grpc.ServerCredentials:
-    authority, key, certificate = _read_tls(tls_dir)
-    return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
-
-
-def _channel_credentials(tls_dir: str) -> grpc.ChannelCredentials:
-    return grpc.ssl_channel_credentials(*_read_tls(tls_dir))

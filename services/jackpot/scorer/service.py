@@ -54,6 +54,8 @@ async def serve(
         [SERVICE_NAME],
         metrics=metrics,
         tls_dir=environment.tls_dir,
+        tls_peer_name=environment.tls_peer_name,
+        health_listen=environment.health_listen,
     )
     await server.start()
     bus: TrajectoryBus | None = None

@@ -18,6 +18,9 @@ def test_what_a_launcher_sets_is_what_a_service_reads(tmp_path: Path) -> None:
         role="policy",
         rollout_addresses=("unix:/tmp/a.sock", "10.0.0.1:50051"),
         evaluator_address="unix:/tmp/e.sock",
+        tls_dir="/etc/jackpot/tls",
+        tls_peer_name="jackpot-worker",
+        health_listen="0.0.0.0:50052",
         metrics_address="127.0.0.1:9100",
         threads=2,
     )

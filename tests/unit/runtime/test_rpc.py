@@ -1,7 +1,5 @@
 import asyncio
 import logging
-import shutil
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -280,42 +278,3 @@ async def test_a_port_in_use_is_refused(server: RpcServer) -> None:
     with pytest.raises(ConfigError, match="cannot be bound"):
         create_server(first.address, register, [SERVICE])
     await first.stop(0)
-
-
-@pytest.fixture(scope="module")
-def tls_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate authority and one certificate for localhost, as a Kubernetes TLS secret lays them out."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not here to make certificates")
-    directory = tmp_path_factory.mktemp("tls")
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    authority = ["req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=ca", "-days", "2"]
-    request = ["req", *key, "-keyout", "tls.key", "-out", "tls.csr", "-subj", "/CN=localhost"]
-    (directory / "san").write_text("subjectAltName=DNS:localhost\n")
-    signing = ["x509", "-req", "-in", "tls.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial"]
-    for arguments in (authority, request, [*signing, "-out", "tls.crt", "-days", "2", "-extfile", "san"]):
-        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True, timeout=30)
-    return directory
-
-
-async def test_beyond_this_machine_it_is_mutual_tls(tls_dir: Path) -> None:
-    server = create_server("0.0.0.0:0", register, [SERVICE], tls_dir=str(tls_dir))
-    await server.start()
-    await server.health.set_ready(True)
-    address = server.address.replace("0.0.0.0", "localhost")
-    async with open_channel(address, tls_dir=str(tls_dir)) as channel:
-        await wait_ready(channel, "readiness", 10)
-        stub = scoring_pb2_grpc.ScoringServiceStub(channel)
-        assert (await call(stub.Score, request_for("g"), 5, awaited="Score")).group_id == "g"
-    authority_alone = grpc.ssl_channel_credentials((tls_dir / "ca.crt").read_bytes())
-    async with grpc.aio.secure_channel(address, authority_alone) as stranger, open_channel(address) as plain:
-        for channel in (stranger, plain):
-            with pytest.raises(EngineError):
-                stub = scoring_pb2_grpc.ScoringServiceStub(channel)
-                await call(stub.Score, request_for("g"), 5, awaited="Score")
-    await server.stop(0)
-
-
-async def test_missing_tls_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"JACKPOT_TLS_DIR = .*ca\.crt.* It must hold tls\.crt, tls\.key and ca\.crt"):
-        open_channel("localhost:1", tls_dir=str(tmp_path))
