@@ -1,4 +1,4 @@
-"""docs/rest.md, followed literally: curl alone submits, follows, cancels, resumes and downloads."""
+"""The README's REST section, followed literally: curl alone submits, follows, cancels, resumes and downloads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ import yaml
 from server_world import running_server, tiny_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-DOCS = Path(__file__).parents[2] / "docs" / "rest.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_commands_do_what_they_say(tmp_path: Path, make_model: Callable[..., Path]) -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    text = README.read_text(encoding="utf-8")
+    section = text[text.index("## As a server") : text.index("## What it holds to")]
+    blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     assert len(blocks) == 5
     (tmp_path / "examples").mkdir()
     job = tiny_job(tmp_path, make_model, steps=60, checkpoint_every=2)

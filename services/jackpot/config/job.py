@@ -268,6 +268,9 @@ class AlarmsConfig(Section):
     kl_bound: PositiveFloat | None = 5.0
     """Greatest KL(policy ‖ actor), in nats per token (where the actor does not learn: k3's estimate of KL from scoring
     to sampling); null is off. At 5 the actor's tokens have next to no probability under the policy."""
+    acceptance_bound: Fraction = 0.05
+    """Smallest acceptance rate of a step; 0 is off. Below it nearly all that is sampled is thrown away, so that a step
+    costs twenty times what it should."""
     accuracy_drop: Fraction = 0.1
     """How far the policy's held-out accuracy may fall below its best while the actor's mean reward rises, in two
     evaluations in a row; 0 is off. Rewards are the actor's: they can rise while the policy falls apart."""

@@ -12,7 +12,9 @@ EQUAL_REWARDS = "equal_rewards"
 ZERO_GRADIENT = "zero_gradient"
 KL_TOO_LARGE = "kl_too_large"
 ACCURACY_FALLS = "accuracy_falls"
-ALARM_NAMES = (EQUAL_REWARDS, ZERO_GRADIENT, KL_TOO_LARGE, ACCURACY_FALLS)
+LOW_ACCEPTANCE = "low_acceptance"
+NOT_FINITE = "not_finite"
+ALARM_NAMES = (EQUAL_REWARDS, ZERO_GRADIENT, KL_TOO_LARGE, ACCURACY_FALLS, LOW_ACCEPTANCE, NOT_FINITE)
 
 _EVALUATIONS_IN_A_ROW = 2
 _REWARD_MEMORY = 0.9  # weight of the past in the smoothed reward
@@ -52,8 +54,22 @@ class AlarmWatch:
         if math.isfinite(reward):
             past = reward if self._reward is None else self._reward
             self._reward = _REWARD_MEMORY * past + (1 - _REWARD_MEMORY) * reward
-        divergence, bound = row.get("kl/policy_actor", row.get("rollout_corr/k3_kl", 0.0)), self._config.kl_bound
         found = [
+            *self._collapses(step, row, reward),
+            *self._mismatches(step, row),
+        ]
+        return [alarm for alarm in found if alarm is not None]
+
+    def _collapses(self, step: int, row: Mapping[str, float], reward: float) -> list[Alarm | None]:
+        """Signs that nothing is learned any more."""
+        broken = sorted(name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value))
+        return [
+            self._turn(
+                NOT_FINITE,
+                step,
+                bool(broken),
+                f"not a finite number: {', '.join(broken)}. Lower learner.lr, or compute in float32.",
+            ),
             self._turn(
                 EQUAL_REWARDS,
                 step,
@@ -68,6 +84,13 @@ class AlarmWatch:
                 f"the policy's gradient has been exactly 0 for {self._zero_steps} steps: rewards do not differ within "
                 "groups, or no token is accepted. Look at reward/std and the acceptance rate.",
             ),
+        ]
+
+    def _mismatches(self, step: int, row: Mapping[str, float]) -> list[Alarm | None]:
+        """Signs that actor and policy have nothing to say to each other any more."""
+        divergence, bound = row.get("kl/policy_actor", row.get("rollout_corr/k3_kl", 0.0)), self._config.kl_bound
+        acceptance = row.get("rollout_corr/obrs_acceptance_rate", 1.0)
+        return [
             self._turn(
                 KL_TOO_LARGE,
                 step,
@@ -75,8 +98,15 @@ class AlarmWatch:
                 f"policy and actor are {divergence:.3g} nats per token apart, more than {bound}: the actor is left "
                 "behind. Raise learner.actor_lr or algorithm.distillation.weight.",
             ),
+            self._turn(
+                LOW_ACCEPTANCE,
+                step,
+                acceptance < self._config.acceptance_bound,
+                f"only {acceptance:.1%} of the actor's tokens are accepted, less than "
+                f"{self._config.acceptance_bound:.1%}: next to nothing is left to learn from. Lower obrs_lambda, or "
+                "distil more.",
+            ),
         ]
-        return [alarm for alarm in found if alarm is not None]
 
     def observe_evaluation(self, step: int, accuracy: float) -> list[Alarm]:
         """The alarms that begin with an evaluation of weight version ``step``."""

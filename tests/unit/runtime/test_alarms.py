@@ -73,8 +73,25 @@ def test_accuracy_that_falls_together_with_the_reward_is_another_matter() -> Non
         assert watched.observe_evaluation(step, 1 - step / 50) == []
 
 
-def test_every_alarm_can_be_switched_off() -> None:
-    watched = watch(equal_rewards_steps=0, zero_gradient_steps=0, kl_bound=None, accuracy_drop=0)
+def test_next_to_nothing_accepted() -> None:
+    watched = watch(acceptance_bound=0.1)
+    rates = (0.5, 0.09, 0.05, 0.2)
+    found = [
+        watched.observe_step(row(step, rollout_corr__obrs_acceptance_rate=rate)) for step, rate in enumerate(rates)
+    ]
+    assert [names(alarms) for alarms in found] == [[], [("low_acceptance", 1)], [], []]
+    assert "only 9.0% of the actor's tokens are accepted, less than 10.0%" in found[1][0].message
+
+
+def test_figures_that_are_not_finite_are_named() -> None:
+    alarms = watch().observe_step(row(4, policy__loss=float("nan"), policy__grad_norm=float("inf")))
+    assert names(alarms) == [("not_finite", 4)]
+    assert "policy/grad_norm, policy/loss" in alarms[0].message
+
+
+def test_every_alarm_but_that_of_broken_numbers_can_be_switched_off() -> None:
+    watched = watch(equal_rewards_steps=0, zero_gradient_steps=0, kl_bound=None, accuracy_drop=0, acceptance_bound=0)
     for step in range(1, 30):
-        assert watched.observe_step(row(step, reward__std=0, policy__grad_norm=0, kl__policy_actor=99)) == []
+        bad = row(step, reward__std=0, policy__grad_norm=0, kl__policy_actor=99, rollout_corr__obrs_acceptance_rate=0)
+        assert watched.observe_step(bad) == []
         assert watched.observe_evaluation(step, 1 - step / 30) == []

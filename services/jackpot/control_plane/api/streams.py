@@ -7,19 +7,24 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from jackpot.control_plane.backend import Backend
-from jackpot.control_plane.observing.alarms import AlarmWatch
 from jackpot.control_plane.observing.jsonl_tail import JsonlTail
 from jackpot.control_plane.observing.observation import LogTail, services
 from jackpot.errors import BusError, JobNotFoundError
 
 LOOK_SECONDS = 0.2
 HEARTBEAT_SECONDS = 10.0
-CURSOR_PATTERN = r"^[0-9]{1,9}-[0-9]{1,15}-[0-9]{1,15}$"
+CURSOR_PATTERN = r"^[0-9]{1,9}(-[0-9]{1,15}){3}$"
+
+# The files that events are made of: a part of the cursor, the file, and the name of its events.
+FILES = (
+    ("steps", "metrics.jsonl", "step"),
+    ("evaluations", "evaluations.jsonl", "evaluation"),
+    ("alarms", "alarms.jsonl", "alarm"),
+)
 
 
 @dataclass(slots=True)
@@ -30,9 +35,10 @@ class EventCursor:
     transitions: int = 0
     steps: int = 0
     evaluations: int = 0
+    alarms: int = 0
 
     def __str__(self) -> str:
-        return f"{self.transitions}-{self.steps}-{self.evaluations}"
+        return f"{self.transitions}-{self.steps}-{self.evaluations}-{self.alarms}"
 
     @classmethod
     def parse(cls, text: str | None) -> EventCursor:
@@ -56,9 +62,7 @@ class EventStream:
         self._job_id = job_id
         self._cursor = cursor
         run_dir = backend.scheduler.run_dir(job_id)
-        self._steps = JsonlTail(run_dir / "metrics.jsonl", cursor.steps)
-        self._evaluations = JsonlTail(run_dir / "evaluations.jsonl", cursor.evaluations)
-        self._alarms = _primed(run_dir / "metrics.jsonl", cursor.steps)
+        self._tails = {part: JsonlTail(run_dir / file, getattr(cursor, part)) for part, file, _ in FILES}
 
     async def events(self) -> AsyncIterator[str]:
         """The events, as text of ``text/event-stream``, until the job is over or the server stops."""
@@ -99,25 +103,13 @@ class EventStream:
             )
             for index, one in enumerate(transitions, start=1)
         ]
-        for name, tail, event in (("steps", self._steps, "step"), ("evaluations", self._evaluations, "evaluation")):
-            news += [(float(row.get("time") or 0.0), (name, end), event, row) for row, end in tail.read()]
+        for name, _, event in FILES:
+            news += [(float(row.get("time") or 0.0), (name, end), event, row) for row, end in self._tails[name].read()]
         texts = []
         for _, (part, position), event, data in sorted(news, key=lambda one: one[0]):
-            if event == "step":
-                # Alarms carry no id: a client that is cut off between an alarm and its step gets both again.
-                texts += [_event("alarm", None, asdict(alarm)) for alarm in self._alarms.look(data)]
             setattr(self._cursor, part, max(position, getattr(self._cursor, part)))
             texts.append(_event(event, str(self._cursor), data))
         return texts
-
-
-def _primed(path: Path, offset: int) -> AlarmWatch:
-    """Alarms as they stood at an offset, so that a client that comes back is not told the same again."""
-    watch = AlarmWatch()
-    for row, end in JsonlTail(path).read(max_bytes=offset) if offset else ():
-        if end <= offset:
-            watch.look(row)
-    return watch
 
 
 def _event(name: str, cursor: str | None, data: Any) -> str:

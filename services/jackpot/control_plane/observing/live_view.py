@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from jackpot.control_plane.run_directory import Row
-from jackpot.runtime.bus import BusDepths
+from jackpot.runtime.bus import BusDepths, Ledger
 
 PLAIN_SECONDS = 5.0
 
@@ -27,6 +27,7 @@ class Snapshot:
     steps: list[Row]
     evaluations: list[Row]
     depths: BusDepths | None
+    ledger: Ledger | None
     restarts: int
     elapsed_seconds: float
 

@@ -79,7 +79,8 @@ def _by_step(rows: Sequence[Row]) -> list[Row]:
 def ledger(run_dir: Path, summary: Row | None, count: int) -> dict[str, Any]:
     """How the job's groups ended: counts, and the newest ``count`` entries.
 
-    ``dispatched`` and ``open`` come from the bus's own counters once a session has ended; null before.
+    ``dispatched`` and ``open`` come from the bus's own counters: looked at once a second while a session runs, and
+    in its end; null before the first look.
     """
     records = {row["group_id"]: row for row in JsonlTail(run_dir / "ledger.jsonl").rows() if "group_id" in row}
     trained = sum(row.get("state") == "trained" for row in records.values())
@@ -87,15 +88,23 @@ def ledger(run_dir: Path, summary: Row | None, count: int) -> dict[str, Any]:
     for row in records.values():
         if row.get("state") != "trained":
             dropped[str(row.get("reason"))] = dropped.get(str(row.get("reason")), 0) + 1
-    final = (summary or {}).get("ledger") or {}
+    counters = (summary or {}).get("ledger") or _last_look(run_dir)
     return {
         "trained": trained,
         "dropped": dropped,
         "ended": len(records),
-        "dispatched": final.get("dispatched"),
-        "open": final.get("open", 0) if final else None,
+        "dispatched": counters.get("dispatched"),
+        "open": counters.get("open", 0) if counters else None,
         "entries": list(records.values())[-count:][::-1] if count else [],
     }
+
+
+def _last_look(run_dir: Path) -> Row:
+    """The ledger's counters in the newest row of telemetry that has them."""
+    for row in reversed(JsonlTail(run_dir / TELEMETRY).rows()):
+        if "ledger/dispatched" in row:
+            return {"dispatched": row["ledger/dispatched"], "open": row["ledger/open"]}
+    return {}
 
 
 def samples(run_dir: Path, count: int) -> list[Row]:

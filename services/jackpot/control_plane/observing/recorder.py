@@ -76,9 +76,12 @@ class Recorder:
             if snapshot.depths is not None:
                 row |= {
                     "bus/rollouts_waiting": snapshot.depths.rollouts_waiting + snapshot.depths.rollouts_pending,
-                    "bus/scored_waiting": snapshot.depths.scored_waiting + snapshot.depths.scored_pending,
+                    "bus/scored_waiting": snapshot.depths.scored_waiting,
+                    "bus/scored_pending": snapshot.depths.scored_pending,
                     "bus/used_bytes": snapshot.depths.bytes_used,
                 }
+            if snapshot.ledger is not None:
+                row |= {"ledger/dispatched": snapshot.ledger.dispatched, "ledger/open": snapshot.ledger.open}
             row |= self._rates(moment - before)
             before = moment
             try:

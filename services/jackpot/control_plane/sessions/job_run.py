@@ -150,6 +150,7 @@ async def _follow(
                 steps=steps.refresh(),
                 evaluations=evaluations.refresh(),
                 depths=None if over else await observer.depths(launcher.redis_url),
+                ledger=None if over else await observer.ledger(launcher.redis_url),
                 restarts=sum(status.restarts.values()),
                 elapsed_seconds=now - started,
             )

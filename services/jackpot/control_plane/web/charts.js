@@ -21,8 +21,12 @@ export const CHARTS = [
     rollout: "throughput/rollout_tokens_per_second",
     scorer: "throughput/scorer_tokens_per_second",
     learner: "throughput/learner_tokens_per_second" }],
-  ["Queues, groups", "seconds", { "to score": "bus/rollouts_waiting", "to train": "bus/scored_waiting" }],
+  ["Queues, groups", "seconds", {
+    "to score": "bus/rollouts_waiting", "to train": "bus/scored_waiting", "to commit": "bus/scored_pending" }],
 ];
+
+// A flat curve lies in the middle of its chart: uPlot alone would show one of zeros on an axis from 0 to 100.
+const range = (_, low, high) => (low === null ? [0, 1] : low === high ? [low - 1, high + 1] : uPlot.rangeNum(low, high, 0.1, true));
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -62,7 +66,7 @@ export class Chart {
     const axis = { stroke: css("--soft"), grid: { stroke: css("--grid"), width: 1 }, ticks: { stroke: css("--grid"), width: 1 } };
     return {
       ...this.size(),
-      scales: { x: { time: false } },
+      scales: { x: { time: false }, y: { range } },
       axes: [{ ...axis, label: this.axis, labelSize: 18, size: 34 }, { ...axis, size: 52 }],
       series: [
         { label: this.axis },

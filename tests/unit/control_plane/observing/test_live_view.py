@@ -26,8 +26,8 @@ def row(step: int, time: float = 0.0) -> dict[str, Any]:
 
 def snapshot(steps: list[dict[str, Any]], **changes: Any) -> Snapshot:
     settings: dict[str, Any] = {
-        "job_id": "demo-1", "total_steps": 100, "steps": steps, "evaluations": [], "depths": DEPTHS, "restarts": 0,
-        "elapsed_seconds": 61.0,
+        "job_id": "demo-1", "total_steps": 100, "steps": steps, "evaluations": [], "depths": DEPTHS, "ledger": None,
+        "restarts": 0, "elapsed_seconds": 61.0,
     }  # fmt: skip
     return Snapshot(**settings | changes)
 

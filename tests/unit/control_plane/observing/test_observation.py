@@ -63,6 +63,9 @@ def test_the_ledger_counts_each_group_once(tmp_path: Path) -> None:
     running = ledger(tmp_path, None, 1)
     assert (running["trained"], running["dropped"], running["ended"]) == (1, {"stale": 1}, 2)
     assert running["dispatched"] is None and running["open"] is None and len(running["entries"]) == 1
+    write_rows(tmp_path / "telemetry.jsonl", {"ledger/dispatched": 5, "ledger/open": 3}, {"step": 1})
+    looked = ledger(tmp_path, None, 0)
+    assert (looked["dispatched"], looked["open"]) == (5, 3)
     over = ledger(tmp_path, {"ledger": {"dispatched": 3, "open": 1}}, 0)
     assert (over["dispatched"], over["open"], over["entries"]) == (3, 1, [])
 
