@@ -16,6 +16,8 @@ import pytest
 from server_world import TINY_JOB, api
 
 from jackpot.control_plane.jobs.admission import Admission
+from jackpot.control_plane.jobs.states import JobState
+from jackpot.control_plane.scrape_targets import write_targets
 from jackpot.control_plane.tokens import Scope, TokenFile
 
 YAML = {"Content-Type": "application/yaml"}
@@ -226,6 +228,7 @@ async def test_tokens_are_asked_for_checked_and_never_shown(tmp_path: Path) -> N
         for path in ("/healthz", "/readyz", "/"):
             assert (await client.get(path)).status_code == 200
         problem(await client.get("/metrics"), 401, "unauthorized")
+        problem(await client.get("/v1/metrics-targets"), 401, "unauthorized")
 
 
 async def test_guessing_tokens_is_slowed_down(tmp_path: Path) -> None:
@@ -262,6 +265,25 @@ async def test_a_client_that_asks_too_often_is_told_when_to_come_back(tmp_path: 
         answers = [await client.get("/healthz") for _ in range(4)]
         assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
         assert answers[-1].headers["retry-after"] == "1"
+
+
+async def test_prometheus_is_told_where_the_processes_of_running_jobs_are(tmp_path: Path) -> None:
+    async with api(tmp_path / "data") as (client, backend):
+        ids = [(await client.post("/v1/jobs", json=TINY_JOB)).json()["id"] for _ in range(3)]
+        for job_id in ids[:2]:
+            directory = backend.scheduler.run_dir(job_id)
+            directory.mkdir()
+            processes = [("rollout", "rollout-0", "127.0.0.1:9101"), ("rollout", "evaluator", "127.0.0.1:9102")]
+            write_targets(directory, job_id, processes)
+        await backend.store.transition(ids[0], JobState.STARTING, "has a slot")
+        await backend.store.transition(ids[2], JobState.STARTING, "has a slot")  # and no processes yet
+        assert (await client.get("/v1/metrics-targets")).json() == [
+            {
+                "targets": [f"127.0.0.1:910{number}"],
+                "labels": {"job_id": ids[0], "service": "rollout", "instance": instance},
+            }
+            for number, instance in ((1, "rollout-0"), (2, "evaluator"))
+        ]
 
 
 async def test_health_metrics_and_schema(tmp_path: Path) -> None:

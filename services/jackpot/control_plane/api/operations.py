@@ -10,6 +10,8 @@ from jackpot.config import job_json_schema
 from jackpot.control_plane.api.access import Behind, Reader
 from jackpot.control_plane.api.problems import ProblemError
 from jackpot.control_plane.jobs.records import Record
+from jackpot.control_plane.jobs.states import JobState
+from jackpot.control_plane.scrape_targets import read_targets
 
 router = APIRouter(tags=["operations"])
 
@@ -44,6 +46,23 @@ async def readyz(backend: Behind) -> dict[str, str]:
 async def metrics(_: Reader, backend: Behind) -> Response:
     """The server's own metrics, for Prometheus."""
     return Response(backend.metrics.render(await backend.store.counts()), media_type="text/plain; version=0.0.4")
+
+
+class ScrapeGroup(Record):
+    """Processes to scrape, as Prometheus's ``http_sd_configs`` reads them."""
+
+    targets: list[str]
+    """``host:port`` that serves /metrics."""
+    labels: dict[str, str]
+    """``job_id``, ``service`` and ``instance``."""
+
+
+@router.get("/v1/metrics-targets", response_model=list[ScrapeGroup])
+async def metrics_targets(_: Reader, backend: Behind) -> list[dict[str, Any]]:
+    """The processes of running jobs, for Prometheus's HTTP service discovery. They are on the server's machine and
+    listen on its loopback interface: a Prometheus elsewhere cannot reach them."""
+    running = await backend.store.in_states(JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
+    return [group for record in running for group in read_targets(backend.scheduler.run_dir(record.id))]
 
 
 @router.get("/v1/schema")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.launch.socket_directory import close_socket_directory, open_socket_directory
 from jackpot.control_plane.launch.supervision import Deaths, told
 from jackpot.control_plane.run_directory import RunDirectory, last_lines
+from jackpot.control_plane.scrape_targets import write_targets
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.bus.server import EmbeddedServer, dies_with
@@ -95,8 +95,8 @@ class LocalLauncher:
         self._bus_url = await self._start_bus()
         # Unix sockets: no port to lose a race for, and nobody but this user can connect.
         self._processes = self._plan(open_socket_directory(self._run.path), self._bus_url)
-        targets = [{"targets": [p.environment.metrics_address], "labels": {"process": p.name}} for p in self._processes]
-        (self._run.path / "prometheus_targets.json").write_text(json.dumps(targets, indent=2), encoding="utf-8")
+        served = [(p.service, p.name, p.environment.metrics_address) for p in self._processes]
+        write_targets(self._run.path, self._run.job_id, served)
         for process in self._processes:
             self._spawn(process)
 

@@ -9,13 +9,13 @@ import re
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jackpot.config import JobSpec
 from jackpot.control_plane.observing.live_view import Snapshot, View
 from jackpot.control_plane.observing.samples import SampleTaker
 from jackpot.control_plane.run_directory import RunDirectory
+from jackpot.control_plane.scrape_targets import read_targets
 
 TELEMETRY = "telemetry.jsonl"
 RECORD_SECONDS = 1.0
@@ -94,7 +94,7 @@ class Recorder:
     def _rates(self, seconds: float) -> dict[str, float]:
         """How fast each service's counters have grown since the last look, summed over its replicas."""
         rates: dict[str, float] = {}
-        for address in _targets(self._run.path):
+        for address in (target for group in read_targets(self._run.path) for target in group["targets"]):
             counters = scrape(address)
             before = self._counters.get(address)
             self._counters[address] = counters
@@ -104,14 +104,6 @@ class Recorder:
                     growth = max(0.0, counters[counter] - before[counter])
                     rates[column] = rates.get(column, 0.0) + growth / seconds
         return rates
-
-
-def _targets(run_dir: Path) -> list[str]:
-    try:
-        groups = json.loads((run_dir / "prometheus_targets.json").read_text(encoding="utf-8"))
-        return [target for group in groups for target in group["targets"]]
-    except (OSError, ValueError, KeyError):
-        return []
 
 
 def scrape(address: str) -> dict[str, float]:

@@ -18,6 +18,7 @@ from jackpot.config import JobSpec, parse_job
 from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.launch.local_launcher import LocalLauncher, end_leftovers, free_ports
 from jackpot.control_plane.run_directory import RunDirectory
+from jackpot.control_plane.scrape_targets import read_targets
 from jackpot.errors import BusError
 
 DEADLINE_SECONDS = 60.0
@@ -68,8 +69,9 @@ async def test_a_process_that_cannot_work_ends_the_job_with_its_own_words(tmp_pa
     assert f"{run.path / 'logs'}" in status.error and "job.json cannot be read" in status.error
     names = {"learner", "rollout-0", "rollout-1", "evaluator", "scorer-0", "orchestrator"}
     assert {path.stem for path in (run.path / "logs").iterdir()} == names
-    targets = (run.path / "prometheus_targets.json").read_text()
-    assert all(f'"process": "{name}"' in targets for name in names)
+    labels = [group["labels"] for group in read_targets(run.path)]
+    assert {label["instance"] for label in labels} == names and {label["job_id"] for label in labels} == {run.job_id}
+    assert {label["service"] for label in labels} == {"learner", "rollout", "scorer", "orchestrator"}
 
 
 async def test_the_server_is_started_again_where_it_was_until_it_keeps_dying(tmp_path: Path) -> None:
