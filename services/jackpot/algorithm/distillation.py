@@ -12,10 +12,12 @@ from jackpot.algorithm.output_head import (
     DEFAULT_CHUNK_TOKENS,
     HeadGradients,
     OutputHead,
+    VocabularyKernel,
     log_normalize_,
     slice_logits,
     softcap_slope,
     token_slices,
+    uses_triton,
     widened,
 )
 
@@ -28,6 +30,7 @@ def forward_kl(
     *,
     temperature: float = 1.0,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    kernel: VocabularyKernel = "auto",
 ) -> Tensor:
     """KL(SG(p_new) ‖ p_ω) = Σ_x p_new(x) (log p_new(x) − log p_ω(x)) at each token, in nats; eq. 7.
 
@@ -41,6 +44,7 @@ def forward_kl(
         actor_head: its weight and bias.
         temperature: divides both models' logits.
         chunk_tokens: tokens per slice, see :func:`token_slices`.
+        kernel: which; see :func:`uses_triton`.
 
     Returns:
         [T], float32.
@@ -52,6 +56,12 @@ def forward_kl(
         raise ValueError(
             f"policy and actor must share a vocabulary: they have {len(policy_head.weight)} and "
             f"{len(actor_head.weight)} entries"
+        )
+    if uses_triton(kernel, policy_head, policy_hidden, actor_head, actor_hidden):
+        from jackpot.algorithm import vocabulary_triton
+
+        return vocabulary_triton.forward_kl(
+            policy_hidden, policy_head, actor_hidden, actor_head, temperature=temperature
         )
     teacher = (policy_hidden.detach(), policy_head, temperature, chunk_tokens)
     result: Tensor = _ForwardKl.apply(  # type: ignore[no-untyped-call]

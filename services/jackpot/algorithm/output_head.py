@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 DEFAULT_CHUNK_TOKENS = 128
 """Tokens per slice. At a vocabulary of 150,000 a slice is 78 MB and the matrix product is as fast as the whole one."""
+
+VocabularyKernel = Literal["auto", "torch", "triton"]
+"""What computes a vocabulary pass; ``auto`` is decided by :func:`uses_triton`."""
 
 _SMALL_SLICE = 1 << 22
 """Elements (16 MB of float32) that a slice may always have, so that a small vocabulary does not mean many slices."""
@@ -48,6 +54,24 @@ def token_slices(num_tokens: int, vocabulary: int, chunk_tokens: int) -> Iterato
     size = max(chunk_tokens, _SMALL_SLICE // vocabulary)
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
+
+
+def uses_triton(kernel: VocabularyKernel, *tensors: OutputHead | Tensor) -> bool:
+    """Whether the fused GPU programs do a pass over these heads and hidden states.
+
+    ``auto``: where Triton is installed and everything is on a CUDA device in half precision. In float32, which tensor
+    cores cannot multiply exactly, slices through the library's matrix product are as fast.
+    """
+    if kernel != "auto":
+        return kernel == "triton"
+    plain = [part.weight if isinstance(part, OutputHead) else part for part in tensors]
+    half = (torch.bfloat16, torch.float16)
+    return _triton_installed() and all(tensor.is_cuda and tensor.dtype in half for tensor in plain)
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def widened(head: OutputHead, hidden: Tensor) -> tuple[OutputHead, Tensor]:

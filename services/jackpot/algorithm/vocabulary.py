@@ -2,6 +2,9 @@
 
 The same numbers as ``log_softmax(logits / temperature)``, accumulated in float32 whatever the models' format. Scores
 come without gradient; :func:`differentiable_token_logprobs` recomputes its slices in the backward pass.
+
+Two kernels do the work, with one interface and the same tests: ``torch`` slices by tokens and runs anywhere; ``triton``
+keeps logits on the chip altogether (:mod:`jackpot.algorithm.vocabulary_triton`) and needs a GPU and half precision.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from jackpot.algorithm.output_head import (
     DEFAULT_CHUNK_TOKENS,
     HeadGradients,
     OutputHead,
+    VocabularyKernel,
     log_normalize_,
     slice_logits,
     softcap_slope,
     token_slices,
+    uses_triton,
     widened,
 )
 
@@ -46,6 +51,7 @@ def token_logprobs(
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     top_k: int = 0,
     entropy: bool = False,
+    kernel: VocabularyKernel = "auto",
 ) -> VocabularyScores:
     """The scoring kernel: log-probabilities at given ids and, from the same pass, the model's own top-k (§4.4).
 
@@ -57,8 +63,16 @@ def token_logprobs(
         chunk_tokens: tokens per slice, see :func:`token_slices`.
         top_k: how many of the most probable tokens to return; at most the vocabulary comes back, 0 for none.
         entropy: whether to return it.
+        kernel: which; see :func:`uses_triton`.
     """
     wanted = ids if ids.dim() == 2 else ids[:, None]
+    if uses_triton(kernel, head, hidden):
+        from jackpot.algorithm import vocabulary_triton
+
+        logprobs, *others = vocabulary_triton.token_logprobs(
+            hidden, head, wanted, temperature=temperature, top_k=top_k, entropy=entropy
+        )
+        return _scores(logprobs.view(ids.shape), *others)
     head, hidden = widened(head, hidden)
     k = min(top_k, len(head.weight))
     scores = _empty_scores(hidden, wanted.shape[1], k, entropy)
@@ -72,12 +86,13 @@ def token_logprobs(
         scores.logprobs[tokens] -= log_sum
         if scores.topk_logprobs is not None:
             scores.topk_logprobs[tokens] -= log_sum
-    return VocabularyScores(
-        logprobs=scores.logprobs.view(ids.shape),
-        topk_ids=scores.topk_ids,
-        topk_logprobs=scores.topk_logprobs,
-        entropy=scores.entropy,
-    )
+    return _scores(scores.logprobs.view(ids.shape), scores.topk_ids, scores.topk_logprobs, scores.entropy)
+
+
+def _scores(
+    logprobs: Tensor, topk_ids: Tensor | None, topk_logprobs: Tensor | None, entropy: Tensor | None
+) -> VocabularyScores:
+    return VocabularyScores(logprobs=logprobs, topk_ids=topk_ids, topk_logprobs=topk_logprobs, entropy=entropy)
 
 
 def _empty_scores(hidden: Tensor, n: int, k: int, entropy: bool) -> VocabularyScores:
@@ -113,18 +128,24 @@ def differentiable_token_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     entropy: bool = False,
+    kernel: VocabularyKernel = "auto",
 ) -> VocabularyScores:
     """Log-probabilities at given ids with gradients to ``hidden``, ``head.weight`` and ``head.bias``.
 
     Arguments as :func:`token_logprobs`. The backward pass computes each slice anew. The entropy has no gradient.
     """
     wanted = ids if ids.dim() == 2 else ids[:, None]
-    logprobs, entropies = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, wanted, head, temperature, chunk_tokens, entropy
-    )
-    return VocabularyScores(
-        logprobs=logprobs.view(ids.shape), topk_ids=None, topk_logprobs=None, entropy=entropies if entropy else None
-    )
+    if uses_triton(kernel, head, hidden):
+        from jackpot.algorithm import vocabulary_triton
+
+        logprobs, entropies = vocabulary_triton.differentiable_token_logprobs(
+            hidden, head, wanted, temperature=temperature, entropy=entropy
+        )
+    else:
+        logprobs, entropies = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, head.bias, wanted, head, temperature, chunk_tokens, entropy
+        )
+    return _scores(logprobs.view(ids.shape), None, None, entropies if entropy else None)
 
 
 class _TokenLogprobs(torch.autograd.Function):

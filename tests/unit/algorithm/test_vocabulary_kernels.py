@@ -1,0 +1,234 @@
+"""Both kernels of the vocabulary pass against log_softmax of whole rows in double precision: one interface, the same
+tests. Without a GPU the Triton programs run in Triton's interpreter, where Triton is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from jackpot.algorithm.distillation import forward_kl
+from jackpot.algorithm.output_head import OutputHead, uses_triton
+from jackpot.algorithm.vocabulary import differentiable_token_logprobs, token_logprobs
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Otherwise Triton 3.9 warns that the default will change.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device"), needs_triton]
+KERNELS = ["torch", pytest.param("triton", marks=needs_triton)]
+
+# Not multiples of any tile: two rows of tiles, three columns, a rim on every side.
+TOKENS, VOCABULARY, HIDDEN = 131, 300, 72
+HEADS = ["plain", "everything"]
+
+
+def make_inputs(
+    kind: str, width: int = HIDDEN, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, OutputHead]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
+        for shape in ((TOKENS, width), (VOCABULARY, width), (VOCABULARY,))
+    )
+    with torch.no_grad():
+        weight *= 3 / width**0.5
+    if kind == "plain":
+        return hidden, OutputHead(weight)
+    return hidden, OutputHead(weight, bias, 5.0, 0.7) if kind == "everything" else OutputHead(weight, bias)
+
+
+def make_ids(n: int) -> Tensor:
+    return torch.randint(VOCABULARY, (TOKENS, n), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def leaves(hidden: Tensor, head: OutputHead) -> list[Tensor]:
+    return [hidden, head.weight] if head.bias is None else [hidden, head.weight, head.bias]
+
+
+def exact_rows(hidden: Tensor, head: OutputHead, temperature: float) -> Tensor:
+    """Log-probabilities [T, V] in double precision; gradients reach the given tensors."""
+    bias = None if head.bias is None else head.bias.double()
+    wide = OutputHead(head.weight.double(), bias, head.softcap, head.scale)
+    return (wide.logits(hidden.double()) / temperature).log_softmax(-1)
+
+
+def assert_gradients_match(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float = 1e-5) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).abs().max() <= tolerance * other.abs().max()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", HEADS)
+def test_scores_are_those_of_whole_rows(kernel: str, kind: str) -> None:
+    hidden, head = make_inputs(kind)
+    ids = make_ids(5)
+    scores = token_logprobs(hidden, head, ids, temperature=0.6, top_k=6, entropy=True, kernel=kernel)
+    rows = exact_rows(hidden, head, 0.6).detach()
+    torch.testing.assert_close(scores.logprobs, rows.gather(1, ids).float(), rtol=1e-5, atol=1e-5)
+    assert scores.topk_ids is not None
+    assert torch.equal(scores.topk_ids, rows.topk(6).indices)
+    torch.testing.assert_close(scores.topk_logprobs, rows.topk(6).values.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.entropy, -(rows.exp() * rows).sum(-1).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", HEADS)
+def test_gradients_are_those_of_whole_rows(kernel: str, kind: str) -> None:
+    hidden, head = make_inputs(kind)
+    ids = make_ids(2)
+    ids[:, 1] = ids[:, 0]  # an id asked for twice counts twice
+    factors = torch.randn(TOKENS, 2, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    scores = differentiable_token_logprobs(hidden, head, ids, temperature=0.8, entropy=True, kernel=kernel)
+    rows = exact_rows(hidden, head, 0.8)
+    expected = rows.gather(1, ids)
+    torch.testing.assert_close(scores.logprobs, expected.float(), rtol=1e-5, atol=1e-5)
+    assert scores.entropy is not None
+    assert not scores.entropy.requires_grad
+    assert_gradients_match(
+        torch.autograd.grad((scores.logprobs * factors).sum(), leaves(hidden, head)),
+        torch.autograd.grad((expected * factors).sum(), leaves(hidden, head)),
+    )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["plain", "everything"])
+def test_forward_kl_is_that_of_whole_rows(kernel: str, kind: str) -> None:
+    (policy_hidden, policy_head), (hidden, head) = make_inputs(kind, 40, 3), make_inputs(kind)
+    kl = forward_kl(policy_hidden, policy_head, hidden, head, temperature=0.8, kernel=kernel)
+    policy = exact_rows(policy_hidden, policy_head, 0.8).detach()
+    expected = (policy.exp() * (policy - exact_rows(hidden, head, 0.8))).sum(-1)
+    torch.testing.assert_close(kl, expected.float(), rtol=1e-5, atol=1e-5)
+    factors = torch.randn(TOKENS, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    assert_gradients_match(
+        torch.autograd.grad((kl * factors).sum(), leaves(hidden, head)),
+        torch.autograd.grad((expected * factors).sum(), leaves(hidden, head)),
+    )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_model_against_itself_diverges_by_nothing(kernel: str) -> None:
+    hidden, head = make_inputs("bias")
+    kl = forward_kl(hidden, head, hidden, head, kernel=kernel)
+    assert kl.abs().max() < 1e-5
+
+
+@needs_triton
+def test_slices_of_tokens_and_columns_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long inputs go in slices, gradients in tiles of columns; sums over slices are those of one."""
+    from jackpot.algorithm import vocabulary_triton
+
+    monkeypatch.setattr(vocabulary_triton, "TOKENS", 100)
+    monkeypatch.setattr(vocabulary_triton, "TOPK_TOKENS", 70)
+    monkeypatch.setattr(vocabulary_triton, "COLUMNS", 128)
+    monkeypatch.setattr(vocabulary_triton, "PROGRAMS", 1)  # one split of the vocabulary instead of one per tile
+    hidden, head = make_inputs("bias")
+    ids = make_ids(1)[:, 0]
+    rows = exact_rows(hidden, head, 1.0)
+    scores = token_logprobs(hidden, head, ids, top_k=3, kernel="triton")
+    torch.testing.assert_close(scores.topk_logprobs, rows.topk(3).values.detach().float(), rtol=1e-5, atol=1e-5)
+    found = differentiable_token_logprobs(hidden, head, ids, kernel="triton").logprobs
+    assert found.shape == (TOKENS,)
+    assert_gradients_match(
+        torch.autograd.grad(found.sum(), leaves(hidden, head)),
+        torch.autograd.grad(rows.gather(1, ids[:, None]).sum(), leaves(hidden, head)),
+    )
+
+
+@needs_triton
+def test_more_asked_for_than_there_is() -> None:
+    """k beyond the vocabulary gives all of it, in order; frozen tensors get no gradient."""
+    hidden, head = make_inputs("plain")
+    few = OutputHead(head.weight.detach()[:5])
+    scores = token_logprobs(hidden, few, make_ids(1) % 5, top_k=20, kernel="triton")
+    rows = exact_rows(hidden, few, 1.0).detach()
+    torch.testing.assert_close(scores.topk_logprobs, rows.topk(5).values.float(), rtol=1e-5, atol=1e-5)
+    differentiable_token_logprobs(hidden, few, make_ids(1) % 5, kernel="triton").logprobs.sum().backward()
+    assert few.weight.grad is None
+    assert hidden.grad is not None
+
+
+@needs_triton
+def test_half_precision_is_accumulated_in_float32() -> None:
+    hidden, head = make_inputs("bias", dtype=torch.float16)
+    ids = make_ids(1)
+    scores = differentiable_token_logprobs(hidden, head, ids, kernel="triton")
+    rows = exact_rows(hidden, head, 1.0)
+    torch.testing.assert_close(scores.logprobs, rows.gather(1, ids).float(), rtol=1e-5, atol=1e-4)
+    found = torch.autograd.grad(scores.logprobs.sum(), leaves(hidden, head))
+    expected = torch.autograd.grad(rows.gather(1, ids).sum(), leaves(hidden, head))
+    assert_gradients_match(found, expected, tolerance=2**-8)
+
+
+def test_auto_takes_triton_on_gpus_in_half_precision_alone() -> None:
+    hidden, head = make_inputs("plain")
+    assert not uses_triton("auto", head, hidden)
+    assert uses_triton("triton", head, hidden)
+    half = OutputHead(head.weight.detach().bfloat16())
+    assert uses_triton("auto", half, hidden.bfloat16()) == (GPU and importlib.util.find_spec("triton") is not None)
+
+
+@needs_triton
+def test_the_programs_compile_for_a_gpu_without_one(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_vocabulary_kernels.py"))],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert result.returncode == 0, result.stderr
+    found = {row["program"]: row["tensor_cores"] for row in map(json.loads, result.stdout.splitlines())}
+    assert found == {
+        "log_sum_kernel": True,
+        "chosen_logits_kernel": False,  # a product with one vector: bound by memory
+        "logprob_gradient_kernel": True,
+        "forward_kl_kernel": True,
+        "forward_kl_gradient_kernel": True,
+    }
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(d, marks=gpu) for d in (torch.bfloat16, torch.float16)])
+def test_the_compiled_programs_in_half_precision(dtype: torch.dtype) -> None:
+    (policy_hidden, policy_head), (hidden, head) = (
+        make_inputs("everything", 40, 3, dtype),
+        make_inputs("bias", dtype=dtype),
+    )
+    ids = make_ids(1)
+    rows, policy = exact_rows(hidden, head, 0.8), exact_rows(policy_hidden, policy_head, 0.8).detach()
+    scores = differentiable_token_logprobs(hidden, head, ids, temperature=0.8)
+    kl = forward_kl(policy_hidden, policy_head, hidden, head, temperature=0.8)
+    expected_kl = (policy.exp() * (policy - rows)).sum(-1)
+    torch.testing.assert_close(scores.logprobs, rows.gather(1, ids).float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(kl, expected_kl.float(), rtol=0, atol=1e-4)
+    assert_gradients_match(
+        torch.autograd.grad(scores.logprobs.sum() + kl.sum(), leaves(hidden, head)),
+        torch.autograd.grad(rows.gather(1, ids).sum() + expected_kl.sum(), leaves(hidden, head)),
+        tolerance=2**-6,
+    )
+
+
+@pytest.mark.parametrize("vocabulary", [pytest.param(v, marks=gpu) for v in (32_000, 152_000)])
+def test_memory_does_not_grow_with_the_vocabulary(vocabulary: int) -> None:
+    """Beyond inputs and gradients: a buffer of [tokens, COLUMNS] in 16 bits and one product in float32."""
+    hidden = torch.randn(4096, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocabulary, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.zeros(4096, dtype=torch.int64, device=DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    differentiable_token_logprobs(hidden, OutputHead(weight), ids).logprobs.sum().backward()
+    added = torch.cuda.max_memory_allocated() - before - 2 * weight.nbytes
+    assert added < 150e6
