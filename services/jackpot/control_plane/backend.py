@@ -32,7 +32,7 @@ class Backend:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        self.tokens = TokenFile(settings.data_dir / "tokens.json")
+        self.tokens = TokenFile(settings.tokens)
         self.metrics = ServiceMetrics()
         self.stopping = asyncio.Event()
         self.store: RedisJobStore

@@ -23,6 +23,7 @@ class ServeSettings:
     port: int = 8700
     store_url: str | None = None  # None embeds a server
     token_required: bool = False
+    token_file: Path | None = None  # None is tokens.json in the data directory
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_elsewhere: bool = False  # a proxy in front speaks TLS
@@ -40,6 +41,11 @@ class ServeSettings:
             return ipaddress.ip_address(self.host.strip("[]")).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    @property
+    def tokens(self) -> Path:
+        """Where the hashes of the tokens lie."""
+        return self.token_file or self.data_dir / "tokens.json"
 
     @property
     def tls(self) -> bool:

@@ -42,3 +42,8 @@ def test_anywhere_else_needs_tokens_and_tls_and_takes_no_path_by_default(tmp_pat
     proxied = ServeSettings(data_dir=tmp_path, host="::", token_required=True, tls_elsewhere=True).with_roots(None)
     proxied.check()
     assert proxied.admission.roots == () and proxied.url == "http://[::]:8700"
+
+
+def test_tokens_lie_in_the_data_directory_unless_a_file_is_named(tmp_path: Path) -> None:
+    assert ServeSettings(data_dir=tmp_path).tokens == tmp_path / "tokens.json"
+    assert ServeSettings(data_dir=tmp_path, token_file=tmp_path / "secret").tokens == tmp_path / "secret"
