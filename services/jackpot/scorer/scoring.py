@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from jackpot.algorithm.diagnostics import exact_kl_before_and_after
 from jackpot.algorithm.normalizer import Candidates, NormalizerParts, estimate_normalizer, full_normalizer
@@ -17,7 +19,6 @@ from jackpot.config import JackpotCorrection, JobSpec
 from jackpot.errors import ScoringError
 from jackpot.runtime.models import output_head
 from jackpot.scorer.passes import LookedUp, PassSettings, flat_hidden, hidden_by_pass, look_up
-from jackpot.scorer.target import ActorVersions, TargetPolicy
 from jackpot.scorer.tokens import FlatTokens, check_group, flatten
 from jackpot.trajectory import EXACT_KL, Group, ScoredGroup, TokenScores, Trajectory
 
@@ -29,6 +30,37 @@ def needs_actor(job: JobSpec) -> bool:
     """Whether the job's normalizer runs the actor's own forward pass in the scorer."""
     correction = job.algorithm.correction
     return isinstance(correction, JackpotCorrection) and correction.normalizer != "tail"
+
+
+class Target(Protocol):
+    """The target policy as it is now: :class:`jackpot.scorer.target.TargetPolicy` in the service."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """θ."""
+
+    @property
+    def version(self) -> int | None:
+        """Its version; None before the first."""
+
+    @property
+    def obrs_lambda(self) -> float:
+        """λ that goes with it."""
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of token ids."""
+
+
+class Actors(Protocol):
+    """The actor at past versions: :class:`jackpot.scorer.target.ActorVersions` in the service."""
+
+    def at(self, version: int) -> PreTrainedModel:
+        """The actor with the weights of ``version``, until the next call.
+
+        Raises:
+            WeightMissingError: that version is gone.
+        """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +80,7 @@ class GroupScorer:
         actors: the actor at the versions that sampled; required where :func:`needs_actor`.
     """
 
-    def __init__(self, job: JobSpec, target: TargetPolicy, actors: ActorVersions | None = None) -> None:
+    def __init__(self, job: JobSpec, target: Target, actors: Actors | None = None) -> None:
         correction = job.algorithm.correction
         self._obrs = correction if isinstance(correction, JackpotCorrection) else None
         self._with_topk = self._obrs is not None and self._obrs.normalizer != "full"

@@ -1,0 +1,112 @@
+"""From a study to its runs, and the key that says whether a run has been made already. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from jackpot.config import JobSpec
+from jackpot.demo.recipe import Recipe
+from jackpot.experiment.study import PhaseConfig, Study
+
+FORMAT = 1
+"""Part of every key: raise it when the code changes what a run results in."""
+
+SECTIONS = ("policy", "actor", "task", "sampling", "algorithm", "rollout", "learner", "evaluation")
+"""What of a job decides about its result. The rest is where it runs and what it keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The place of runs in a study; they differ in their seed."""
+
+    phase: str
+    variant: str | None
+    arm: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. Two with the same key are the same run, wherever they stand in a study."""
+
+    job: JobSpec
+    recipe: Recipe | None
+    execution: str
+    staleness: int
+    scorer_staleness: int
+
+    @cached_property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits that change with anything that was set."""
+        text = json.dumps({"format": FORMAT, **self.request(), "job": self._chosen()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def request(self) -> dict[str, Any]:
+        """The run as JSON, for the worker process."""
+        return {
+            "job": self.job.model_dump(mode="json", exclude_unset=True),
+            "recipe": None if self.recipe is None else asdict(self.recipe),
+            "execution": self.execution,
+            "staleness": self.staleness,
+            "scorer_staleness": self.scorer_staleness,
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """All settings that decide about the result, defaults included, the seed left out."""
+        job = self.job.model_dump(mode="json", include=set(SECTIONS))
+        recipe = None if self.recipe is None else {k: v for k, v in asdict(self.recipe).items() if k != "seed"}
+        ages = {"staleness": self.staleness, "scorer_staleness": self.scorer_staleness}
+        return {"job": job, "recipe": recipe, "execution": self.execution, **ages}
+
+    def _chosen(self) -> dict[str, Any]:
+        # Only what was set: a setting that Jackpot learns later must not make every stored result look like another
+        # run's. That no default changed is seen by comparing `settings`.
+        chosen = self.job.model_dump(mode="json", exclude_unset=True, include={*SECTIONS, "seed"})
+        # Where models are made for the seed, the recipe says all.
+        return chosen if self.recipe is None else {k: v for k, v in chosen.items() if k != "policy"}
+
+
+def runs_of(study: Study) -> dict[Cell, list[Run]]:
+    """Every run of a study, cell by cell, seeds in the order of the file.
+
+    Raises:
+        ConfigError: a setting of an arm cannot work.
+    """
+    found: dict[Cell, list[Run]] = {}
+    for name, phase in study.config.phases.items():
+        for cell in _cells(study, name, phase):
+            found[cell] = [make_run(study, cell, seed) for seed in phase.seeds]
+    return found
+
+
+def make_run(study: Study, cell: Cell, seed: int) -> Run:
+    """One run of a cell."""
+    inline = study.inline(cell.variant, cell.arm)
+    return Run(
+        job=study.job(cell.variant, cell.arm, seed),
+        recipe=study.recipe(cell.variant, cell.arm, seed),
+        execution=study.config.execution,
+        staleness=inline.staleness,
+        scorer_staleness=inline.scorer_staleness,
+    )
+
+
+def agrees(stored: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    """Whether two sets of settings are equal wherever both know a setting."""
+    for name in stored.keys() & current.keys():
+        mine, theirs = stored[name], current[name]
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            if not agrees(mine, theirs):
+                return False
+        elif mine != theirs:
+            return False
+    return True
+
+
+def _cells(study: Study, name: str, phase: PhaseConfig) -> list[Cell]:
+    variants: tuple[str | None, ...] = phase.variants or (None,)
+    return [Cell(name, variant, arm) for variant in variants for arm in phase.arms or tuple(study.config.arms)]

@@ -1,0 +1,104 @@
+"""Worker processes that make the runs of a study, and the thread beside each that feeds it. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from jackpot.errors import JackpotError
+from jackpot.experiment.grid import Run
+from jackpot.runtime.bus.server import dies_with
+
+Report = Callable[[Run, Mapping[str, Any]], None]
+
+
+def make_runs(runs: Sequence[Run], directory: Path, workers: int, report: Report) -> list[str]:
+    """Make runs, the first ones first; each leaves a file in ``directory``.
+
+    Args:
+        runs: what is missing, each key once.
+        directory: where the files go.
+        workers: processes at a time.
+        report: told of each finished run and of what its worker answered; called from several threads, one at a time.
+
+    Returns:
+        What went wrong, a message for each run that failed.
+    """
+    waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
+    for run in runs:
+        waiting.put(run)
+    errors: list[str] = []
+    lock = threading.Lock()
+    processes = [_start(directory) for _ in range(min(workers, len(runs)))]
+
+    def feed(process: subprocess.Popen[str]) -> None:
+        while True:
+            try:
+                run = waiting.get_nowait()
+            except queue.Empty:
+                return
+            answer = _ask(process, run)
+            with lock:
+                if answer["error"] is not None:
+                    errors.append(f"seed {run.job.seed}, {run.key}: {answer['error']}")
+                report(run, answer)
+            if process.poll() is not None:
+                return
+
+    threads = [threading.Thread(target=feed, args=(process,), daemon=True) for process in processes]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        for process in processes:
+            process.kill() if any(thread.is_alive() for thread in threads) else _end(process)
+    if not waiting.empty():
+        errors.append("every worker process has ended early; what is finished is kept")
+    return errors
+
+
+def _start(directory: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jackpot.experiment.worker", str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,  # a Ctrl-C reaches it through us
+        preexec_fn=dies_with(os.getpid()) if sys.platform == "linux" else None,
+    )
+
+
+def _ask(process: subprocess.Popen[str], run: Run) -> Mapping[str, Any]:
+    try:
+        _pipe(process.stdin).write(json.dumps({"key": run.key, **run.request()}) + "\n")
+        _pipe(process.stdin).flush()
+        line = _pipe(process.stdout).readline()
+    except BrokenPipeError:
+        line = ""
+    if not line:
+        return {"error": f"its worker process ended with {process.wait()}; see the lines above"}
+    answer: Mapping[str, Any] = json.loads(line)
+    return answer
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        _pipe(process.stdin).close()
+    process.wait()
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    if stream is None:
+        raise JackpotError("a worker process has no pipe")
+    return stream

@@ -1,0 +1,116 @@
+"""Makes the runs of a study that are missing, and keeps what they left. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jackpot.errors import ConfigError, JackpotError
+from jackpot.experiment.grid import Cell, Run, runs_of
+from jackpot.experiment.pool import make_runs
+from jackpot.experiment.records import Result, find, read_collection, read_results, write_collection
+from jackpot.experiment.study import Study
+
+RESULTS_FILE = "results.json"
+RUNS_DIRECTORY = "runs"
+
+
+def results_at(directory: Path) -> dict[str, Result]:
+    """All that earlier sessions left in a study's directory: what was collected, and single runs since."""
+    return read_collection(directory / RESULTS_FILE) | read_results(directory / RUNS_DIRECTORY)
+
+
+def stored_study(study: Study, directory: Path) -> dict[Cell, list[Result]]:
+    """What there is of a study, cell by cell, in the order of the file.
+
+    Args:
+        study: the study.
+        directory: where its results are.
+
+    Raises:
+        ConfigError: a setting of an arm cannot work, or stored results are damaged.
+    """
+    return _by_cell(runs_of(study), results_at(directory))
+
+
+def run_study(
+    study: Study, directory: Path, workers: int, console: Console, phases: Sequence[str] = ()
+) -> dict[Cell, list[Result]]:
+    """Make what is missing of a study; the results, cell by cell, in the order of the file.
+
+    Finished runs are never made again: not after a crash, not when arms or seeds are added.
+
+    Args:
+        study: the study.
+        directory: where results are and go.
+        workers: processes at a time.
+        console: where progress is shown.
+        phases: only these are run; none given is all.
+
+    Raises:
+        ConfigError: a phase is not there, a setting of an arm cannot work, or stored results are damaged.
+        JackpotError: runs failed; the others are kept.
+    """
+    for phase in phases:
+        if phase not in study.config.phases:
+            names = ", ".join(study.config.phases)
+            raise ConfigError("--phase", phase, "is no phase of this study", f"It has {names}.")
+    cells = runs_of(study)
+    known = results_at(directory)
+    wanted = _missing(cells, known, phases)
+    if wanted:
+        errors = _make(
+            study, len({run.key for runs in cells.values() for run in runs}), wanted, directory, workers, console
+        )
+        known = results_at(directory)
+        write_collection(directory / RESULTS_FILE, _used(cells, known))
+        if errors:
+            raise JackpotError(f"{len(errors)} runs failed; run it again to try them again. {errors[0]}")
+    return _by_cell(cells, known)
+
+
+def _missing(
+    cells: Mapping[Cell, Sequence[Run]], known: Mapping[str, Result], phases: Sequence[str]
+) -> list[tuple[Cell, Run]]:
+    """What is to be made, each key once: phase by phase, and in a phase seed by seed, so that a study that is cut short
+    has a bit of every arm."""
+    found: dict[str, tuple[tuple[int, int], Cell, Run]] = {}
+    order = list(dict.fromkeys(cell.phase for cell in cells))
+    for cell, runs in cells.items():
+        for turn, run in enumerate(runs):
+            if (not phases or cell.phase in phases) and run.key not in found and find(known, run) is None:
+                found[run.key] = ((order.index(cell.phase), turn), cell, run)
+    return [(cell, run) for _, cell, run in sorted(found.values(), key=lambda entry: entry[0])]
+
+
+def _make(
+    study: Study, total: int, wanted: Sequence[tuple[Cell, Run]], directory: Path, workers: int, console: Console
+) -> list[str]:
+    """Make runs and show how they end; what went wrong."""
+    console.print(f"{study.name}: {len(wanted)} of {total} runs are to be made", highlight=False)
+    places = {run.key: cell for cell, run in wanted}
+    done = 0
+
+    def report(run: Run, answer: Mapping[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        cell = places[run.key]
+        where = " / ".join(part for part in (cell.phase, cell.variant, cell.arm) if part)
+        outcome = answer["error"] or f"accuracy {answer['accuracy']:.3f}, {answer['seconds']:.0f} s"
+        line = f"[{done}/{len(wanted)}] {where}, seed {run.job.seed}: {outcome}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    return make_runs([run for _, run in wanted], directory / RUNS_DIRECTORY, workers, report)
+
+
+def _by_cell(cells: Mapping[Cell, Sequence[Run]], known: Mapping[str, Result]) -> dict[Cell, list[Result]]:
+    found = {cell: [result for run in runs if (result := find(known, run))] for cell, runs in cells.items()}
+    return {cell: results for cell, results in found.items() if results}
+
+
+def _used(cells: Mapping[Cell, Sequence[Run]], known: Mapping[str, Result]) -> list[Result]:
+    found = (find(known, run) for runs in cells.values() for run in runs)
+    return list({result.key: result for result in found if result is not None}.values())

@@ -1,0 +1,256 @@
+"""The study file: one job under several settings and seeds, with what is measured said beforehand. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, model_validator
+from pydantic_core import ErrorDetails
+
+from jackpot.config import InvalidJobError, JobSpec, load_job
+from jackpot.config.loading import read_yaml
+from jackpot.config.section import Fraction, NonNegativeInt, Number, Section
+from jackpot.demo.recipe import RECIPES, ModelRecipe, Recipe
+from jackpot.errors import ConfigError
+
+MAX_STUDY_BYTES = 1 << 20
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 .,+=()/:≡λ-]{0,60}$")]
+Seed = Annotated[int, Field(ge=0, lt=2**31), Number]
+Settings = tuple[str, ...]
+
+
+class ModelsConfig(Section):
+    """Models that are warmed up anew for each seed, from a built-in recipe. Without this section every run starts from
+    the job file's own models, and seeds differ in training alone."""
+
+    recipe: str = "complement"
+    """Which built-in recipe."""
+    policy: dict[str, int | float] = Field(default_factory=dict)
+    """What differs from the recipe's policy, e.g. ``{steps: 400}``."""
+    actor: dict[str, int | float] = Field(default_factory=dict)
+    """What differs from the recipe's actor, e.g. ``{hidden_size: 16, num_layers: 1}``."""
+
+    @model_validator(mode="after")
+    def _known(self) -> ModelsConfig:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe = {self.recipe!r} is no built-in recipe. Use one of {', '.join(RECIPES)}")
+        known = {field.name for field in fields(ModelRecipe)}
+        for name in [*self.policy, *self.actor]:
+            if name not in known:
+                raise ValueError(f"{name!r} is no setting of a model's recipe. Known here: {', '.join(sorted(known))}")
+        return self
+
+    def merged(self, other: ModelsConfig | None) -> ModelsConfig:
+        """This section with another one's settings on top."""
+        if other is None:
+            return self
+        return ModelsConfig(
+            recipe=other.recipe, policy={**self.policy, **other.policy}, actor={**self.actor, **other.actor}
+        )
+
+    def for_seed(self, seed: int) -> Recipe:
+        """The recipe of one seed."""
+        recipe = RECIPES[self.recipe]
+        changed: dict[str, Any] = {"policy": self.policy, "actor": self.actor}
+        models: dict[str, Any] = {name: replace(recipe.model(name), **changed[name]) for name in ("policy", "actor")}
+        return replace(recipe, seed=seed, **models)
+
+
+class InlineConfig(Section):
+    """How old weights are in runs of ``execution: inline``; there it is exact."""
+
+    staleness: NonNegativeInt = 1
+    """Batches between the weights that sample and those that are trained. 1 is what the pipeline does by default."""
+    scorer_staleness: NonNegativeInt = 0
+    """The same of the weights that score. 0 is the paper's: the reference is the policy as it is now."""
+
+
+class ArmConfig(Section):
+    """One of the things compared."""
+
+    settings: Settings = ()
+    """Settings of the job, ``key=value`` as on the command line; they come last and win."""
+    models: ModelsConfig | None = None
+    """What differs in the models."""
+    inline: InlineConfig | None = None
+    """Other ages of the weights than the study's; null keeps them."""
+
+
+class PhaseConfig(Section):
+    """Runs that belong together: arms × variants × seeds."""
+
+    purpose: Literal["search", "confirmation", "ablation"]
+    """``search`` chooses, ``confirmation`` reports on seeds that no search has seen, ``ablation`` varies one thing."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    """A seed sets warm-up, prompts, sampling, masks and training."""
+    arms: tuple[Name, ...] | None = None
+    """Which arms; null is all."""
+    variants: tuple[Name, ...] | None = None
+    """Which variants; null is the plain job, without any variant's settings."""
+    compare_to: Name | None = None
+    """The arm that differences are taken against, seed by seed; null is the study's."""
+
+
+class DipConfig(Section):
+    """What counts as a dip."""
+
+    below: Fraction = 0.3
+    """Held-out accuracy."""
+    after_step: NonNegativeInt = 20
+    """Evaluations up to this step do not count: every run begins low."""
+
+
+class MetricsConfig(Section):
+    """What is reported, said before it is measured."""
+
+    primary: Literal["area", "final"] = "area"
+    """``area``: the policy's held-out accuracy averaged over training, by trapezes between evaluations. ``final``: at
+    the last step. The other one is reported beside it."""
+    dip: DipConfig = DipConfig()
+    """The share of runs in which the accuracy falls below a threshold late is reported, too."""
+    interval: Literal["t", "bootstrap"] = "t"
+    """How 95 % intervals of means are made."""
+
+
+class StudyConfig(Section):
+    """The study file."""
+
+    title: str
+    """Headline of the report."""
+    job: str
+    """The base job file, relative to the study file."""
+    settings: Settings = ()
+    """Settings of the job for all runs."""
+    models: ModelsConfig | None = None
+    """Models made anew for each seed."""
+    execution: Literal["inline", "pipeline"] = "inline"
+    """``inline``: all parts in one process, in turn, reproducible. ``pipeline``: `jackpot run`, every service."""
+    inline: InlineConfig = InlineConfig()
+    """Only for ``execution: inline``."""
+    arms: Annotated[dict[Name, ArmConfig], Field(min_length=1)]
+    """What is compared, in the order of the report."""
+    variants: dict[Name, ArmConfig] = Field(default_factory=dict)
+    """Changes of the job that all arms share: other sizes, learning rates, tasks."""
+    phases: Annotated[dict[Name, PhaseConfig], Field(min_length=1)]
+    """What is run, in this order."""
+    compare_to: Name
+    """The arm that differences are taken against, seed by seed."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What is measured."""
+    notes: str | None = None
+    """A Markdown file, relative to the study file, that the report begins with: what was found, and what it means."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyConfig:
+        self._require_arm("compare_to", self.compare_to)
+        for name, phase in self.phases.items():
+            if len(set(phase.seeds)) < len(phase.seeds):
+                raise ValueError(f"phases.{name}.seeds has a seed twice. Write each once")
+            for arm in phase.arms or ():
+                self._require_arm(f"phases.{name}.arms", arm)
+            for variant in phase.variants or ():
+                if variant not in self.variants:
+                    known = ", ".join(self.variants) or "none"
+                    raise ValueError(f"phases.{name}.variants names {variant!r}, which is not there. Known: {known}")
+            compared = phase.compare_to or self.compare_to
+            self._require_arm(f"phases.{name}.compare_to", compared)
+        self._require_fresh_seeds()
+        return self
+
+    def _require_arm(self, where: str, arm: str) -> None:
+        if arm not in self.arms:
+            raise ValueError(f"{where} names the arm {arm!r}, which is not there. Known: {', '.join(self.arms)}")
+
+    def _require_fresh_seeds(self) -> None:
+        searched = {s for phase in self.phases.values() if phase.purpose == "search" for s in phase.seeds}
+        for name, phase in self.phases.items():
+            if phase.purpose == "confirmation" and (seen := searched & set(phase.seeds)):
+                raise ValueError(
+                    f"phases.{name}.seeds has seeds of a search ({', '.join(map(str, sorted(seen)))}), and what was "
+                    "chosen on seeds cannot be confirmed with them. Use fresh ones"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A study file, read."""
+
+    path: Path
+    config: StudyConfig
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending: the name of the report."""
+        return self.path.stem
+
+    def job(self, variant: str | None, arm: str, seed: int) -> JobSpec:
+        """The job of one run; models that are made for the seed are not in it yet.
+
+        Raises:
+            ConfigError: a setting cannot work; names the arm.
+        """
+        config = self.config
+        ours = config.variants[variant].settings if variant is not None else ()
+        overrides = [*config.settings, *ours, *config.arms[arm].settings, f"seed={seed}"]
+        try:
+            return load_job((self.path.parent / config.job).resolve(), overrides)
+        except InvalidJobError as error:
+            where = arm if variant is None else f"{variant}, {arm}"
+            raise ConfigError(f"{error.field} (arm {where})", error.value, error.problem, error.remedy) from None
+
+    def inline(self, variant: str | None, arm: str) -> InlineConfig:
+        """How old the weights are in the runs of an arm."""
+        config = self.config
+        ours = config.variants[variant].inline if variant is not None else None
+        return config.arms[arm].inline or ours or config.inline
+
+    def recipe(self, variant: str | None, arm: str, seed: int) -> Recipe | None:
+        """How the models of one run are made; None where the job file names them."""
+        config = self.config
+        layers = [config.models, config.variants[variant].models if variant is not None else None]
+        models: ModelsConfig | None = None
+        for layer in [*layers, config.arms[arm].models]:
+            models = layer if models is None else models.merged(layer)
+        return None if models is None else models.for_seed(seed)
+
+
+def load_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting cannot work.
+    """
+    remedy = "Give the path of a study file; docs/experiments has examples."
+    try:
+        if path.stat().st_size > MAX_STUDY_BYTES:
+            raise ConfigError("study file", str(path), "is larger than 1 MiB", remedy)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("study file", str(path), f"cannot be read ({error})", remedy) from None
+    try:
+        data = read_yaml(text, str(path))
+    except InvalidJobError as error:
+        raise ConfigError("study file", str(path), error.problem, "Correct the file.") from None
+    try:
+        return Study(path, StudyConfig.model_validate(data))
+    except pydantic.ValidationError as error:
+        raise _problem(error.errors()) from None
+
+
+def _problem(details: Sequence[ErrorDetails]) -> ConfigError:
+    detail = details[0]
+    field = ".".join(str(part) for part in detail["loc"]) or "study file"
+    if detail["type"] == "extra_forbidden":
+        return ConfigError(field, detail["input"], "unknown key", "Look for a slip; docs/experiments has examples.")
+    if detail["type"] == "missing":
+        return ConfigError(field, None, "is required", f"Add {field} to the study file.")
+    message = detail["msg"].removeprefix("Value error, ")
+    problem, dot, remedy = message.rpartition(". ")
+    value = detail["input"] if not isinstance(detail["input"], dict) else "…"
+    if detail["type"] == "value_error" and dot:
+        return ConfigError(field, value, problem, remedy + ".")
+    return ConfigError(field, value, message[0].lower() + message[1:], "Correct it; docs/experiments has examples.")
