@@ -66,7 +66,7 @@ def render_text(
     values: Path | None = None, *settings: str, chart: Path = CHART, environ: Mapping[str, str] | None = None
 ) -> str:
     """What `helm template` prints for a values file and ``--set`` arguments."""
-    server = ("--dry-run=server",) if environ else ()
+    server = ("--dry-run=server", "--disable-openapi-validation") if environ else ()
     files = ("--values", str(values)) if values else ()
     sets = [argument for setting in settings for argument in ("--set-json", setting)]
     done = helm("template", RELEASE, str(chart), "--namespace", NAMESPACE, *server, *files, *sets, environ=environ)
