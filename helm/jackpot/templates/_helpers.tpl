@@ -51,7 +51,8 @@ app.kubernetes.io/part-of: jackpot
 {{- define "jackpot.roleImage" -}}
 {{- $common := .ctx.Values.image -}}
 {{- $repository := .image.repository | default (printf "%s-%s" $common.repository .role) -}}
-{{- $tag := .image.tag | default $common.tag | default .ctx.Chart.AppVersion -}}
+{{- $suffix := ternary $common.gpuSuffix "" (has .role (list "rollout" "scorer" "learner")) -}}
+{{- $tag := .image.tag | default (printf "%s%s" ($common.tag | default .ctx.Chart.AppVersion) $suffix) -}}
 {{- include "jackpot.image" (dict "registry" $common.registry "repository" $repository "tag" $tag "digest" .image.digest) -}}
 {{- end -}}
 
