@@ -18,7 +18,7 @@ from jackpot.demo.recipe import RECIPES, ModelRecipe, Recipe
 from jackpot.errors import ConfigError
 
 MAX_STUDY_BYTES = 1 << 20
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 .,+=()/:≡λ-]{0,60}$")]
+Name = Annotated[str, Field(pattern=r"^\w[\w .,+=()/:-]{0,60}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**31), Number]
 Settings = tuple[str, ...]
 
