@@ -16,6 +16,13 @@ from jackpot.experiment.study import Study
 
 Results = Mapping[Cell, Sequence[Result]]
 CSV_FILE = "runs.csv"
+FIGURES = {
+    "KL(policy‖actor), end": "last kl_policy_actor",
+    "KL(p_t‖p_inf)": "mean kl_before",
+    "acceptance": "mean acceptance",
+    "ESS": "mean ess",
+}
+"""Columns of the tables: at the end of training, or its mean."""
 PURPOSES = {
     "search": "Search. These runs chose what to confirm; their seeds prove nothing.",
     "confirmation": "Confirmation, on seeds that no search has seen; arms and metric were in the study file before.",
@@ -87,18 +94,20 @@ def _how(study: Study, results: Results, directory: Path) -> list[str]:
 
 def _phase(study: Study, name: str, results: Results, summaries: Mapping[Cell, Summary], directory: Path) -> list[str]:
     phase = study.config.phases[name]
+    headline = f"## {name[0].upper()}{name[1:]}"
     variants = dict.fromkeys(cell.variant for cell in summaries if cell.phase == name)
     if not variants:
-        return [f"## {name}", "Not run."]
-    seeds = f"Seeds {', '.join(map(str, phase.seeds))}."
-    parts = [f"## {name}", f"{PURPOSES[phase.purpose]} {seeds}"]
+        return [headline, "Not run."]
+    parts = [headline, f"{PURPOSES[phase.purpose]} Seeds {', '.join(map(str, phase.seeds))}."]
     for variant in variants:
         cells = {cell.arm: cell for cell in summaries if cell.phase == name and cell.variant == variant}
         if variant is not None:
-            parts.append(f"### {variant}")
-            parts.append(f"`{'` `'.join(_variant(study, variant)) or 'as it is'}`")
-        parts += _figures(study, cells, results, summaries, directory)
-        parts.append(_table(study, {arm: summaries[cell] for arm, cell in cells.items()}, name))
+            parts += [f"### {variant}", _code(_variant(study, variant)) or "The settings of all runs (below)."]
+        if phase.purpose == "search":
+            parts.append(_search_table(study, {arm: (summaries[c], results[c]) for arm, c in cells.items()}))
+        else:
+            parts += _figures(study, cells, results, summaries, directory)
+            parts.append(_table(study, {arm: summaries[cell] for arm, cell in cells.items()}, name))
     return parts
 
 
@@ -111,8 +120,6 @@ def _figures(
 ) -> list[str]:
     cell = next(iter(cells.values()))
     phase = study.config.phases[cell.phase]
-    if phase.purpose == "search":
-        return []
     title = cell.phase if cell.variant is None else f"{cell.phase}, {cell.variant}"
     stem = title.replace(", ", "-").replace(" ", "-").replace("/", "-")
     found = []
@@ -129,11 +136,11 @@ def _table(study: Study, summaries: Mapping[str, Summary], phase: str) -> str:
     metrics = study.config.metrics
     against = study.config.phases[phase].compare_to or study.config.compare_to
     headings = ["arm", "runs", "area under curve", "final accuracy", f"dips below {metrics.dip.below:g}"]
-    headings += [f"{metrics.primary} − {against}", "p", "KL(policy‖actor), end", "acceptance", "ESS"]
-    lines = [headings, ["---"] + ["--:"] * (len(headings) - 1)]
+    headings += [f"{metrics.primary} − {against}", "p", *FIGURES]
+    rows = []
     for arm, summary in summaries.items():
         difference = summary.difference
-        lines.append(
+        rows.append(
             [
                 arm + (f" ({summary.num_failed} not finite)" if summary.num_failed else ""),
                 str(summary.area.count),
@@ -142,25 +149,45 @@ def _table(study: Study, summaries: Mapping[str, Summary], phase: str) -> str:
                 f"{round(summary.dips.mean * summary.dips.count)}/{summary.dips.count}",
                 "" if difference is None else _cell(difference.estimate, sign=True),
                 "" if difference is None else f"{difference.p:.2g}",
-                _mean(summary.last.get("kl_policy_actor")),
-                _mean(summary.series.get("acceptance")),
-                _mean(summary.series.get("ess")),
+                *(_mean(summary, name) for name in FIGURES.values()),
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _markdown(headings, rows)
+
+
+def _search_table(study: Study, found: Mapping[str, tuple[Summary, Sequence[Result]]]) -> str:
+    """Seed by seed: intervals of two or three runs say nothing."""
+    headings = ["arm", "area under curve", "of each seed", "final accuracy of each seed"]
+    rows = []
+    for arm, (summary, results) in found.items():
+        areas = " ".join(f"{area(result):.2f}" for result in results)
+        finals = " ".join(f"{final(result):.2f}" for result in results)
+        rows.append([arm, f"{summary.area.mean:.3f}", areas, finals])
+    return _markdown(headings, rows)
 
 
 def _settings(study: Study) -> list[str]:
     config = study.config
-    rows = [["arm", "settings"], ["---", "---"]]
-    rows += [[arm, _code(_arm(study, arm))] for arm in config.arms]
-    models = "" if config.models is None else f" Models: {_code(_models(config.models.policy, config.models.actor))}"
     ages = f"`staleness={config.inline.staleness}` `scorer_staleness={config.inline.scorer_staleness}`"
+    all_runs = f"All runs: {_code(config.settings) or 'those of the base job'}"
+    models = "Models: those of the job file."
+    if config.models is not None:
+        changed = _code(_models(config.models.policy, config.models.actor))
+        models = f"Models: recipe `{config.models.recipe}`, warmed up anew for each seed. {changed}".strip()
     return [
         "## Settings",
-        f"All runs: {_code(config.settings)} {ages if config.execution == 'inline' else ''}{models}",
-        "\n".join(f"| {' | '.join(row)} |" for row in rows),
+        f"{all_runs}{' ' + ages if config.execution == 'inline' else ''}",
+        models,
+        _markdown(["arm", "settings"], [[arm, _code(_arm(study, arm)) or "–"] for arm in config.arms]),
     ]
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is text, columns that are empty in every row are left out."""
+    kept = [place for place in range(len(headings)) if any(row[place] not in ("", "–") for row in rows)]
+    rule = ["---" if place == 0 else "--:" for place in range(len(headings))]
+    lines = [headings, rule, *rows]
+    return "\n".join(f"| {' | '.join(line[place] for place in kept)} |" for line in lines)
 
 
 def _arm(study: Study, arm: str) -> Sequence[str]:
@@ -183,7 +210,7 @@ def _models(policy: Mapping[str, int | float], actor: Mapping[str, int | float])
 
 
 def _code(settings: Sequence[str]) -> str:
-    return " ".join(f"`{setting}`" for setting in settings) or "as in the base job"
+    return " ".join(f"`{setting}`" for setting in settings)
 
 
 def _cell(estimate: Estimate, *, sign: bool = False) -> str:
@@ -194,8 +221,13 @@ def _cell(estimate: Estimate, *, sign: bool = False) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def _mean(estimate: Estimate | None) -> str:
-    return "–" if estimate is None else f"{estimate.mean:.3f}"
+def _mean(summary: Summary, name: str) -> str:
+    when, _, series = name.partition(" ")
+    estimate = (summary.last if when == "last" else summary.series).get(series)
+    # Arms without rejection accept everything, which is no finding.
+    if estimate is None or (series == "acceptance" and estimate.mean == 1):
+        return "–"
+    return f"{estimate.mean:.3f}"
 
 
 def _write_csv(path: Path, study: Study, results: Results) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +11,7 @@ import pydantic
 from pydantic import Field, model_validator
 from pydantic_core import ErrorDetails
 
-from jackpot.config import InvalidJobError, JobSpec, load_job
+from jackpot.config import InvalidJobError, JobSpec, parse_job
 from jackpot.config.loading import read_yaml
 from jackpot.config.section import Fraction, NonNegativeInt, Number, Section
 from jackpot.demo.recipe import RECIPES, ModelRecipe, Recipe
@@ -181,11 +181,17 @@ class Study:
 
     path: Path
     config: StudyConfig
+    base: Mapping[str, Any]  # the job file's settings, not validated yet
 
     @property
     def name(self) -> str:
         """The file's name without its ending: the name of the report."""
         return self.path.stem
+
+    @property
+    def job_path(self) -> Path:
+        """The base job file."""
+        return (self.path.parent / self.config.job).resolve()
 
     def job(self, variant: str | None, arm: str, seed: int) -> JobSpec:
         """The job of one run; models that are made for the seed are not in it yet.
@@ -197,7 +203,7 @@ class Study:
         ours = config.variants[variant].settings if variant is not None else ()
         overrides = [*config.settings, *ours, *config.arms[arm].settings, f"seed={seed}"]
         try:
-            return load_job((self.path.parent / config.job).resolve(), overrides)
+            return parse_job(self.base, overrides, base=self.job_path.parent)
         except InvalidJobError as error:
             where = arm if variant is None else f"{variant}, {arm}"
             raise ConfigError(f"{error.field} (arm {where})", error.value, error.problem, error.remedy) from None
@@ -219,26 +225,28 @@ class Study:
 
 
 def load_study(path: Path) -> Study:
-    """Read a study file.
+    """Read a study file, and the job file that it names.
 
     Raises:
-        ConfigError: the file cannot be read, or a setting cannot work.
+        ConfigError: a file cannot be read, or a setting of the study cannot work.
     """
-    remedy = "Give the path of a study file; docs/experiments has examples."
     try:
-        if path.stat().st_size > MAX_STUDY_BYTES:
-            raise ConfigError("study file", str(path), "is larger than 1 MiB", remedy)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("study file", str(path), f"cannot be read ({error})", remedy) from None
-    try:
-        data = read_yaml(text, str(path))
-    except InvalidJobError as error:
-        raise ConfigError("study file", str(path), error.problem, "Correct the file.") from None
-    try:
-        return Study(path, StudyConfig.model_validate(data))
+        config = StudyConfig.model_validate(_read("study file", path))
     except pydantic.ValidationError as error:
         raise _problem(error.errors()) from None
+    return Study(path, config, _read("job", (path.parent / config.job).resolve()))
+
+
+def _read(field: str, path: Path) -> Mapping[str, Any]:
+    remedy = "Give the path of a YAML file; docs/experiments has examples."
+    try:
+        if path.stat().st_size > MAX_STUDY_BYTES:
+            raise ConfigError(field, str(path), "is larger than 1 MiB", remedy)
+        return read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(field, str(path), f"cannot be read ({error})", remedy) from None
+    except InvalidJobError as error:
+        raise ConfigError(field, str(path), error.problem, "Correct the file.") from None
 
 
 def _problem(details: Sequence[ErrorDetails]) -> ConfigError:

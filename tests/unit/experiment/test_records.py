@@ -112,7 +112,7 @@ def test_summaries_pair_seeds() -> None:
         tis: [result_of(run_of(f"seed={seed}"), 0.0, 0.4, last) for seed, last in ((1, 0.6), (2, 0.2), (3, 0.4))],
         jackpot: [result_of(run_of(f"seed={seed}"), 0.0, 0.4, last) for seed, last in ((2, 0.4), (1, 0.7))],
     }
-    found = summarize(Study(Path("study.yaml"), config), results)
+    found = summarize(Study(Path("study.yaml"), config, JOB), results)
     assert found[tis].difference is None
     assert found[tis].final.mean == pytest.approx(0.4)
     assert (found[tis].dips.mean, found[tis].dips.count) == (pytest.approx(1 / 3), 3)
