@@ -112,6 +112,8 @@ async def through_grpc(engine: Any, num_groups: int, max_tokens: int, k: int) ->
     """Tokens per second through our server, from a client in a process of its own."""
     from jackpot.rollout.servicer import SERVICE_NAME, RolloutServicer
     from jackpot.rollout.weight_follower import WeightFollower
+    from jackpot.runtime.activity import Activity
+    from jackpot.runtime.metrics import Metrics
     from jackpot.runtime.rpc import create_server
     from jackpot.runtime.weights import WeightStore
     from jackpot.v1 import rollout_pb2_grpc
@@ -120,7 +122,8 @@ async def through_grpc(engine: Any, num_groups: int, max_tokens: int, k: int) ->
         follower = WeightFollower(engine, WeightStore(Path(directory)), "actor", 1.0)
 
         def register(server: Any) -> None:
-            servicer = RolloutServicer(engine, follower, "actor")
+            activity = Activity(Metrics("benchmark"), "rollout", "0")
+            servicer = RolloutServicer(engine, follower, "actor", activity)
             rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
         address = f"unix:{directory}/rollout.sock"

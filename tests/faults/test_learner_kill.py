@@ -98,7 +98,9 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def new_run(tmp_path: Path, name: str, url: str, make_model: Callable[..., Path]) -> tuple[ServiceEnvironment, JobSpec]:
+def new_run(
+    tmp_path: Path, name: str, url: str, make_model: Callable[..., Path], *overrides: str
+) -> tuple[ServiceEnvironment, JobSpec]:
     job = parse_job(
         {
             "policy": {"model": str(make_model("qwen3", seed=1))},
@@ -110,7 +112,8 @@ def new_run(tmp_path: Path, name: str, url: str, make_model: Callable[..., Path]
                 "checkpoint_every": CHECKPOINT_EVERY,
                 "lr": 1e-3,
             },
-        }
+        },
+        overrides,
     )
     run_dir = tmp_path / name
     run_dir.mkdir()
@@ -144,12 +147,17 @@ async def test_a_killed_learner_ends_with_the_very_weights_of_an_undisturbed_one
 ) -> None:
     undisturbed, job = new_run(tmp_path, "undisturbed", valkey_url, make_model)
     killed, _ = new_run(tmp_path, "killed", valkey_url, make_model)
+    in_turn, job_in_turn = new_run(tmp_path, "in-turn", valkey_url, make_model, "learner.overlap=false")
     await train(undisturbed, job, kill_after_step=None)
     await train(killed, job, kill_after_step=2)
+    await train(in_turn, job_in_turn, kill_after_step=None)
 
     for role in ("policy", "actor"):
         expected = load_file(undisturbed.run_dir / "export" / role / "model.safetensors")
         got = load_file(killed.run_dir / "export" / role / "model.safetensors")
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+        # Nor does it matter whether fetching and publishing go on beside the steps.
+        got = load_file(in_turn.run_dir / "export" / role / "model.safetensors")
         assert all(torch.equal(expected[name], got[name]) for name in expected)
         model = AutoModelForCausalLM.from_pretrained(killed.run_dir / "export" / role)
         assert torch.equal(model.get_input_embeddings().weight, expected["model.embed_tokens.weight"])
@@ -158,3 +166,5 @@ async def test_a_killed_learner_ends_with_the_very_weights_of_an_undisturbed_one
     assert len(list((killed.run_dir / "manifests").glob("*.json"))) == STEPS
     newest = (killed.run_dir / "weights" / "actor" / "LATEST").read_text()
     assert str(STEPS) in newest
+    seconds = json.loads((undisturbed.run_dir / "activity" / "learner-0.json").read_text())["seconds"]
+    assert {"train", "publish", "checkpoint", "wait_groups"} <= seconds.keys()

@@ -136,6 +136,7 @@ def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
         f"KL policy‖actor  {_figure(divergence['initial'])} → {_figure(divergence['final'])} nats per token",
         f"ledger           {ledger['dispatched']} groups dispatched, {ledger['trained']} trained, "
         f"dropped {ledger['dropped'] or 'none'}; {summary['restarts']} restarts",
+        *_busy_lines(summary["services"]),
         f"everything is in {directory} (summary.json, {'curves.png, export/' if succeeded else 'logs/'})",
     ]
     for line in lines:
@@ -147,6 +148,17 @@ def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(summary))
     raise typer.Exit(EXIT_CODES[summary["state"]])
+
+
+def _busy_lines(services: dict[str, dict[str, Any]]) -> list[str]:
+    """How busy each service was, and what took most of the rest."""
+    lines = []
+    for name, shares in services.items():
+        most = sorted(((share, what) for what, share in shares["others"].items() if share >= 0.01), reverse=True)[:2]
+        rest = ", ".join(f"{what.replace('_', ' ')} {share:.0%}" for share, what in most)
+        busy = "" if shares["busy"] is None else f"busy {shares['busy']:.0%}"
+        lines.append(f"{name:<16} {'; '.join(filter(None, (busy, rest)))}")
+    return lines
 
 
 def _figure(value: float | None) -> str:

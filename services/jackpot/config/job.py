@@ -183,6 +183,9 @@ class LearnerConfig(Section):
     """Optimizer steps between checkpoints. Groups count as trained once a checkpoint holds their effect."""
     keep_checkpoints: PositiveInt = 2
     """Older checkpoints are deleted."""
+    overlap: bool = True
+    """Whether the next batch is fetched and the new weights are written while the learner goes on. Off, everything
+    takes its turn; the weights trained are the same. Costs a copy of the weights in memory."""
     batch_timeout_seconds: PositiveFloat = 600.0
     """How long the learner waits for a full batch before it stops with an error."""
 

@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,15 @@ class RunDirectory:
     def evaluations(self) -> list[Row]:
         """Rows of ``evaluations.jsonl`` by step; of a step written twice the last."""
         return _latest_rows(self.path / "evaluations.jsonl")
+
+    @property
+    def activities(self) -> dict[str, Row]:
+        """What each service of the last session spent its time on, as it wrote it: by service and replica."""
+        records: dict[str, Row] = {}
+        for path in sorted((self.path / "activity").glob("*.json")):
+            with suppress(OSError, ValueError):
+                records[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        return records
 
     @property
     def resumed_from_step(self) -> int | None:

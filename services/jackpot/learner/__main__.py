@@ -18,6 +18,7 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     from jackpot.learner.service import Learner
     from jackpot.learner.step_log import StepLog
     from jackpot.learner.trainer import Trainer
+    from jackpot.runtime.activity import Activity
     from jackpot.runtime.bus import TrajectoryBus
     from jackpot.runtime.kept_trajectories import KeptTrajectories
     from jackpot.runtime.metrics import Metrics
@@ -36,6 +37,7 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     )
     try:
         await bus.open()
+        activity = Activity(metrics, "learner", environment.instance, run_dir)
         learner = Learner(
             job,
             bus,
@@ -46,9 +48,11 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
             StepLog(run_dir, metrics),
             AlarmLog(job.alarms, run_dir, metrics),
             KeptTrajectories(run_dir, job.bus.max_payload_bytes),
+            activity,
         )
         announce_ready(device=str(device))
         finished = await learner.run(stop.is_set)
+        activity.write()
     finally:
         await bus.close()
     return 0 if finished else STOPPED_EARLY

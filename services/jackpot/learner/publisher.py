@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.config import JobSpec
 from jackpot.learner.trainer import Trainer
-from jackpot.runtime.models import save_weights
+from jackpot.runtime.models import copy_state, save_weights, write_state
 from jackpot.runtime.weights import WeightStore
 from jackpot.trajectory import Role
 
@@ -30,6 +31,18 @@ MODEL_FILES: Sequence[str] = (
 )
 
 
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """The weights of one version, apart from the models that go on learning."""
+
+    version: int
+    states: Mapping[Role, State]
+    metadata: Mapping[str, float]
+
+
 class WeightPublisher:
     """Writes versions of policy and actor to the weight store.
 
@@ -44,14 +57,28 @@ class WeightPublisher:
         self._store = store
         self._export_dir = run_dir / "export"
 
-    def publish(self, trainer: Trainer, version: int) -> None:
-        """Publish every role's weights as ``version``; a no-op for a version that is there already."""
-        for role, model in self._models(trainer).items():
+    def snapshot(self, trainer: Trainer, version: int) -> Snapshot:
+        """A copy of every role's weights as they are, for :meth:`publish` beside the next step."""
+        copies: dict[PreTrainedModel, State] = {}
+        for model in trainer.models.values():
+            copies[model] = copy_state(model)
+        states = {role: copies[model] for role, model in self._models(trainer).items()}
+        return Snapshot(version, states, {"obrs_lambda": trainer.controls.obrs_lambda})
 
-            def write(directory: Path, model: nn.Module = model) -> None:
-                save_weights(model, directory)
+    def publish(self, snapshot: Snapshot) -> None:
+        """Write a snapshot as a version of every role; a no-op for a version that is there already and intact.
 
-            self._store.publish(role, version, write, {"obrs_lambda": trainer.controls.obrs_lambda})
+        A version is announced once its files are durable.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        for role, state in snapshot.states.items():
+
+            def write(directory: Path, state: State = state) -> None:
+                write_state(state, directory)
+
+            self._store.publish(role, snapshot.version, write, snapshot.metadata)
             self._store.prune(role, self._job.weights.keep_versions)
 
     def export(self, trainer: Trainer) -> None:

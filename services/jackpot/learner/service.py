@@ -1,5 +1,7 @@
 """The learner's loop: collect a batch → write its manifest → train → publish weights → checkpoint → commit.
 
+While a batch is trained on, the next is fetched and laid out, and the last version of the weights is written.
+
 A group is acknowledged only once a checkpoint holds its effect. After a crash the loop starts at the last
 checkpoint and trains the batches whose manifests were already written once more, on the same groups.
 """
@@ -9,30 +11,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import TypeVar
 
 from jackpot.config import JobSpec
-from jackpot.errors import BusError, BusLostError, DeadlineError
+from jackpot.errors import BusError
 from jackpot.learner.alarm_log import AlarmLog
-from jackpot.learner.batch import build_batch
+from jackpot.learner.background import BackgroundWork
+from jackpot.learner.batch import Batch, build_batch
 from jackpot.learner.checkpoint import CheckpointStore, Progress
+from jackpot.learner.collector import BatchCollector
 from jackpot.learner.manifests import Manifest, ManifestLog
 from jackpot.learner.publisher import WeightPublisher
 from jackpot.learner.step_log import StepLog
 from jackpot.learner.trainer import Trainer
-from jackpot.runtime.bus import Delivery, TrajectoryBus
+from jackpot.runtime.activity import Activity
+from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.kept_trajectories import KeptTrajectories
-from jackpot.trajectory import GroupKey, ScoredGroup
+from jackpot.trajectory import ScoredGroup
 
 LOG = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
-
-# Short enough that a stop request or a lease renewal is never late, long enough not to spin.
-BLOCK_SECONDS = 1.0
 
 
 class Learner:
@@ -48,6 +47,7 @@ class Learner:
         step_log: where each step's figures go.
         alarm_log: who watches them.
         kept: where the last batches stay to be looked at.
+        activity: what the time goes into.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Learner:
         step_log: StepLog,
         alarm_log: AlarmLog,
         kept: KeptTrajectories,
+        activity: Activity,
     ) -> None:
         self._job = job
         self._bus = bus
@@ -71,10 +72,11 @@ class Learner:
         self._step_log = step_log
         self._alarm_log = alarm_log
         self._kept = kept
+        self._activity = activity
         self._progress = Progress(step=0, batch=0, obrs_lambda=trainer.controls.obrs_lambda)
         self._committed_batch = 0
-        self._held: dict[int, Delivery[ScoredGroup]] = {}  # by slot: taken from the bus, not yet in a batch
-        self._trained: list[Delivery[ScoredGroup]] = []  # in a batch, acknowledged with the next checkpoint
+        self._collector = BatchCollector(job, bus)
+        self._background = BackgroundWork()
 
     async def run(self, stopped: Callable[[], bool]) -> bool:
         """Train until the last step or until ``stopped``; whether the job is finished.
@@ -86,20 +88,30 @@ class Learner:
         self._restore()
         async with self._leases_renewed():
             await self._publish()
+            await self._background.finish()
             await self._commit()
             await self._replay(stopped)
-            while self._progress.batch < self._job.num_batches and not stopped():
-                waiting_since = time.monotonic()
-                groups = await self._collect(stopped)
-                if groups is None:
-                    break
-                await self._train(groups, waited_seconds=time.monotonic() - waiting_since)
+            await self._train_all(stopped)
             await self._checkpoint()
         finished = self._progress.batch == self._job.num_batches
         if finished:
             await asyncio.to_thread(self._publisher.export, self._trainer)
             LOG.info("all %d steps trained and exported", self._progress.step)
         return finished
+
+    async def _train_all(self, stopped: Callable[[], bool]) -> None:
+        try:
+            while self._progress.batch < self._job.num_batches and not stopped():
+                waiting_since = time.monotonic()
+                with self._activity.doing("wait_groups"):
+                    collected = await self._collector.collect(self._progress.batch, stopped, self._background.check)
+                if collected is None:
+                    break
+                waited_seconds = time.monotonic() - waiting_since
+                await self._train(collected.groups, collected.batch, waited_seconds, prefetch=self._job.learner.overlap)
+        finally:
+            await self._collector.close()
+            await self._background.finish()
 
     def _restore(self) -> None:
         path = self._checkpoints.latest()
@@ -113,92 +125,33 @@ class Learner:
     async def _replay(self, stopped: Callable[[], bool]) -> None:
         """Train the batches again whose manifests were written but whose effect no checkpoint holds."""
         while not stopped() and (manifest := self._manifests.read(self._progress.batch)) is not None:
-            found = await self._with_bus(partial(self._bus.fetch_scored, manifest.group_ids))
+            found = await self._collector.with_bus(partial(self._bus.fetch_scored, manifest.group_ids))
             missing = [group_id for group_id in manifest.group_ids if group_id not in found]
             if missing:
                 LOG.warning("batch %d cannot be trained again: %d groups are lost", manifest.batch, len(missing))
                 self._manifests.discard_from(manifest.batch)
                 for group_id in missing:
                     detail = "payload missing when its batch was to be trained again"
-                    await self._with_bus(partial(self._bus.drop, group_id, "lost", detail))
+                    await self._collector.with_bus(partial(self._bus.drop, group_id, "lost", detail))
                 return
             LOG.info("training batch %d again from its manifest", manifest.batch)
-            await self._train([found[group_id] for group_id in manifest.group_ids], waited_seconds=0.0)
+            groups = [found[group_id] for group_id in manifest.group_ids]
+            await self._train(groups, build_batch(groups, self._job.algorithm.advantage), waited_seconds=0.0)
 
-    async def _collect(self, stopped: Callable[[], bool]) -> list[ScoredGroup] | None:
-        """The groups of the next batch's slots, in slot order; None if stopped while waiting.
-
-        Raises:
-            DeadlineError: nothing arrived for ``batch_timeout_seconds``.
-        """
-        size = self._job.learner.groups_per_batch
-        slots = range(self._progress.batch * size, (self._progress.batch + 1) * size)
-        timeout = self._job.learner.batch_timeout_seconds
-        deadline = time.monotonic() + timeout
-        while any(slot not in self._held for slot in slots):
-            if stopped():
-                return None
-            deliveries = await self._take(size)
-            if deliveries:
-                deadline = time.monotonic() + timeout
-            elif time.monotonic() > deadline:
-                have = sum(slot in self._held for slot in slots)
-                raise DeadlineError(
-                    f"batch {self._progress.batch} ({have} of {size} groups are here)",
-                    timeout,
-                    "Look at the scorer's and the orchestrator's logs, or raise learner.batch_timeout_seconds.",
-                )
-            for delivery in deliveries:
-                await self._hold(delivery)
-        batch = [self._held.pop(slot) for slot in slots]
-        self._trained += batch
-        return [delivery.value for delivery in batch]
-
-    async def _take(self, count: int) -> list[Delivery[ScoredGroup]]:
-        return await self._with_bus(lambda: self._bus.take_scored(count, BLOCK_SECONDS))
-
-    async def _with_bus(self, call: Callable[[], Awaitable[Result]]) -> Result:
-        """Repeat a call, safe to repeat as all of the bus's are, until the server is back.
-
-        Raises:
-            DeadlineError: it stayed away for ``batch_timeout_seconds``.
-        """
-        timeout = self._job.learner.batch_timeout_seconds
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                return await call()
-            except BusLostError:
-                # What was held is generated anew by the orchestrator; what was trained is in the manifests.
-                self._held.clear()
-                await self._bus.open()
-            except BusError as error:
-                if time.monotonic() > deadline:
-                    raise DeadlineError("the bus", timeout, f"The last error was: {error}") from error
-                LOG.warning("the bus is not available: %s", error)
-                await asyncio.sleep(BLOCK_SECONDS)
-
-    async def _hold(self, delivery: Delivery[ScoredGroup]) -> None:
-        slot = GroupKey.parse(delivery.group_id).slot
-        if slot < self._progress.batch * self._job.learner.groups_per_batch:
-            # Delivered again after a restart; its batch has just been trained from the manifest.
-            self._trained.append(delivery)
-        elif slot in self._held and self._held[slot].group_id != delivery.group_id:
-            detail = "its slot was already filled"
-            await self._with_bus(partial(self._bus.drop, delivery.group_id, "unused", detail))
-        else:
-            self._held[slot] = delivery
-
-    async def _train(self, groups: list[ScoredGroup], waited_seconds: float) -> None:
+    async def _train(
+        self, groups: list[ScoredGroup], batch: Batch, waited_seconds: float, *, prefetch: bool = False
+    ) -> None:
         progress = self._progress
         self._manifests.write(Manifest(progress.batch, progress.step, tuple(group.group_id for group in groups)))
-        batch = build_batch(groups, self._job.algorithm.advantage)
+        if prefetch and progress.batch + 1 < self._job.num_batches:
+            self._collector.prefetch(progress.batch + 1)
         started = time.monotonic()
-        rows = await asyncio.to_thread(self._trainer.train_batch, batch, progress.step)
+        with self._activity.doing("train"):
+            rows = await asyncio.to_thread(self._trainer.train_batch, batch, progress.step)
         trained = time.monotonic()
         controls = self._trainer.controls
         self._progress = Progress(progress.step + len(rows), progress.batch + 1, controls.obrs_lambda, controls.state())
-        await self._publish()
+        await self._publish(partial(self._kept.write, progress.batch, groups, self._job.run.keep_trajectories))
         published = time.monotonic()
         if self._checkpoint_is_due(progress.step):
             await self._checkpoint()
@@ -212,7 +165,6 @@ class Learner:
             "throughput/tokens_per_second": batch.num_tokens / (now - started + waited_seconds),
         }
         self._step_log.write([row | times for row in rows], batch.num_tokens)
-        await asyncio.to_thread(self._kept.write, progress.batch, groups, self._job.run.keep_trajectories)
         await self._heed_alarms(rows)
 
     async def _heed_alarms(self, rows: list[dict[str, float]]) -> None:
@@ -230,22 +182,40 @@ class Learner:
         every = self._job.learner.checkpoint_every
         return self._progress.step // every > step_before // every
 
-    async def _publish(self) -> None:
-        await asyncio.to_thread(self._publisher.publish, self._trainer, self._progress.step)
+    async def _publish(self, afterwards: Callable[[], None] | None = None) -> None:
+        """Publish the weights as they are, and do what comes ``afterwards``: both beside the next step.
+
+        The copy that is written is made here; at most one is being written at a time.
+        """
+        with self._activity.doing("wait_publication"):
+            await self._background.finish()
+        with self._activity.doing("snapshot"):
+            snapshot = await asyncio.to_thread(self._publisher.snapshot, self._trainer, self._progress.step)
+
+        def work() -> None:
+            with self._activity.doing("publish"):
+                self._publisher.publish(snapshot)
+                if afterwards is not None:
+                    afterwards()
+
+        await self._background.start(work)
+        if not self._job.learner.overlap:
+            await self._background.finish()
 
     async def _checkpoint(self) -> None:
         if self._progress.batch > self._committed_batch:
-            await asyncio.to_thread(self._checkpoints.save, self._progress, self._trainer.learnables)
-            await self._commit()
+            with self._activity.doing("checkpoint"):
+                await asyncio.to_thread(self._checkpoints.save, self._progress, self._trainer.learnables)
+                await self._commit()
 
     async def _commit(self) -> None:
         """Close the ledger on every group that the last checkpoint holds; safe to repeat."""
         size = self._job.learner.updates_per_batch
         for manifest in self._manifests.between(self._committed_batch, self._progress.batch):
             steps = dict.fromkeys(manifest.group_ids, manifest.start_step + size)
-            await self._with_bus(partial(self._bus.commit_trained, steps))
+            await self._collector.with_bus(partial(self._bus.commit_trained, steps))
         self._committed_batch = self._progress.batch
-        self._trained.clear()
+        self._collector.committed()
 
     @asynccontextmanager
     async def _leases_renewed(self) -> AsyncIterator[None]:
@@ -253,7 +223,7 @@ class Learner:
             while True:
                 await asyncio.sleep(self._job.bus.lease_seconds / 3)
                 try:
-                    await self._bus.renew([*self._held.values(), *self._trained])
+                    await self._bus.renew(self._collector.deliveries)
                 except BusError as error:
                     LOG.warning("leases not renewed: %s", error)
 

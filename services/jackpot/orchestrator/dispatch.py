@@ -30,6 +30,7 @@ from jackpot.orchestrator.slots import SlotBook
 from jackpot.orchestrator.tasks import Item, Task
 from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
+from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.wire import ids_to_bytes
@@ -86,6 +87,7 @@ class Dispatcher:
         tokenizer: the policy's.
         rewards: who judges.
         metrics: where groups in flight are shown.
+        activity: what dispatch waits for: weights that make slots due, rollouts in flight, room on the bus.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Dispatcher:
         tokenizer: PromptTokenizer,
         rewards: RewardPool,
         metrics: Metrics,
+        activity: Activity,
     ) -> None:
         self._job = job
         self._job_id = job_id
@@ -112,6 +115,7 @@ class Dispatcher:
         self._tokenizer = tokenizer
         self._rewards = rewards
         self._metrics = metrics
+        self._activity = activity
         self._stop_ids = tokenizer.stop_token_ids(job.sampling.stop)
         self._wake = asyncio.Event()
         self._in_flight = 0
@@ -171,7 +175,9 @@ class Dispatcher:
 
     async def _wait_for_change(self) -> None:
         held = self._held_since is not None
-        with suppress(TimeoutError):
+        full = self._in_flight >= self._job.orchestrator.max_in_flight_groups
+        reason = "wait_bus_budget" if held else "wait_rollouts" if full else "wait_weights"
+        with self._activity.doing(reason), suppress(TimeoutError):
             async with asyncio.timeout(BUDGET_POLL_SECONDS if held else None):
                 await self._wake.wait()
 

@@ -24,6 +24,7 @@ from jackpot.orchestrator.slots import SlotBook
 from jackpot.orchestrator.tasks import build_task
 from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
+from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TerminalRecord, TrajectoryBus
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.process import STOPPED_EARLY, announce_ready
@@ -130,6 +131,7 @@ class Orchestrator:
         self._replicas = replicas
         self._evaluator = evaluator
         self._bus_lost = False
+        self._activity = Activity(metrics, "orchestrator", "0", run_dir)
         self._ledger = LedgerFile(run_dir / "ledger.jsonl")
         self._book = SlotBook.of_job(job, task.num_prompts)
         self._versions = VersionWatch(WeightStore(run_dir / "weights"), {"policy", job.rollout_role})
@@ -145,6 +147,7 @@ class Orchestrator:
             tokenizer=tokenizer,
             rewards=rewards,
             metrics=metrics,
+            activity=self._activity,
         )
         self._mirror = LedgerMirror(bus, self._ledger, self._book, metrics, self._dispatcher.slots_changed)
         self._evaluation = PolicyEvaluation(
@@ -173,6 +176,7 @@ class Orchestrator:
     def close(self) -> None:
         """End the thread that makes prompts."""
         self._prompts.close()
+        self._activity.write()
 
     async def _run_until_bus_fails(self) -> bool:
         """Orchestrate from what bus and ledger say; whether the job is done. False: the bus failed, begin again."""

@@ -14,6 +14,7 @@ from jackpot.rollout.engine import RolloutEngine
 from jackpot.rollout.engines import create_engine
 from jackpot.rollout.servicer import SERVICE_NAME, RolloutServicer
 from jackpot.rollout.weight_follower import WeightFollower
+from jackpot.runtime.activity import Activity
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.process import announce_ready
 from jackpot.runtime.rpc import RpcServer, create_server
@@ -32,6 +33,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
     """
     metrics = Metrics(environment.job_id)
     engine = await asyncio.to_thread(create_engine, job, environment, metrics)
+    activity = Activity(metrics, "rollout", environment.instance, environment.run_dir)
     follower = WeightFollower(
         engine,
         WeightStore(environment.run_dir / "weights"),
@@ -44,7 +46,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
     )
 
     def register(server: grpc.aio.Server) -> None:
-        servicer = RolloutServicer(engine, follower, environment.role)
+        servicer = RolloutServicer(engine, follower, environment.role, activity)
         rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
     server = create_server(
@@ -62,6 +64,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
     finally:
         await server.stop()
         await engine.close()
+        activity.write()
     return 0
 
 

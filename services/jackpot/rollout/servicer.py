@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jackpot.errors import ConfigError
 from jackpot.rollout.engine import GroupRequest, RolloutEngine, Sampling
 from jackpot.rollout.weight_follower import WeightFollower
+from jackpot.runtime.activity import Activity
 from jackpot.runtime.wire import ids_from_bytes, trajectory_to_proto
 from jackpot.trajectory import Role
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
@@ -23,10 +24,11 @@ _PART_OF_DEADLINE = 0.95
 class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     """Samples groups with the weights of one role."""
 
-    def __init__(self, engine: RolloutEngine, follower: WeightFollower, role: Role) -> None:
+    def __init__(self, engine: RolloutEngine, follower: WeightFollower, role: Role, activity: Activity) -> None:
         self._engine = engine
         self._follower = follower
         self._role = role
+        self._activity = activity
 
     async def Generate(
         self, request: rollout_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -35,8 +37,10 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         group = _group_request(request)
         self._engine.check(group)
         # Version 0 at least: what was in the model directory is nobody's version.
-        await self._follower.wait_for(max(0, request.min_version), _seconds_left(context))
-        trajectories = await self._engine.generate(group)
+        with self._activity.doing("wait_weights"):
+            await self._follower.wait_for(max(0, request.min_version), _seconds_left(context))
+        with self._activity.doing("generate"):
+            trajectories = await self._engine.generate(group)
         return rollout_pb2.GenerateResponse(trajectories=[trajectory_to_proto(t) for t in trajectories])
 
     async def LoadWeights(

@@ -189,6 +189,9 @@ class Metrics:
             "jackpot_weights_refused", "Weight versions refused as damaged or not fitting", "role"
         )
         self._alarms = self._counter("jackpot_alarms", "Alarms raised by the learner", "alarm")
+        self._activity = self._counter(
+            "jackpot_activity_seconds", "Seconds spent on work of a kind, or waiting for something", "activity"
+        )
         self._restarts = self._counter("jackpot_process_restarts", "Restarts of a process by the launcher", "process")
         build = Info("jackpot_build", "What is running", ("job_id",), registry=registry)
         build.labels(job_id).info({"version": version("jackpot"), "python": platform.python_version()})
@@ -237,6 +240,10 @@ class Metrics:
     def count_restart(self, process: str) -> None:
         """Count a restart of a process."""
         self._restarts.labels(self._job_id, process).inc()
+
+    def count_activity(self, activity: str, seconds: float) -> None:
+        """Count time spent on an activity; its rate is the fraction of the wall time."""
+        self._activity.labels(self._job_id, activity).inc(seconds)
 
     def observe_weights(self, role: str, instance: str, version: int, load_seconds: float) -> None:
         """Show that a replica now holds a weight version, and how long the swap took."""

@@ -173,8 +173,19 @@ def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
 def save_weights(model: nn.Module, directory: Path) -> None:
     """Write ``model.safetensors``, each tensor once (of tied ones the first name), under the model's own names."""
     own, _ = _own_tensors(model)
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in own.items()}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_state({name: tensor.detach().to("cpu").contiguous() for name, tensor in own.items()}, directory)
+
+
+@torch.no_grad()
+def copy_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that :func:`save_weights` writes, copied to CPU memory: training may go on meanwhile."""
+    own, _ = _own_tensors(model)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in own.items()}
+
+
+def write_state(state: Mapping[str, Tensor], directory: Path) -> None:
+    """Write CPU tensors as ``model.safetensors``."""
+    save_file(dict(state), directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def read_state(model: nn.Module, weights_dir: Path) -> dict[str, Tensor]:

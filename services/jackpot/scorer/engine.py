@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from jackpot.errors import DeadlineError
+from jackpot.runtime.activity import Activity
 from jackpot.runtime.metrics import Metrics
 from jackpot.scorer.scoring import GroupScorer
-from jackpot.scorer.target import TargetPolicy
+from jackpot.scorer.target import PendingWeights, TargetPolicy
 from jackpot.trajectory import Group, ScoredGroup
 
 LOG = logging.getLogger(__name__)
@@ -29,16 +30,24 @@ class ScoringEngine:
         metrics: where tokens and weight versions are counted.
         instance: this replica's name in metrics.
         poll_seconds: how often to look for newer weights.
+        activity: what the time goes into.
     """
 
     def __init__(
-        self, target: TargetPolicy, scorer: GroupScorer, metrics: Metrics, instance: str, poll_seconds: float
+        self,
+        target: TargetPolicy,
+        scorer: GroupScorer,
+        metrics: Metrics,
+        instance: str,
+        poll_seconds: float,
+        activity: Activity | None = None,
     ) -> None:
         self._target = target
         self._scorer = scorer
         self._metrics = metrics
         self._instance = instance
         self._poll_seconds = poll_seconds
+        self.activity = activity or Activity(metrics, "scorer", instance)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
         self._refreshing = asyncio.Lock()
         self.tokens_scored = 0
@@ -61,11 +70,15 @@ class ScoringEngine:
     async def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """Score groups with the version held. Errors as :meth:`GroupScorer.score_groups`."""
         loop = asyncio.get_running_loop()
-        scored = await loop.run_in_executor(self._thread, self._scorer.score_groups, groups)
+        scored = await loop.run_in_executor(self._thread, self._score, groups)
         num_tokens = sum(group.num_tokens for group in groups)
         self.tokens_scored += num_tokens
         self._metrics.tokens_scored_total.inc(num_tokens)
         return scored
+
+    def _score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        with self.activity.doing("score"):
+            return self._scorer.score_groups(groups)
 
     async def refresh(self) -> None:
         """Take up the newest policy version, if there is a newer one. Scoring goes on while it is read."""
@@ -77,11 +90,15 @@ class ScoringEngine:
             if pending is None:
                 return
             started = time.monotonic()
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._target.apply, pending)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._apply, pending)
             seconds = pending.read_seconds + time.monotonic() - started
         self._metrics.observe_weights("policy", self._instance, pending.version, seconds)
         details = {"version": pending.version, "obrs_lambda": pending.obrs_lambda, "seconds": seconds}
         LOG.info("policy weights loaded", extra=details)
+
+    def _apply(self, pending: PendingWeights) -> None:
+        with self.activity.doing("load_weights"):
+            self._target.apply(pending)
 
     async def follow(self) -> None:
         """Keep up with the newest policy version until cancelled."""

@@ -12,6 +12,7 @@ import grpc
 from jackpot.config import JackpotCorrection, JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusError, ConfigError, DeadlineError
+from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.models import set_threads
@@ -72,6 +73,7 @@ async def serve(
         if bus is not None:
             await bus.close()
         engine.close()
+        engine.activity.write()
     return 0
 
 
@@ -96,7 +98,8 @@ def make_engine(environment: ServiceEnvironment, job: JobSpec, metrics: Metrics)
                 "Both must share one vocabulary.",
             )
     scorer = GroupScorer(job, target, actors)
-    return ScoringEngine(target, scorer, metrics, environment.instance, job.scorer.weight_poll_seconds)
+    activity = Activity(metrics, "scorer", environment.instance, environment.run_dir)
+    return ScoringEngine(target, scorer, metrics, environment.instance, job.scorer.weight_poll_seconds, activity)
 
 
 async def connect_bus(environment: ServiceEnvironment, job: JobSpec, timeout_seconds: float) -> TrajectoryBus:

@@ -69,8 +69,9 @@ class ScorerWorker:
         """What a fetch brings; nothing if the bus keeps it waiting while a stop is asked for."""
         stopping = asyncio.create_task(self._stop.wait())
         try:
-            await asyncio.wait((fetching, stopping), return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait((fetching,), timeout=4 * BLOCK_SECONDS)
+            with self._engine.activity.doing("wait_groups"):
+                await asyncio.wait((fetching, stopping), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((fetching,), timeout=4 * BLOCK_SECONDS)
         finally:
             stopping.cancel()
         return fetching.result() if fetching.done() else []
@@ -109,7 +110,8 @@ class ScorerWorker:
         waiting = asyncio.create_task(self._engine.wait_for_version(needed, self._job.scorer.version_timeout_seconds))
         stopping = asyncio.create_task(self._stop.wait())
         try:
-            await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            with self._engine.activity.doing("wait_weights"):
+                await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 await self._give_back(deliveries)
                 return False

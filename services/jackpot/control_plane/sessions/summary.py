@@ -12,6 +12,9 @@ from jackpot.runtime.bus import Ledger
 
 State = Literal["succeeded", "failed", "stopped"]
 
+MAIN_WORK = {"learner": "train", "scorer": "score", "rollout": "generate"}
+"""The activity that each service is there for; the orchestrator has none that would fill its time."""
+
 
 def build_summary(
     run: RunDirectory,
@@ -51,6 +54,7 @@ def build_summary(
             "initial": divergences[0] if divergences else None,
             "final": divergences[-1] if divergences else None,
         },
+        "services": {name: _shares(record) for name, record in run.activities.items()},
         "ledger": _ledger(run, ledger),
         "restarts": sum(restarts.values()),
         "restarts_by_process": dict(restarts),
@@ -64,6 +68,14 @@ def write_summary(run: RunDirectory, summary: Mapping[str, Any]) -> None:
     aside = run.path / ".summary.json"
     aside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     aside.rename(run.path / "summary.json")
+
+
+def _shares(record: Row) -> dict[str, Any]:
+    """The part of its time that a service was busy with its main work, and what else it did or waited for."""
+    wall = max(float(record["wall_seconds"]), 1e-9)
+    shares = {name: round(min(1.0, seconds / wall), 4) for name, seconds in record["seconds"].items()}
+    busy = shares.pop(MAIN_WORK[record["service"]], 0.0) if record["service"] in MAIN_WORK else None
+    return {"busy": busy, "others": shares}
 
 
 def _ledger(run: RunDirectory, ledger: Ledger | None) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def test_a_summary_of_a_whole_run(run: RunDirectory) -> None:
         "policy_accuracy": {"initial": 0.2, "final": 0.8, "best": 0.9},
         "acceptance_rate": pytest.approx(0.7),
         "kl_policy_actor": {"initial": 0.9, "final": 0.2},
+        "services": {},
         "ledger": {"dispatched": 9, "trained": 6, "dropped": {"stale": 2, "lost": 1}},
         "restarts": 3,
         "restarts_by_process": {"learner": 2, "scorer-0": 1},
@@ -103,3 +104,20 @@ def test_only_a_resumed_session_says_where_it_went_on(run: RunDirectory) -> None
     (run.path / "resumed.json").write_text('{"resumed_from_step": 5}')
     assert build_summary(run, **SETTINGS)["resumed_from_step"] is None
     assert build_summary(run, **SETTINGS | {"resumed": True})["resumed_from_step"] == 5
+
+
+def test_each_service_is_busy_with_its_main_work_and_does_or_awaits_the_others(run: RunDirectory) -> None:
+    (run.path / "activity").mkdir()
+    records = {
+        "learner-0": {"service": "learner", "seconds": {"train": 6.0, "wait_groups": 3.0}, "wall_seconds": 10.0},
+        "orchestrator-0": {"service": "orchestrator", "seconds": {"wait_weights": 9.0}, "wall_seconds": 10.0},
+        "scorer-0": {"service": "scorer", "seconds": {"wait_groups": 1.0}, "wall_seconds": 0.0},
+    }
+    for name, record in records.items():
+        (run.path / "activity" / f"{name}.json").write_text(json.dumps(record))
+    (run.path / "activity" / "rollout-0.json").write_text("{")
+    assert build_summary(run, **SETTINGS)["services"] == {
+        "learner-0": {"busy": 0.6, "others": {"wait_groups": 0.3}},
+        "orchestrator-0": {"busy": None, "others": {"wait_weights": 0.9}},
+        "scorer-0": {"busy": 0.0, "others": {"wait_groups": 1.0}},
+    }
