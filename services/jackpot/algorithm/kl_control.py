@@ -1,12 +1,18 @@
 """λ_distill that follows the measured KL(policy ‖ actor) to a set point. Beyond the paper, which leaves it open (§8).
 
 A proportional-integral controller in logarithms, since both λ_distill and the KL are positive and work by factors.
+λ_distill alone keeps the actor from falling behind, but not from coming nearer than it need: its own loss leads it to
+the same answers, and an optimizer like AdamW is indifferent to the scale of a loss. So close to the target the actor's
+learning rate is turned down, too, by the *pace*; at the target the actor waits until the policy has moved on.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+WAITING_BAND = 0.1
+"""The actor slows down once the KL is within this fraction of the target above it, and stands still below it."""
 
 GREATEST_ERROR = 1.0
 """A KL off by more than a factor e counts as one by e, so that a single wild batch moves the weight little."""
@@ -32,6 +38,12 @@ class KlControlState:
     integral: float = 0.0  # part of log λ_distill that the integrator holds
     log_kl: float | None = None  # smoothed; None before the first measurement
     weight: float  # λ_distill in force
+
+    def pace(self, target: float) -> float:
+        """What the actor's learning rate is multiplied by, in [0, 1]: 0 up to ``target``, in nats per token."""
+        if self.log_kl is None:
+            return 1.0
+        return max(0.0, min(1.0, (math.exp(self.log_kl) / target - 1.0) / WAITING_BAND))
 
 
 def initial_state(settings: KlControlSettings) -> KlControlState:

@@ -213,9 +213,11 @@ class DistillationConfig(Section):
     """λ_distill; with ``kl_target``, where it starts. 1 weighs a nat of KL like a unit of the actor's own loss."""
     kl_target: PositiveFloat | None = None
     """Set point of KL(policy ‖ actor), in nats per token, which λ_distill then follows; null keeps it constant. The KL
-    cannot fall below what the actor's size and learning rate allow: choose it above what a constant 10 leads to."""
-    weight_min: PositiveFloat = 1e-3
-    """Least λ_distill that ``kl_target`` may lead to: practically no distillation."""
+    cannot fall below what the actor's size and learning rate allow: choose it above what a constant 10 leads to. An
+    actor within a tenth above the set point learns more slowly, and below it not at all, until the policy moves on."""
+    weight_min: PositiveFloat = 0.1
+    """Least λ_distill that ``kl_target`` may lead to. Below, distillation counts next to nothing beside the actor's own
+    loss, and the way back would only be longer."""
     weight_max: PositiveFloat = 10.0
     """Greatest λ_distill that ``kl_target`` may lead to. Beyond, the actor's own loss hardly counts, and AdamW takes no
     notice of the scale of what is left: more would only be longer to come back from."""

@@ -1,4 +1,4 @@
-"""What follows measurements while training: λ, towards an acceptance rate, and λ_distill, towards a KL."""
+"""What follows measurements while training: λ, towards an acceptance rate; λ_distill and the actor's pace, to a KL."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ class Controls:
         """λ_distill of the next optimizer step."""
         return self._constant_weight if self._kl is None else self._kl.weight
 
+    @property
+    def actor_pace(self) -> float:
+        """What the actor's learning rate is multiplied by in the next optimizer step."""
+        return 1.0 if self._kl is None or self._kl_settings is None else self._kl.pace(self._kl_settings.target)
+
     def observe_tokens(self, target_logprobs: Tensor, actor_logprobs: Tensor) -> None:
         """Set λ by a batch's sampled tokens, [tokens] each.
 
@@ -51,7 +56,7 @@ class Controls:
         self._lambda_was_solved = True
 
     def observe_kl(self, kl: float) -> None:
-        """Set λ_distill by the mean KL(policy ‖ actor) of an optimizer step, in nats per token."""
+        """Set λ_distill and the actor's pace by the mean KL(policy ‖ actor) of an optimizer step, in nats per token."""
         if self._kl is not None and self._kl_settings is not None:
             self._kl = update(self._kl, kl, self._kl_settings)
 

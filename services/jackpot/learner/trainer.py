@@ -250,7 +250,8 @@ class Trainer:
         learner = self._job.learner
         for role, learnable in self.learnables.items():
             schedule = learner.schedule if role == "policy" else learner.actor_schedule or learner.schedule
-            lr = self._peak_lr[role] * learning_rate_factor(schedule, step, learner.steps)
+            pace = self.controls.actor_pace if role == "actor" else 1.0
+            lr = self._peak_lr[role] * learning_rate_factor(schedule, step, learner.steps) * pace
             norm = torch.nn.utils.clip_grad_norm_(learnable.model.parameters(), learner.max_grad_norm)
             meter.optimizer_step(role, float(norm), lr)
             if not torch.isfinite(norm):

@@ -156,6 +156,8 @@ class Scheduler:
         record = await self._store.get(job_id)
         if not record.state.finished:
             raise JobStateError(f"{job_id} is {record.state}; only a failed or cancelled job can be resumed")
+        if record.state is JobState.SUCCEEDED:
+            raise JobStateError(f"{job_id} has succeeded already; submit it anew, with more learner.steps, to train on")
         record = await self._store.transition(job_id, JobState.QUEUED, reason, error=None, finished=None, losses=0)
         self.wake()
         return record
