@@ -114,7 +114,7 @@ def pods(objects: Sequence[Object]) -> Iterator[tuple[str, Object, Object]]:
             yield owner, each["metadata"], each["spec"]
         elif each["kind"] in ("Deployment", "StatefulSet", "DaemonSet", "Job"):
             template = each["spec"]["template"]
-            yield owner, template["metadata"], template["spec"]
+            yield owner, template.get("metadata", {}), template["spec"]
 
 
 def containers(spec: Object) -> list[Object]:

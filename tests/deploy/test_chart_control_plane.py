@@ -6,8 +6,10 @@ import base64
 import os
 import select
 import signal
+import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,3 +137,19 @@ def test_models_outside_of_the_roots_are_refused(pod: Pod) -> None:
     answer = httpx.post(f"https://127.0.0.1:{port}/v1/jobs?dry_run=true", verify=False, headers=headers, json=job)
     assert answer.status_code == 422
     assert "does not lie where this server takes models" in answer.text and "data/models" in answer.text
+
+
+def test_a_renewed_certificate_is_served_without_a_restart(pod: Pod) -> None:
+    directory = pod.directory / "etc/jackpot/tls"
+    old = directory.joinpath("tls.crt").read_bytes()
+    Authority("renewed").issue(directory, "localhost")  # also the authority: whoever trusts it sees the new one
+    assert directory.joinpath("tls.crt").read_bytes() != old
+    context = ssl.create_default_context(cafile=pod.ca)
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            assert httpx.get(f"{pod.url}/healthz", verify=context).status_code == 200
+            break
+        except httpx.ConnectError:
+            assert time.monotonic() < deadline, "the old certificate is still served"
+            time.sleep(0.2)

@@ -7,12 +7,14 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 
 import uvicorn
 
 from jackpot.control_plane.api.app import create_app
 from jackpot.control_plane.backend import Backend
+from jackpot.control_plane.certificate import follow_renewals
 from jackpot.control_plane.settings import ServeSettings
 from jackpot.errors import ConfigError
 from jackpot.runtime.logs import setup_logging
@@ -71,7 +73,23 @@ async def _serve(backend: Backend, server: _Server, bound: socket.socket, announ
             loop.add_signal_handler(number, stop)
         LOG.info("listening", extra={"port": bound.getsockname()[1]})
         announce()
+        renewals = _follow_renewals(backend, server)
         await server.serve(sockets=[bound])
+        backend.stopping.set()
+        if renewals is not None:
+            await renewals
+
+
+def _follow_renewals(backend: Backend, server: _Server) -> asyncio.Task[None] | None:
+    """Ends with the backend's stopping."""
+    certificate, key = backend.settings.tls_certificate, backend.settings.tls_key
+    if certificate is None or key is None:
+        return None
+
+    def context() -> ssl.SSLContext | None:
+        return server.config.ssl if server.config.loaded else None
+
+    return asyncio.create_task(follow_renewals(context, certificate, key, backend.stopping))
 
 
 class _Server(uvicorn.Server):
