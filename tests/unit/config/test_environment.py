@@ -1,11 +1,14 @@
 import json
 from pathlib import Path
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
 from jackpot.config import InvalidJobError, parse_job
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
+
+TLS_FILES = {"ca_certs": "ca.crt", "certfile": "tls.crt", "keyfile": "tls.key"}
 
 
 def test_what_a_launcher_sets_is_what_a_service_reads(tmp_path: Path) -> None:
@@ -88,3 +91,19 @@ def test_a_job_that_cannot_work_is_explained(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text(json.dumps({"policy": {"model": "/m"}, "actor": "policy"}))
     with pytest.raises(InvalidJobError, match="task = None: is required"):
         ServiceEnvironment(run_dir=tmp_path, job_id="job").load_job()
+
+
+def test_redis_over_tls_takes_the_files_of_the_tls_directory_unless_it_names_its_own(tmp_path: Path) -> None:
+    def redis_url(url: str, tls_dir: str = str(tmp_path)) -> str:
+        variables = {"JACKPOT_RUN_DIR": "/run", "JACKPOT_JOB_ID": "job", "JACKPOT_REDIS_URL": url}
+        return ServiceEnvironment.from_env(variables | {"JACKPOT_TLS_DIR": tls_dir}).redis_url
+
+    authority = quote(f"{tmp_path}/ca.crt", safe="")
+    assert redis_url("rediss://u:p%40@h:1/0") == f"rediss://u:p%40@h:1/0?ssl_ca_certs={authority}"
+    assert redis_url("rediss://h/0?ssl_ca_certs=/ca") == "rediss://h/0?ssl_ca_certs=%2Fca"
+    (tmp_path / "tls.crt").touch()
+    shown = parse_qs(urlsplit(redis_url("rediss://h/0")).query)
+    assert shown == {f"ssl_{k}": [f"{tmp_path}/{v}"] for k, v in TLS_FILES.items()}
+    for untouched in ("redis://u:p@h:1/0", "unix://:p@/tmp/s.sock", ""):
+        assert redis_url(untouched) == untouched
+    assert redis_url("rediss://h/0", "") == "rediss://h/0"

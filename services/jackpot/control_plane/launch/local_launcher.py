@@ -19,6 +19,7 @@ from jackpot.config.environment import ServiceEnvironment
 from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.launch.socket_directory import close_socket_directory, open_socket_directory
 from jackpot.control_plane.launch.supervision import Deaths, told
+from jackpot.control_plane.launch.surroundings import VARIABLES, Surroundings
 from jackpot.control_plane.run_directory import RunDirectory, last_lines
 from jackpot.control_plane.scrape_targets import write_targets
 from jackpot.errors import ConfigError, JackpotError
@@ -69,12 +70,18 @@ class LocalLauncher:
     Args:
         run: the run directory, held by the caller.
         job: the job as resolved.
+        surroundings: what the operator decides for all jobs; None reads it from this process's environment.
+
+    Raises:
+        ConfigError: the surroundings cannot be.
     """
 
-    def __init__(self, run: RunDirectory, job: JobSpec) -> None:
+    def __init__(self, run: RunDirectory, job: JobSpec, surroundings: Surroundings | None = None) -> None:
         self._run = run
         self._job = job
-        self._server = EmbeddedServer(run.path / "redis") if job.bus.url is None else None
+        self._surroundings = surroundings or Surroundings.from_env()
+        external = job.bus.url or self._surroundings.bus_url
+        self._server = EmbeddedServer(run.path / "redis") if external is None else None
         self._server_watch = _ServerWatch(Deaths(job.run.max_restarts))
         self._processes: list[_Process] = []
         self._restarts: Counter[str] = Counter()
@@ -94,8 +101,8 @@ class LocalLauncher:
         await end_leftovers(self._run.path)
         self._bus_url = await self._start_bus()
         # Unix sockets: no port to lose a race for, and nobody but this user can connect.
-        self._processes = self._plan(open_socket_directory(self._run.path), self._bus_url)
-        served = [(p.service, p.name, p.environment.metrics_address) for p in self._processes]
+        self._processes = self._plan(open_socket_directory(self._run.path))
+        served = [(p.service, p.name, self._scraped_at(p.environment.metrics_address)) for p in self._processes]
         write_targets(self._run.path, self._run.job_id, served)
         for process in self._processes:
             self._spawn(process)
@@ -129,12 +136,21 @@ class LocalLauncher:
             self._server_watch.started_at = time.monotonic()
             return self._server.url
         # Without this, every process would wait for a server whose address has a slip in it.
-        url, settings = self._job.bus.url or "", self._job.bus
+        url, settings = self._bus_url_of("control-plane"), self._job.bus
         bus = await TrajectoryBus.connect(url, self._run.job_id, settings, "launcher", self._run.path / "payloads")
         await bus.close()
         return url
 
-    def _plan(self, sockets: Path, bus_url: str) -> list[_Process]:
+    def _bus_url_of(self, role: str) -> str:
+        if self._server is not None:
+            return self._server.url
+        return self._job.bus.url or self._surroundings.bus_url_of(role) or ""
+
+    def _scraped_at(self, address: str) -> str:
+        host = self._surroundings.metrics_host
+        return f"{host}:{address.rpartition(':')[2]}" if host else address
+
+    def _plan(self, sockets: Path) -> list[_Process]:
         job = self._job
         rollouts = [f"unix:{sockets}/rollout-{index}.sock" for index in range(job.rollout.replicas)]
         evaluator = f"unix:{sockets}/evaluator.sock"
@@ -159,15 +175,19 @@ class LocalLauncher:
         common: dict[str, object] = {
             "run_dir": self._run.path,
             "job_id": self._run.job_id,
-            "redis_url": bus_url,
             "threads": threads,
         }
-        ports = free_ports(len(plan))
+        ports = free_ports(len(plan), "0.0.0.0" if self._surroundings.metrics_host else "127.0.0.1")
         return [
             _Process(
                 name,
                 service,
-                ServiceEnvironment.model_validate({**common, **settings} | {"metrics_address": address}),
+                ServiceEnvironment.model_validate(
+                    {**common, **settings}
+                    # Rollouts never speak with the bus: they are told neither where it is nor its password.
+                    | {"redis_url": "" if service == "rollout" else self._bus_url_of(service)}
+                    | {"metrics_address": address}
+                ),
                 Deaths(job.run.max_restarts),
             )
             for (name, service, settings), address in zip(plan, ports, strict=True)
@@ -175,7 +195,8 @@ class LocalLauncher:
 
     def _spawn(self, process: _Process) -> None:
         threads = str(process.environment.threads)
-        variables = os.environ | process.environment.to_env()
+        variables = {name: text for name, text in os.environ.items() if name not in VARIABLES}
+        variables |= process.environment.to_env()
         variables |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         with self._run.log(process.name).open("ab") as log:
             process.popen = subprocess.Popen(
@@ -245,13 +266,13 @@ class LocalLauncher:
         return None
 
 
-def free_ports(count: int) -> list[str]:
-    """Loopback addresses with ports that nobody uses right now."""
+def free_ports(count: int, host: str = "127.0.0.1") -> list[str]:
+    """Addresses on an interface with ports that nobody uses right now."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+            one.bind((host, 0))
+        return [f"{host}:{one.getsockname()[1]}" for one in sockets]
     finally:
         for one in sockets:
             one.close()
