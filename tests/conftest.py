@@ -13,7 +13,7 @@ MakeModel = Callable[..., Path]
 
 # Real processes on a machine shared with others: a deadline may pass for want of a core. Such a test has a second
 # chance, which pytest reports; tests of pure functions have none.
-SECOND_CHANCE = ("integration", "faults", "browser", "with_vllm")
+SECOND_CHANCE = ("integration", "faults", "browser", "deploy", "with_vllm")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
