@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from bus_world import make_group, make_scored
-from chart_world import Object, named, parse, render, render_text
+from chart_world import CHART, ROOT, Object, named, parse, render, render_text
 from redis import exceptions
 from redis.asyncio import Redis
 
@@ -167,6 +168,16 @@ def user_url(socket: str, secrets: dict[str, str], user: str) -> str:
     return f"unix://{user}:{secrets[f'{user}-password']}@{socket}"
 
 
+def test_users_and_rules_are_those_of_the_composition() -> None:
+    template = (ROOT / "deploy" / "redis" / "users.acl").read_text(encoding="utf-8")
+    assert (CHART / "files" / "users.acl").read_text(encoding="utf-8") == template, "copy deploy/redis/users.acl there"
+    made = content(named(render(), "Secret", "jp-jackpot-redis"))
+    for user in ("control-plane", "orchestrator", "scorer", "learner"):
+        template = template.replace(f"{{{{{user}}}}}", hashlib.sha256(made[f"{user}-password"].encode()).hexdigest())
+    rules = [line for line in template.splitlines() if line.startswith("user ")]
+    assert made["users.acl"].splitlines() == rules and len(rules) == 6
+
+
 async def carry_a_group(urls: dict[str, str], directory: Path) -> None:
     """One group from dispatch to its end, each role with its own user."""
     settings = BusConfig(payload_store="redis")
@@ -199,10 +210,10 @@ async def test_each_role_can_do_its_work_on_the_bundled_server_and_no_more(tmp_p
             {user: user_url(socket, made, user) for user in ("orchestrator", "scorer", "learner")}, tmp_path
         )
         async with Redis.from_url(user_url(socket, made, "learner")) as learner:
-            assert await learner.set(f"jackpot:{{{JOB_ID}}}:probe", 1)
+            assert await learner.hset(f"jackpot:{{{JOB_ID}}}:probe", "field", "1") == 1  # type: ignore[misc]
             for command in (
                 ("GET", "jackpot:{control}:jobs"),
-                ("SET", "elsewhere", "1"),
+                ("HSET", "elsewhere", "field", "1"),
                 ("FLUSHALL",),
                 ("CONFIG", "GET", "*"),
                 ("ACL", "LIST"),
