@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,6 +76,14 @@ class ServeSettings:
         for option, path in (("--tls-cert", self.tls_certificate), ("--tls-key", self.tls_key)):
             if path is not None and not path.is_file():
                 raise ConfigError(option, str(path), "is not a file", "Give a PEM file.")
+        if self.tls_certificate is not None and self.tls_key is not None:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_certificate, self.tls_key)
+            except (OSError, ssl.SSLError) as error:
+                problem = f"cannot be served ({error})"
+                raise ConfigError(
+                    "--tls-cert", str(self.tls_certificate), problem, "Give a certificate and its own key, in PEM."
+                ) from None
         if self.loopback:
             return
         if not self.token_required:
