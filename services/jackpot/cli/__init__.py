@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import jackpot
-from jackpot.cli import experimenting, local, remote, replaying, serving
+from jackpot.cli import experimenting, local, planning, remote, replaying, serving
 from jackpot.errors import JackpotError
 from jackpot.runtime.logs import redact_url
 
@@ -32,7 +32,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-for _commands in (local, replaying, experimenting, serving, remote):
+for _commands in (local, replaying, experimenting, serving, remote, planning):
     _commands.add_to(app)
 
 

@@ -17,6 +17,10 @@ from jackpot.trajectory import Group, ScoredGroup
 
 LOG = logging.getLogger(__name__)
 
+PATIENCE_SECONDS = 0.2
+"""How long scoring waits for newer weights to be read. Small models' are there by then; reading and verifying large
+ones takes many seconds, in which the version held goes on scoring."""
+
 
 class ScoringEngine:
     """Serves the worker on the bus and the RPC alike.
@@ -50,6 +54,7 @@ class ScoringEngine:
         self.activity = activity or Activity(metrics, "scorer", instance)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
         self._refreshing = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None
         self.tokens_scored = 0
 
     @property
@@ -100,6 +105,15 @@ class ScoringEngine:
         with self.activity.doing("load_weights"):
             self._target.apply(pending)
 
+    async def refresh_soon(self) -> None:
+        """As :meth:`refresh`, but while a version takes long to be read, return and leave the reading under way."""
+        if self._reading is None:
+            self._reading = asyncio.create_task(self.refresh())
+        await asyncio.wait((self._reading,), timeout=PATIENCE_SECONDS)
+        if self._reading.done():
+            reading, self._reading = self._reading, None
+            reading.result()
+
     async def follow(self) -> None:
         """Keep up with the newest policy version until cancelled."""
         while True:
@@ -128,4 +142,6 @@ class ScoringEngine:
 
     def close(self) -> None:
         """Wait for the work under way and refuse more."""
+        if self._reading is not None:
+            self._reading.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)

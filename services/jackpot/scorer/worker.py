@@ -91,7 +91,7 @@ class ScorerWorker:
 
     async def _process(self, deliveries: Sequence[Delivery[Group]]) -> None:
         try:
-            await self._engine.refresh()
+            await self._engine.refresh_soon()
             held = self._engine.version
             early = [d for d in deliveries if held is None or d.value.dispatch_version > held]
             ready = [d for d in deliveries if d not in early]

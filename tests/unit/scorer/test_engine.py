@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from scoring_world import World, make_actor, make_world, sample_group, until
 
 from jackpot.errors import ConfigError, DeadlineError, ScoringError
 from jackpot.scorer.engine import ScoringEngine
+from jackpot.scorer.target import PendingWeights
 
 
 @pytest.fixture
@@ -82,3 +84,29 @@ def test_models_without_a_shared_vocabulary_are_refused(world: World) -> None:
     make_actor(3, vocabulary=64).save_pretrained(world.run_dir / "actor")
     with pytest.raises(ConfigError, match="has 64 tokens and the policy 97"):
         world.engine(world.job({"name": "jackpot", "normalizer": "full"}))
+
+
+async def test_scoring_goes_on_while_a_large_version_is_read(
+    world: World, engine: ScoringEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await engine.refresh_soon()
+    assert engine.version == 0
+    world.publish_policy(1)
+    go, read = threading.Event(), engine._target.read_newer
+
+    def read_slowly() -> PendingWeights | None:
+        assert go.wait(20)
+        return read()
+
+    monkeypatch.setattr(engine._target, "read_newer", read_slowly)
+    for _ in range(2):  # the second finds the reading of the first under way
+        await engine.refresh_soon()
+        (scored,) = await engine.score([sample_group(world)])
+        assert scored.policy_version == 0
+    go.set()
+
+    async def taken_up() -> bool:
+        await engine.refresh_soon()
+        return engine.version == 1
+
+    await until(taken_up, "version 1")

@@ -1,0 +1,283 @@
+"""The plan of a job. The formulas are explained in docs/planning.md; each function here is one of its paragraphs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.planning.hardware import Gpu, Utilization
+from jackpot.planning.model_shape import BYTES, ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What goes through a job, and what it runs on."""
+
+    prompt_tokens: float  # mean
+    completion_tokens: float  # mean
+    concurrency: int  # trajectories decoded together by one replica
+    gpu: Gpu
+    utilization: Utilization = field(default_factory=Utilization)
+    rollout_share: float | None = None  # of an on-policy step's time; None: as computed
+
+
+@dataclass(frozen=True, slots=True)
+class FlopsPerToken:
+    """By service; 2N for a forward pass, 6N for forward and backward, attention apart."""
+
+    rollout: float
+    rollout_on_policy: float
+    scoring: float
+    policy_training: float
+    actor_training: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepSeconds:
+    """What one optimizer step's batch takes in each service, on all of its GPUs."""
+
+    rollout: float
+    scorer: float
+    learner: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All figures are computed. Bytes are bytes, times seconds."""
+
+    policy_parameters: int
+    actor_parameters: int
+    tokens_per_step: float
+    flops_per_token: FlopsPerToken
+    flops_per_step: FlopsPerToken
+    memory_bytes: dict[str, dict[str, float]]  # by service, of one GPU
+    bus_bytes_per_step: dict[str, float]
+    weight_bytes_per_version: dict[str, float]
+    step_seconds: StepSeconds
+    bottleneck: str
+    on_policy_rollout_share: float
+    gain: float
+    warnings: tuple[str, ...]
+
+
+def make_plan(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -> Plan:
+    """The plan of a job with models of these shapes."""
+    per_token = flops_per_token(job, policy, actor, load)
+    batch = job.learner.groups_per_batch / job.learner.updates_per_batch
+    trajectories = batch * job.sampling.group_size
+    tokens = trajectories * load.completion_tokens
+    seconds = step_seconds(job, policy, actor, load, trajectories)
+    memory = memory_bytes(job, policy, actor, load)
+    share = on_policy_rollout_share(job, policy, load) if load.rollout_share is None else load.rollout_share
+    return Plan(
+        policy_parameters=policy.parameters,
+        actor_parameters=actor.parameters,
+        tokens_per_step=tokens,
+        flops_per_token=per_token,
+        flops_per_step=FlopsPerToken(**{name: getattr(per_token, name) * tokens for name in per_token.__slots__}),
+        memory_bytes=memory,
+        bus_bytes_per_step=bus_bytes(job, tokens),
+        weight_bytes_per_version=weight_bytes(job, policy, actor),
+        step_seconds=seconds,
+        bottleneck=max(seconds.__slots__, key=lambda service: float(getattr(seconds, service))),
+        on_policy_rollout_share=share,
+        gain=expected_gain(job, policy, actor, load, share),
+        warnings=tuple(_warnings(memory, load)),
+    )
+
+
+def flops_per_token(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -> FlopsPerToken:
+    """Arithmetic for each completion token, as if prompts were free: they are shared by the group, or short."""
+    context = load.prompt_tokens + load.completion_tokens / 2
+
+    def forward(shape: ModelShape) -> float:
+        return 2.0 * shape.active_parameters + shape.attention_flops(context)
+
+    return FlopsPerToken(
+        rollout=forward(actor),
+        rollout_on_policy=forward(policy),
+        scoring=forward(policy),
+        policy_training=3 * forward(policy),
+        actor_training=3 * forward(actor) if trains_actor(job) else 0.0,
+    )
+
+
+def decode_seconds_per_token(shape: ModelShape, weight_bytes: int, kv_bytes: int, load: Load) -> float:
+    """Of one GPU: a decoding step reads the weights once and every trajectory's cache, or computes, if that is longer.
+
+    Args:
+        shape: the model that samples.
+        weight_bytes: bytes of a weight.
+        kv_bytes: bytes of a number in the attention cache.
+        load: lengths, concurrency and hardware.
+    """
+    context = load.prompt_tokens + load.completion_tokens / 2
+    read = shape.active_parameters * weight_bytes + load.concurrency * context * shape.kv_bytes(kv_bytes)
+    reading = read / (load.gpu.bandwidth * load.utilization.decoding)
+    flops = load.concurrency * (2.0 * shape.active_parameters + shape.attention_flops(context))
+    return max(reading, flops / (load.gpu.flops * load.utilization.scoring)) / load.concurrency
+
+
+def step_seconds(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load, trajectories: float) -> StepSeconds:
+    """A batch's time in each service, its work split evenly over the service's GPUs."""
+    tokens = trajectories * load.completion_tokens
+    read = trajectories * (load.prompt_tokens + load.completion_tokens)  # by scoring and training
+    per_token = flops_per_token(job, policy, actor, load)
+    vllm = job.rollout.vllm
+    rollout_gpus = job.rollout.replicas * vllm.tensor_parallel_size * vllm.data_parallel_size
+    decoding = decode_seconds_per_token(actor, *_rollout_bytes(job), load)
+    rate = load.gpu.flops * load.utilization.training
+    return StepSeconds(
+        rollout=tokens * decoding / rollout_gpus,
+        scorer=read * per_token.scoring / (load.gpu.flops * load.utilization.scoring) / job.scorer.replicas,
+        learner=read * (per_token.policy_training + per_token.actor_training) / rate / _learner_processes(job),
+    )
+
+
+def on_policy_rollout_share(job: JobSpec, policy: ModelShape, load: Load) -> float:
+    """The part of GPU time that sampling with the policy itself takes of an on-policy step."""
+    rollout = load.completion_tokens * decode_seconds_per_token(policy, *_policy_bytes(job), load)
+    training = (load.prompt_tokens + load.completion_tokens) * flops_per_token(
+        job, policy, policy, load
+    ).policy_training
+    return rollout / (rollout + training / (load.gpu.flops * load.utilization.training))
+
+
+def expected_gain(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load, share: float) -> float:
+    """GPU time of an on-policy step over that of this job's, if ``share`` of the former is sampling.
+
+    The rest is the policy's training. This job samples with the actor, trains the actor too, and scores unless the
+    learner's own forward pass does for it.
+    """
+    per_token = flops_per_token(job, policy, actor, load)
+    sampling = decode_seconds_per_token(actor, *_rollout_bytes(job), load) / decode_seconds_per_token(
+        policy, *_policy_bytes(job), load
+    )
+    # A forward pass reaches another part of the arithmetic than training does.
+    scoring = per_token.scoring * load.utilization.training / load.utilization.scoring if pays_for_scoring(job) else 0.0
+    training = (per_token.policy_training + per_token.actor_training + scoring) / per_token.policy_training
+    return 1.0 / (share * sampling + (1.0 - share) * training)
+
+
+def memory_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -> dict[str, dict[str, float]]:
+    """What one GPU of each service holds."""
+    longest = load.prompt_tokens + job.sampling.max_tokens
+    weight, kv = _rollout_bytes(job)
+    tensor_parallel = job.rollout.vllm.tensor_parallel_size
+    policy_bytes = BYTES[job.policy.dtype]
+    learning = [(policy, policy_bytes)]
+    if trains_actor(job):
+        learning.append((actor, _actor_bytes(job)))
+    processes = _learner_processes(job)
+    slice_bytes = 4.0 * job.scorer.chunk_tokens * policy.vocabulary
+    scored = min(job.scorer.max_batch_tokens, _tokens_taken(job, load))
+    trained = min(job.learner.max_batch_tokens, _tokens_per_batch(job, load))
+    widest = max(4 * policy.hidden, 2 * policy.active_experts * policy.intermediate + policy.hidden)
+    return {
+        "rollout": {
+            "weights": actor.parameters * weight / tensor_parallel,
+            "attention_cache": load.concurrency * longest * actor.kv_bytes(kv) / tensor_parallel,
+        },
+        "scorer": {
+            "weights": float(policy.parameters * policy_bytes),
+            "activations": float(scored * widest * policy_bytes),
+            "vocabulary_slice": slice_bytes,
+        },
+        "learner": {
+            "weights": sum(shape.parameters * size for shape, size in learning) / processes,
+            "gradients": sum(shape.parameters * size for shape, size in learning) / processes,
+            "optimizer": sum(2 * shape.parameters * size for shape, size in learning) / processes,
+            "activations": float(sum(trained * shape.activation_elements() * size for shape, size in learning)),
+            "vocabulary_slice": 2 * slice_bytes,
+        },
+    }
+
+
+def bus_bytes(job: JobSpec, tokens: float) -> dict[str, float]:
+    """Over the bus in a step, before compression: id and log-probability, and k candidates until they are scored."""
+    correction = job.algorithm.correction
+    candidates = job.rollout.top_logprobs * (4 + 2)
+    keeps_candidates = isinstance(correction, JackpotCorrection) and correction.target == "policy"
+    scores = 5 * 4 + 1  # five figures of float32 and a mask
+    return {
+        "to_score": tokens * (8 + candidates),
+        "to_train": tokens * (8 + scores + (candidates if keeps_candidates else 0)),
+    }
+
+
+def weight_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape) -> dict[str, float]:
+    """Through the weight store with each version: written once, read by every replica."""
+    policy_bytes = float(policy.parameters * BYTES[job.policy.dtype])
+    actor_bytes = 0.0 if job.on_policy else float(actor.parameters * _actor_bytes(job))
+    rollout_bytes = policy_bytes if job.on_policy else actor_bytes
+    return {
+        "written": policy_bytes + actor_bytes,
+        "read_by_scorers": job.scorer.replicas * policy_bytes,
+        "read_by_rollouts": job.rollout.replicas * rollout_bytes,
+    }
+
+
+def trains_actor(job: JobSpec) -> bool:
+    """Whether the actor learns."""
+    return not isinstance(job.actor, str) and job.actor.train
+
+
+def pays_for_scoring(job: JobSpec) -> bool:
+    """Whether scores take a forward pass of their own. With one update per batch they need not: p_ref is p_new."""
+    return not job.on_policy and job.learner.updates_per_batch > 1
+
+
+def with_models(job: JobSpec, policy: str | None, actor: str | None) -> JobSpec:
+    """The same job on other models, in bfloat16."""
+    update: dict[str, object] = {}
+    if policy is not None:
+        update["policy"] = job.policy.model_copy(update={"model": policy, "dtype": "bfloat16"})
+    if actor is not None and not isinstance(job.actor, str):
+        update["actor"] = job.actor.model_copy(update={"model": actor, "dtype": "bfloat16"})
+    return job.model_copy(update=update)
+
+
+def _rollout_bytes(job: JobSpec) -> tuple[int, int]:
+    """Bytes of a weight and of a number in the attention cache, in the rollout replicas."""
+    if isinstance(job.actor, str):
+        return _policy_bytes(job)
+    size = BYTES[job.actor.dtype]
+    return 1 if job.actor.quantization else size, 1 if job.actor.kv_cache_dtype == "fp8" else size
+
+
+def _policy_bytes(job: JobSpec) -> tuple[int, int]:
+    return BYTES[job.policy.dtype], BYTES[job.policy.dtype]
+
+
+def _actor_bytes(job: JobSpec) -> int:
+    return BYTES[job.rollout_model.dtype]
+
+
+def _learner_processes(job: JobSpec) -> int:
+    return int(getattr(job.learner, "processes", 1))
+
+
+def _tokens_per_batch(job: JobSpec, load: Load) -> float:
+    update = job.learner.groups_per_batch / job.learner.updates_per_batch * job.sampling.group_size
+    return update * (load.prompt_tokens + load.completion_tokens)
+
+
+def _tokens_taken(job: JobSpec, load: Load) -> float:
+    taken = job.scorer.max_groups_per_batch * job.sampling.group_size
+    return taken * (load.prompt_tokens + load.completion_tokens)
+
+
+def _warnings(memory: dict[str, dict[str, float]], load: Load) -> list[str]:
+    return [
+        f"the {service} needs {sum(parts.values()) / 1e9:.0f} GB of one GPU, which has {load.gpu.memory / 1e9:.0f}: "
+        f"{REMEDIES[service]}"
+        for service, parts in memory.items()
+        if sum(parts.values()) > load.gpu.memory
+    ]
+
+
+REMEDIES = {
+    "rollout": "raise rollout.vllm.tensor_parallel_size, or lower --concurrency",
+    "scorer": "lower scorer.max_batch_tokens, or use bfloat16",
+    "learner": "raise learner.processes, or lower learner.max_batch_tokens",
+}

@@ -1,0 +1,156 @@
+"""The planner against closed forms, and against the published figures for an 8 B policy with a 1.7 B actor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jackpot.cli import app
+from jackpot.config import JobSpec, parse_job
+from jackpot.errors import ConfigError
+from jackpot.planning.hardware import Gpu, Utilization, gpu_named
+from jackpot.planning.model_shape import KNOWN, ModelShape, read_shape
+from jackpot.planning.plan import Load, decode_seconds_per_token, expected_gain, flops_per_token, make_plan
+
+POLICY, ACTOR = KNOWN["qwen3-8b"], KNOWN["qwen3-1.7b"]
+SMALL = ModelShape(8, 2, 2, 1, 4, 16, 100, tied=True)
+
+
+def make_job(*overrides: str) -> JobSpec:
+    data = {
+        "policy": {"model": "qwen3-8b", "dtype": "bfloat16"},
+        "actor": {"model": "qwen3-1.7b", "dtype": "bfloat16"},
+        "task": {"name": "complement"},
+    }
+    return parse_job(data, overrides)
+
+
+def make_load(**changes: object) -> Load:
+    load = Load(prompt_tokens=1e-9, completion_tokens=2e-9, concurrency=256, gpu=gpu_named("h100"))
+    return replace(load, **changes)  # type: ignore[arg-type]
+
+
+def test_a_small_model_by_hand() -> None:
+    # Attention: q and o 8 × 8 each, k and v 8 × 4 each; feed-forward 3 × 8 × 16; one embedding of 100 × 8.
+    assert (SMALL.attention, SMALL.expert, SMALL.embedding) == (192, 384, 800)
+    assert SMALL.parameters == SMALL.active_parameters == 2 * (192 + 384) + 800
+    assert SMALL.kv_bytes(2) == 2 * 2 * 1 * 4 * 2
+    assert SMALL.attention_flops(10) == 4 * 10 * 8 * 2
+    untied = replace(SMALL, tied=False, experts=4, active_experts=1)
+    assert untied.parameters == 2 * (192 + 4 * 384 + 8 * 4) + 1600
+    assert untied.active_parameters == untied.parameters - 2 * 3 * 384
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("qwen3-0.6b", 0.60), ("qwen3-1.7b", 1.72), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19), ("qwen3-14b", 14.77),
+     ("qwen3-32b", 32.76), ("qwen3-30b-a3b", 30.5)],
+)  # fmt: skip
+def test_known_models_have_their_published_sizes(name: str, billions: float) -> None:
+    assert KNOWN[name].parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_arithmetic_of_an_8b_policy_and_a_1_7b_actor() -> None:
+    per_token = flops_per_token(make_job(), POLICY, ACTOR, make_load())
+    assert per_token.rollout / 1e9 == pytest.approx(3.4, abs=0.05)
+    assert per_token.rollout_on_policy / 1e9 == pytest.approx(16.4, abs=0.05)
+    assert per_token.scoring / 1e9 == pytest.approx(16.4, abs=0.05)
+    assert per_token.policy_training / 1e9 == pytest.approx(49, abs=0.2)
+    assert per_token.actor_training / 1e9 == pytest.approx(10, abs=0.4)
+    frozen = flops_per_token(make_job("actor.train=false"), POLICY, ACTOR, make_load())
+    assert frozen.actor_training == 0
+
+
+def test_the_gain_at_short_context_and_where_the_cache_binds() -> None:
+    """Sampling 80 % of an on-policy step, and scores from the learner's own pass."""
+    job, short = make_job(), make_load(concurrency=100_000)
+    assert expected_gain(job, POLICY, ACTOR, short, 0.8) == pytest.approx(2.5, abs=0.1)
+    # 33 GB of the policy's cache in use: decoding reads cache more than weights.
+    tokens = 33e9 / POLICY.kv_bytes(2)
+    bound = make_load(concurrency=32, prompt_tokens=tokens / 32)
+    reading = decode_seconds_per_token(ACTOR, 2, 2, bound) / decode_seconds_per_token(POLICY, 2, 2, bound)
+    assert reading == pytest.approx(0.59, abs=0.01)
+    assert expected_gain(job, POLICY, ACTOR, bound, 0.8) == pytest.approx(1.4, abs=0.05)
+    # With several updates per batch scores take a pass of their own.
+    several = make_job("learner.updates_per_batch=2")
+    by_hand = 1 / (0.8 * 0.2097 + 0.2 * (1 + 0.2097 + 0.4 / 0.5 / 3))
+    assert expected_gain(several, POLICY, ACTOR, short, 0.8) == pytest.approx(by_hand, rel=1e-3)
+
+
+def test_an_actor_as_large_as_the_policy_gains_nothing() -> None:
+    frozen = make_job("actor.train=false")
+    assert expected_gain(frozen, POLICY, POLICY, make_load(), 0.8) == pytest.approx(1)
+    assert expected_gain(make_job(), POLICY, POLICY, make_load(), 0.8) == pytest.approx(1 / (0.8 + 0.2 * 2))
+
+
+def test_decoding_by_hand() -> None:
+    gpu, full = Gpu(flops=1e3, bandwidth=100, memory=1), Utilization(1, 1, 1)
+    load = Load(prompt_tokens=5, completion_tokens=10, concurrency=4, gpu=gpu, utilization=full)
+    # Bytes: weights once, four caches of ten tokens; FLOPs: four tokens of 2N and their attention.
+    read = SMALL.parameters * 2 + 4 * 10 * SMALL.kv_bytes(1)
+    flops = 4 * (2 * SMALL.parameters + SMALL.attention_flops(10))
+    assert decode_seconds_per_token(SMALL, 2, 1, load) == max(read / 100, flops / 1e3) / 4
+    compute_bound = replace(load, gpu=replace(gpu, bandwidth=1e9))
+    assert decode_seconds_per_token(SMALL, 2, 1, compute_bound) == flops / 1e3 / 4
+
+
+def test_bytes_and_times_of_a_job() -> None:
+    job = make_job(
+        "sampling.max_tokens=1000", "sampling.group_size=8", "learner.groups_per_batch=16", "rollout.replicas=2",
+        "scorer.replicas=3",
+    )  # fmt: skip
+    plan = make_plan(job, POLICY, ACTOR, make_load(prompt_tokens=200, completion_tokens=800))
+    tokens = 16 * 8 * 800
+    assert plan.tokens_per_step == tokens
+    assert plan.bus_bytes_per_step == {"to_score": tokens * (8 + 20 * 6), "to_train": tokens * (8 + 21)}
+    assert plan.weight_bytes_per_version == {
+        "written": 2 * (POLICY.parameters + ACTOR.parameters),
+        "read_by_scorers": 3 * 2 * POLICY.parameters,
+        "read_by_rollouts": 2 * 2 * ACTOR.parameters,
+    }
+    seen = 16 * 8 * 1000
+    assert plan.step_seconds.scorer == pytest.approx(seen * plan.flops_per_token.scoring / (989e12 * 0.5) / 3)
+    training = plan.flops_per_token.policy_training + plan.flops_per_token.actor_training
+    assert plan.step_seconds.learner == pytest.approx(seen * training / (989e12 * 0.4))
+    assert plan.bottleneck == "learner"
+    assert plan.memory_bytes["rollout"] == {
+        "weights": 2 * ACTOR.parameters, "attention_cache": 256 * 1200 * ACTOR.kv_bytes(2),
+    }  # fmt: skip
+    assert plan.memory_bytes["learner"]["optimizer"] == 2 * 2 * (POLICY.parameters + ACTOR.parameters)
+    assert any("the learner needs" in warning for warning in plan.warnings)
+
+
+def test_shapes_from_files(tmp_path: Path) -> None:
+    config = {
+        "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
+        "intermediate_size": 16, "vocab_size": 100, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_shape("policy.model", str(tmp_path)) == SMALL
+    assert read_shape("policy.model", str(tmp_path / "config.json")) == SMALL
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config}))
+    assert read_shape("policy.model", str(tmp_path)) == SMALL
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": None}))
+    with pytest.raises(ConfigError, match="tells no vocab_size"):
+        read_shape("policy.model", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"actor\.model.*qwen3-1\.7b"):
+        read_shape("actor.model", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"--gpu.*h100"):
+        gpu_named("abacus")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(make_job().model_dump_json())
+    arguments = ["plan", str(job_file), "sampling.max_tokens=2048", "--rollout-share", "0.8", "--concurrency", "32"]
+    text = CliRunner().invoke(app, arguments)
+    assert text.exit_code == 0, text.output
+    assert "expected gain over on-policy training" in text.output
+    result = CliRunner().invoke(app, [*arguments, "--json", "--policy", "qwen3-4b", "--gpu", "h200"])
+    plan = json.loads(result.output)
+    assert plan["policy_parameters"] == KNOWN["qwen3-4b"].parameters
+    assert plan["on_policy_rollout_share"] == 0.8
