@@ -1,0 +1,69 @@
+"""What the chart tells the launcher: cluster.yaml, parsed as the launcher parses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chart_world import CHART, VALUES_FILES, Object, named, of_kind, render, values_id
+
+settings_module = pytest.importorskip("jackpot.control_plane.launch.kubernetes.settings")
+
+
+def cluster(values: Path | None, directory: Path, *settings: str) -> Any:
+    """The settings as the control plane reads them."""
+    path = directory / "cluster.yaml"
+    path.write_text(named(render(values, *settings), "ConfigMap", "jp-jackpot-cluster")["data"]["cluster.yaml"])
+    return settings_module.ClusterSettings.load(path)
+
+
+@pytest.mark.parametrize("values", VALUES_FILES, ids=values_id)
+def test_the_launcher_takes_what_the_chart_writes(values: Path, tmp_path: Path) -> None:
+    found = cluster(values, tmp_path)
+    objects = render(values)
+    assert found.namespace == "ml"
+    assert found.service_account in {each["metadata"]["name"] for each in of_kind(objects, "ServiceAccount")}
+    assert found.labels["app.kubernetes.io/instance"] == "jp"
+    for role in ("orchestrator", "scorer", "learner"):
+        assert found.redis.role_url_secrets[role].key == f"{role}-url"
+
+
+def test_every_setting_arrives(tmp_path: Path) -> None:
+    found = cluster(CHART / "ci" / "gpu-cluster-values.yaml", tmp_path)
+    assert (found.queue, found.priority_class) == ("training", "batch")
+    assert found.image_pull_secrets == ["registry"]
+    assert (found.tls_secret, found.tls_peer_name) == ("jp-jackpot-worker-tls", "jackpot-worker")
+    assert (found.run_claim, found.model_claim) == ("jp-jackpot-runs", "models")
+    assert (found.hf_token_secret.name, found.hf_token_secret.key) == ("huggingface", "token")
+    assert found.labels["team"] == "research"
+    assert found.annotations == {"k8s.v1.cni.cncf.io/networks": "rdma"}
+    learner = found.roles.learner
+    assert learner.image == "registry.example.com/ml/jackpot-learner:0.1.0-cuda"
+    assert learner.resources["limits"]["nvidia.com/gpu"] == 8
+    assert learner.node_selector == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+    assert learner.tolerations == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert (learner.runtime_class, learner.shm_size) == ("nvidia", "64Gi")
+    assert learner.env == {"NCCL_IB_HCA": "mlx5", "NCCL_DEBUG": "WARN"}
+    assert found.roles.evaluator.image == found.roles.rollout.image
+    assert found.roles.orchestrator.image == "registry.example.com/ml/jackpot-orchestrator:0.1.0"
+
+
+def test_the_bus_url_of_every_role_is_in_the_secret(tmp_path: Path) -> None:
+    objects = render()
+    found = cluster(None, tmp_path)
+    secrets: dict[str, Object] = {each["metadata"]["name"]: each["data"] for each in of_kind(objects, "Secret")}
+    for reference in (found.redis.url_secret, *found.redis.role_url_secrets.values()):
+        assert reference.key in secrets[reference.name]
+
+
+def test_the_workers_certificate_carries_the_name_that_they_ask_for(tmp_path: Path) -> None:
+    setting = 'tls.workers.peerName="peer.example"'
+    found = cluster(None, tmp_path, setting)
+    certificate = named(render(None, setting), "Certificate", found.tls_secret)
+    assert certificate["spec"]["dnsNames"] == [found.tls_peer_name] == ["peer.example"]
+
+
+def test_numbers_that_are_names_stay_names(tmp_path: Path) -> None:
+    found = cluster(None, tmp_path, 'workers.queue="13"', 'storage.runs.existingClaim="9"', 'image.pullSecrets=["17"]')
+    assert (found.queue, found.run_claim, found.image_pull_secrets) == ("13", "9", ["17"])
