@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 import yaml
-from chart_world import CHART, ROOT, Object, containers, helm, of_kind, parse, pods, render_text
+from chart_world import CHART, ROOT, Object, containers, helm, of_kind, parse, pods, render_text, tool
 from kubernetes_validate import validate
 
 from jackpot.cli import app
@@ -114,6 +115,34 @@ def test_helm_commands_use_flags_that_helm_has() -> None:
         known = helm(words[1], "--help").stdout
         for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
             assert re.search(rf"{re.escape(flag)}\b", known), f"{flag} in {' '.join(words)}"
+
+
+def test_kubectl_commands_use_verbs_and_flags_that_kubectl_has() -> None:
+    def told(*words: str) -> str:
+        done = subprocess.run(
+            [str(tool("kubectl")), *words], capture_output=True, text=True, timeout=60, env={"HOME": "/nonexistent"}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    everywhere = told("options")
+    seen: dict[str, str] = {}
+    for words in commands():
+        if words[0] != "kubectl":
+            continue
+        rest = words[3:] if words[1] == "-n" else words[1:]
+        if rest[0] not in seen:
+            seen[rest[0]] = told(rest[0], "--help")
+        sub = {"create": ("namespace", "secret"), "rollout": ("status", "restart")}.get(rest[0], ())
+        verb = " ".join((rest[0], rest[1])) if sub else rest[0]
+        assert not sub or rest[1] in sub, words
+        more = ("docker-registry",) if verb == "create secret" else ()
+        known = everywhere + (seen.setdefault(verb, told(*verb.split(), *more, "--help")))
+        flags = {word.partition("=")[0] for word in rest[: rest.index("--") if "--" in rest else None]}
+        for flag in flags:
+            if flag.startswith("-") and len(flag) > 1:
+                assert f"{flag}=" in known or f"{flag}," in known, f"{flag} in {' '.join(words)}"
+    assert {"apply", "get", "wait", "rollout status", "create secret", "patch"} <= set(seen)
 
 
 def test_links_lead_somewhere() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import tarfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,30 @@ def test_with_secrets_made_elsewhere_nothing_is_random() -> None:
     values = CHART / "ci" / "external-redis-tls-values.yaml"
     assert not of_kind(render(values), "Secret")
     assert render_text(values) == render_text(values)
+
+
+def test_the_packaged_chart_renders_like_its_sources(tmp_path: Path) -> None:
+    done = helm("package", str(CHART), "--destination", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (package,) = tmp_path.glob("jackpot-*.tgz")
+    with tarfile.open(package) as archive:
+        names = {name.removeprefix("jackpot/") for name in archive.getnames()}
+    assert {"Chart.yaml", "values.schema.json", "README.md", "files/users.acl", "templates/NOTES.txt"} <= names
+    assert not [name for name in names if name.startswith("ci/")]
+    # This values file makes no secret, so that nothing is random.
+    values = CHART / "ci" / "external-redis-tls-values.yaml"
+    assert render_text(values, chart=package) == render_text(values)
+
+
+@pytest.mark.parametrize("values", VALUES_FILES, ids=values_id)
+def test_the_notes_name_objects_that_there_are(values: Path) -> None:
+    done = helm("install", "jp", str(CHART), "--namespace", "ml", "--dry-run=client", "--values", str(values))
+    assert done.returncode == 0, done.stderr
+    notes = done.stdout.partition("NOTES:\n")[2]
+    objects = render(values)
+    names = {each["metadata"]["name"] for each in objects}
+    names |= {each["spec"]["secretName"] for each in of_kind(objects, "Certificate")}
+    told = set(re.findall(r"\bjp-jackpot[a-z0-9-]*", notes))
+    assert "jp-jackpot-control-plane" in told and told <= names
+    assert "{{" not in notes and "<no value>" not in notes
+    assert ("Any pod of the cluster" in notes) == ("no-monitoring" in values.name)
