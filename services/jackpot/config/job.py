@@ -176,13 +176,39 @@ class LearnerConfig(Section):
     actor_schedule: ScheduleConfig | None = None
     """Learning-rate schedule of the actor; null means the policy's. An actor that has to catch up wants no warm-up."""
     device: Device = "auto"
-    """``auto`` is CUDA where there is one."""
+    """``auto`` is CUDA where there is one; with several processes each takes a GPU of its own."""
+    processes: PositiveInt = 1
+    """Processes that train together, under torchrun: policy and actor are sharded over them (FSDP2), and each passes
+    its part of the batch through them. The result is that of one process, up to rounding. One, until a model needs
+    more memory than a device has, or a step more time than it should take."""
+    cpu_offload: bool = False
+    """Keep parameters and optimizer state in the CPU's memory and bring a block to the GPU when it is its turn: a
+    larger model, far slower steps. Needs a GPU."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block and compute the rest again in the backward pass: a third more work, and memory
+    that hardly grows with depth. The numbers are the same."""
+    compile: bool = False
+    """torch.compile each block: faster steps on GPUs, after a first step that takes minutes."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Lay sequences one after the other instead of padding them to rows of similar length. ``auto`` does where
+    attention takes lengths as they are (flash attention on a GPU); elsewhere the mask that keeps them apart costs
+    memory and time with the square of ``max_batch_tokens``, and rows are cheaper."""
     max_batch_tokens: PositiveInt = 16384
-    """Tokens in one forward and backward pass; larger batches accumulate gradients."""
+    """Tokens in one forward and backward pass of one process; larger batches accumulate gradients. The split changes
+    nothing: losses are divided by what the whole batch holds."""
+    max_sequence_tokens: PositiveInt | None = None
+    """Longest sequence (prompt and completion) that is trained on; what lies beyond is left out of the loss and
+    counted as ``response/cut_tokens``. null is no bound: ``sampling.max_tokens`` already bounds completions."""
+    collective_timeout_seconds: PositiveFloat = 600.0
+    """How long a process waits for the others in one exchange before all of them start again from the last
+    checkpoint. One that died is noticed at once; this is for one that hangs."""
     checkpoint_every: PositiveInt = 10
     """Optimizer steps between checkpoints. Groups count as trained once a checkpoint holds their effect."""
     keep_checkpoints: PositiveInt = 2
-    """Older checkpoints are deleted."""
+    """The newest that stay; older checkpoints are deleted."""
+    keep_best_checkpoint: bool = True
+    """Keep, besides, the checkpoint of the greatest held-out accuracy: training may run past its best. Make
+    ``checkpoint_every`` and ``evaluation.every`` multiples of one another, so that checkpoints are evaluated."""
     overlap: bool = True
     """Whether the next batch is fetched and the new weights are written while the learner goes on. Off, everything
     takes its turn; the weights trained are the same. Costs a copy of the weights in memory."""
@@ -200,6 +226,15 @@ class LearnerConfig(Section):
             raise ValueError(
                 f"steps = {self.steps} is not a whole number of batches of {self.updates_per_batch} updates. "
                 f"Use a multiple of {self.updates_per_batch}"
+            )
+        if self.cpu_offload and self.device == "cpu":
+            raise ValueError(
+                "cpu_offload brings parameters to a GPU. Set device to auto or cuda, or cpu_offload to false"
+            )
+        if self.processes > 1 and self.device.startswith("cuda:"):
+            raise ValueError(
+                f"processes = {self.processes} cannot share device = {self.device!r}. "
+                "Set device to cuda: each process takes a GPU of its own"
             )
         return self
 
@@ -330,6 +365,18 @@ class JobSpec(Section):
     """Alarms."""
     run: RunConfig = RunConfig()
     """Local run."""
+
+    @model_validator(mode="after")
+    def _number_formats_train(self) -> JobSpec:
+        learning = [("policy", self.policy)]
+        if not isinstance(self.actor, str) and self.actor.train:
+            learning.append(("actor", self.actor))
+        for name, model in learning:
+            if model.dtype == "float16":
+                raise ValueError(
+                    f"{name}.dtype = 'float16' cannot be trained: gradients this small vanish in it. Set it to bfloat16"
+                )
+        return self
 
     @model_validator(mode="after")
     def _actor_fits(self) -> JobSpec:

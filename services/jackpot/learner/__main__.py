@@ -1,36 +1,70 @@
-"""``python -m jackpot.learner``: the learner process. Settings come from the JACKPOT_* variables."""
+"""``python -m jackpot.learner``: the learner. Settings come from the JACKPOT_* variables.
+
+With ``learner.processes`` > 1 this process starts the ranks, by torchrun, and they come here again. Starting them by
+hand is the same: ``torchrun --nproc-per-node 2 -m jackpot.learner``.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+from typing import TYPE_CHECKING
 
 from jackpot.config import JobSpec
-from jackpot.config.environment import ServiceEnvironment
+from jackpot.config.environment import PREFIX, ServiceEnvironment
+from jackpot.errors import ConfigError, JackpotError
 from jackpot.runtime.process import STOPPED_EARLY, announce_ready, run_service
+
+if TYPE_CHECKING:
+    from jackpot.learner.checkpoint import CheckpointStore
+    from jackpot.learner.trainer import Trainer
 
 
 async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
     """Train to the last step: 0; stopped before that: 75."""
-    from jackpot.learner.alarm_log import AlarmLog
     from jackpot.learner.checkpoint import CheckpointStore
+    from jackpot.learner.lead import LeadTrainer, follow
+    from jackpot.learner.ranks import leave_ranks
+    from jackpot.learner.start import build_trainer
+
+    trainer, ranks = await asyncio.to_thread(build_trainer, environment, job)
+    evaluations = environment.run_dir / "evaluations.jsonl" if job.learner.keep_best_checkpoint else None
+    store = CheckpointStore(
+        environment.run_dir / "checkpoints", job.learner.keep_checkpoints, ranks=ranks, evaluations=evaluations
+    )
+    code = 1
+    try:
+        if ranks.rank > 0:
+            # A signal stops rank 0, which stops this one when it is done.
+            code = await asyncio.to_thread(follow, trainer, store, ranks)
+        else:
+            code = await lead(environment, job, trainer, store, stop)
+    except JackpotError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if isinstance(trainer, LeadTrainer):
+            await asyncio.to_thread(trainer.dismiss, code)
+        leave_ranks()
+    return code
+
+
+async def lead(
+    environment: ServiceEnvironment, job: JobSpec, trainer: Trainer, store: CheckpointStore, stop: asyncio.Event
+) -> int:
+    """Rank 0, or the only process: read the bus, train, publish."""
+    from jackpot.learner.alarm_log import AlarmLog
     from jackpot.learner.manifests import ManifestLog
     from jackpot.learner.publisher import WeightPublisher
     from jackpot.learner.service import Learner
     from jackpot.learner.step_log import StepLog
-    from jackpot.learner.trainer import Trainer
     from jackpot.runtime.activity import Activity
     from jackpot.runtime.bus import TrajectoryBus
     from jackpot.runtime.kept_trajectories import KeptTrajectories
     from jackpot.runtime.metrics import Metrics
-    from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
     from jackpot.runtime.weights import WeightStore
 
-    set_threads(environment.threads)
-    device = resolve_device(job.learner.device, field="learner.device")
-    policy = load_causal_lm(job.policy.model, job.policy.dtype, device, field="policy.model")
-    actor = None
-    if not isinstance(job.actor, str) and job.actor.weights == "own":
-        actor = load_causal_lm(job.actor.model, job.actor.dtype, device, field="actor.model")
     run_dir, metrics = environment.run_dir, Metrics(environment.job_id)
     bus = await TrajectoryBus.connect(
         environment.redis_url, environment.job_id, job.bus, f"learner-{environment.instance}", run_dir / "payloads"
@@ -41,16 +75,16 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
         learner = Learner(
             job,
             bus,
-            Trainer(job, policy, actor),
+            trainer,
             WeightPublisher(job, WeightStore(run_dir / "weights"), run_dir),
-            CheckpointStore(run_dir / "checkpoints", job.learner.keep_checkpoints),
+            store,
             ManifestLog(run_dir / "manifests"),
             StepLog(run_dir, metrics),
             AlarmLog(job.alarms, run_dir, metrics),
             KeptTrajectories(run_dir, job.bus.max_payload_bytes),
             activity,
         )
-        announce_ready(device=str(device))
+        announce_ready(device=str(trainer.device), processes=job.learner.processes)
         finished = await learner.run(stop.is_set)
         activity.write()
     finally:
@@ -58,5 +92,22 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     return 0 if finished else STOPPED_EARLY
 
 
+def _start() -> None:
+    from jackpot.learner.launch import is_rank, run_ranks
+
+    if not is_rank():
+        try:
+            processes = ServiceEnvironment.from_env().load_job().learner.processes
+        except ConfigError:
+            processes = 1  # run_service reports it
+        if processes > 1:
+            sys.exit(run_ranks(processes))
+    environ = dict(os.environ)
+    if int(environ.get("RANK", "0")) > 0:
+        # Figures and health are rank 0's to tell.
+        environ |= {PREFIX + name: "" for name in ("METRICS_ADDRESS", "HEALTH_LISTEN")}
+    run_service("learner", main, environ)
+
+
 if __name__ == "__main__":
-    run_service("learner", main)
+    _start()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jackpot.algorithm.advantage import estimate_advantages
 from jackpot.config import AdvantageConfig
-from jackpot.trajectory import EXACT_KL, ScoredGroup
+from jackpot.trajectory import EXACT_KL, ScoredGroup, TokenScores
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +71,7 @@ class Batch:
     oldest_versions: NDArray[np.int64]  # [groups]
     temperature: float
     exact_kl: NDArray[np.float64] | None  # [groups, 2], KL before and after OBRS summed over each group's tokens
+    num_cut_tokens: int = 0  # sampled, but beyond learner.max_sequence_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +81,11 @@ class Batch:
     def token_index(self, rows: Sequence[int]) -> Tensor:
         """Positions in the flat arrays of the given sequences' tokens, in the order given; int64."""
         return torch.cat([torch.arange(self.sequences[row].start, self.sequences[row].end) for row in rows])
+
+    def inputs(self, rows: Sequence[int]) -> tuple[list[NDArray[np.int64]], list[int]]:
+        """Model inputs of the given sequences, [P + T] each, and their prompt lengths P."""
+        chosen = [self.sequences[row] for row in rows]
+        return [sequence.input_ids for sequence in chosen], [sequence.prompt_length for sequence in chosen]
 
     def split(self, parts: int) -> list[Batch]:
         """Split into ``parts`` batches of equally many groups (one per optimizer step)."""
@@ -102,15 +108,26 @@ class Batch:
             oldest_versions=self.oldest_versions[first:last],
             temperature=self.temperature,
             exact_kl=None if self.exact_kl is None else self.exact_kl[first:last],
+            num_cut_tokens=self.num_cut_tokens,
         )
 
 
-def build_batch(groups: Sequence[ScoredGroup], advantage: AdvantageConfig) -> Batch:
+def build_batch(
+    groups: Sequence[ScoredGroup], advantage: AdvantageConfig, max_sequence_tokens: int | None = None
+) -> Batch:
     """Flatten scored groups.
 
     All groups share one sampling temperature, the job's. λ is each group's own: where it follows an acceptance rate,
     a batch may hold groups that were scored before and after a change.
+
+    Args:
+        groups: of one batch, in slot order.
+        advantage: which estimator.
+        max_sequence_tokens: greatest length of prompt and completion; what lies beyond is cut off, and counted.
     """
+    num_sampled = sum(scored.group.num_tokens for scored in groups)
+    if max_sequence_tokens is not None:
+        groups = [cut_group(scored, max_sequence_tokens) for scored in groups]
     sequences: list[SequenceSlice] = []
     group_starts: list[int] = []
     end = 0
@@ -141,7 +158,33 @@ def build_batch(groups: Sequence[ScoredGroup], advantage: AdvantageConfig) -> Ba
         oldest_versions=np.array([scored.group.oldest_version for scored in groups], dtype=np.int64),
         temperature=groups[0].group.temperature,
         exact_kl=_exact_kl(groups),
+        num_cut_tokens=num_sampled - sum(scored.group.num_tokens for scored in groups),
     )
+
+
+def cut_group(scored: ScoredGroup, max_sequence_tokens: int) -> ScoredGroup:
+    """The group with its completions cut to what a sequence may have, the first token in any case. Rewards stay."""
+    group = scored.group
+    keep = max(1, max_sequence_tokens - len(group.prompt_token_ids))
+    if all(trajectory.num_tokens <= keep for trajectory in group.trajectories):
+        return scored
+    trajectories = tuple(
+        replace(
+            trajectory,
+            token_ids=trajectory.token_ids[:keep],
+            actor_logprobs=trajectory.actor_logprobs[:keep],
+            topk_ids=None if trajectory.topk_ids is None else trajectory.topk_ids[:keep],
+            topk_logprobs=None if trajectory.topk_logprobs is None else trajectory.topk_logprobs[:keep],
+            version_spans=tuple(
+                replace(span, end=min(span.end, keep)) for span in trajectory.version_spans if span.start < keep
+            ),
+        )
+        for trajectory in group.trajectories
+    )
+    scores = tuple(TokenScores(**{f.name: getattr(s, f.name)[:keep] for f in fields(s)}) for s in scored.scores)
+    # Its sums are over all tokens.
+    metadata = {key: value for key, value in group.metadata.items() if key != EXACT_KL}
+    return replace(scored, group=replace(group, trajectories=trajectories, metadata=metadata), scores=scores)
 
 
 def _exact_kl(groups: Sequence[ScoredGroup]) -> NDArray[np.float64] | None:

@@ -1,6 +1,8 @@
-"""Checkpoints: weights, optimizer moments, step and random state, as safetensors and JSON. No pickle.
+"""Checkpoints: weights, optimizer moments, step and random state, by torch.distributed.checkpoint. No pickle on disk.
 
-A checkpoint is written aside and renamed, so that a directory with a final name is whole.
+Every rank writes its own shards, as safetensors that say where in the whole tensor they lie; what is not a tensor is
+JSON. Any number of ranks reads what any number has written. Writing happens beside training, from a copy. A checkpoint
+is written aside and renamed, so that a directory with a final name is whole; the newest of them is the latest.
 """
 
 from __future__ import annotations
@@ -8,20 +10,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from jackpot.errors import JackpotError
-from jackpot.runtime.models import load_state, save_weights
+from jackpot.learner.best_step import best_step
+from jackpot.learner.ranks import SOLO, Ranks
+from jackpot.runtime.models import own_tensors
 from jackpot.trajectory import Role
 
 STATE_FILE = "state.json"
+_RANDOM = "random/torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,37 +60,49 @@ class CheckpointStore:
     Args:
         directory: ``checkpoints/`` of the run directory; created if missing.
         keep: how many of the newest stay.
+        ranks: who writes and reads together.
+        evaluations: ``evaluations.jsonl``, by which the checkpoint of the best policy stays as well; None keeps the
+            newest alone.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, *, ranks: Ranks = SOLO, evaluations: Path | None = None) -> None:
         self._directory = directory
         self._keep = keep
-        directory.mkdir(parents=True, exist_ok=True)
+        self._ranks = ranks
+        self._evaluations = evaluations
+        if ranks.rank == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            for unfinished in directory.glob(".*"):
+                shutil.rmtree(unfinished)
+
+    def begin(self, progress: Progress, learnables: Mapping[Role, Learnable]) -> PendingCheckpoint:
+        """Copy every learnable as it is now and start to write; a collective.
+
+        Raises:
+            OSError: there is no place for a checkpoint; the previous one is untouched.
+        """
+        aside = self._directory / f".{progress.step:08d}"
+        if self._ranks.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        _one_process_is_no_warning()
+        writing = async_save(
+            {**_tensors(learnables), _RANDOM: torch.get_rng_state()},
+            storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True),
+            process_group=self._ranks.checkpoint_group,
+            no_dist=self._ranks.mesh is None,
+        )
+        assert isinstance(writing, Future)
+        return PendingCheckpoint(self, progress, aside, writing)
 
     def save(self, progress: Progress, learnables: Mapping[Role, Learnable]) -> Path:
         """Write a checkpoint of every learnable by role, atomically, and delete the oldest beyond ``keep``.
 
         Raises:
-            OSError: the disk is full or gone; the previous checkpoint is untouched.
+            OSError: as :meth:`begin`.
+            JackpotError: as :meth:`PendingCheckpoint.finish`.
         """
-        final = self._path(progress.step)
-        aside = final.with_name(f".{final.name}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        try:
-            for role, learnable in learnables.items():
-                (aside / role).mkdir()
-                save_weights(learnable.model, aside / role)
-                save_file(_optimizer_tensors(learnable), aside / role / "optimizer.safetensors")
-            save_file({"torch": torch.get_rng_state()}, aside / "random.safetensors")
-            (aside / STATE_FILE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-            _sync_tree(aside)
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        self._prune()
-        return final
+        return self.begin(progress, learnables).finish()
 
     def latest(self) -> Path | None:
         """The newest checkpoint's directory, or None."""
@@ -87,52 +110,127 @@ class CheckpointStore:
         return found[-1] if found else None
 
     def load(self, path: Path, learnables: Mapping[Role, Learnable]) -> Progress:
-        """Restore every learnable in place, and torch's random state.
+        """Restore every learnable in place, and torch's random state; a collective.
 
         Raises:
             JackpotError: the checkpoint is damaged or belongs to other models.
         """
         try:
             progress = Progress(**json.loads((path / STATE_FILE).read_text(encoding="utf-8")))
-            for role, learnable in learnables.items():
-                load_state(learnable.model, path / role)
-                _restore_optimizer(learnable, load_file(path / role / "optimizer.safetensors"))
-            torch.set_rng_state(load_file(path / "random.safetensors")["torch"])
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            reader = HuggingFaceStorageReader(str(path))
+            # Moments are not there before the first step, and a step that was skipped leaves them so.
+            stored = reader.read_metadata().state_dict_metadata
+            for learnable in learnables.values():
+                learnable.optimizer.state.clear()
+            _one_process_is_no_warning()
+            tensors = _tensors(learnables) | _empty_moments(learnables, stored) | {_RANDOM: torch.get_rng_state()}
+            load(
+                tensors,
+                storage_reader=reader,
+                process_group=self._ranks.checkpoint_group,
+                no_dist=self._ranks.mesh is None,
+            )
+            _take_up_moments(learnables, tensors)
+            torch.set_rng_state(tensors[_RANDOM])
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError, CheckpointException) as error:
             raise JackpotError(
-                f"checkpoint {path} cannot be restored ({error}); delete it to resume from an older one"
+                f"checkpoint {path} cannot be restored ({_short(error)}); delete it to resume from an older one"
             ) from error
         return progress
 
-    def _path(self, step: int) -> Path:
-        return self._directory / f"{step:08d}"
+    def complete(self, progress: Progress, aside: Path) -> Path:
+        """Give what all ranks have written its final name, and delete what need not stay. Rank 0 alone."""
+        final = self._directory / f"{progress.step:08d}"
+        (aside / STATE_FILE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        _sync_tree(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        self._prune()
+        return final
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self._directory.iterdir() if path.name.isdigit())
 
     def _prune(self) -> None:
-        for path in self._all()[: -self._keep]:
-            shutil.rmtree(path)
+        found = self._all()
+        best = best_step(self._evaluations, [int(path.name) for path in found]) if self._evaluations else None
+        for path in found[: -self._keep]:
+            if int(path.name) != best:
+                shutil.rmtree(path)
 
 
-def _optimizer_tensors(learnable: Learnable) -> dict[str, torch.Tensor]:
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in learnable.model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": torch.as_tensor(value).detach().contiguous()
-        for parameter, state in learnable.optimizer.state.items()
-        for key, value in state.items()
-    }
+@dataclass(frozen=True, slots=True)
+class PendingCheckpoint:
+    """A checkpoint on its way to the disk."""
+
+    store: CheckpointStore
+    progress: Progress
+    aside: Path
+    writing: Future[Any]
+
+    def finish(self) -> Path:
+        """Wait until it is there whole; a collective.
+
+        Raises:
+            JackpotError: it could not be written; the previous checkpoint is untouched.
+        """
+        try:
+            self.writing.result()
+            if self.store._ranks.rank == 0:
+                return self.store.complete(self.progress, self.aside)
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            raise JackpotError(f"checkpoint {self.aside} could not be written ({_short(error)})") from error
+        return self.aside
 
 
-def _restore_optimizer(learnable: Learnable, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = dict(learnable.model.named_parameters())
-    learnable.optimizer.state.clear()
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition("/")
-        parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU whatever device the parameter lives on.
-        value = tensor if key == "step" else tensor.to(parameter.device)
-        learnable.optimizer.state[parameter][key] = value
+def _tensors(learnables: Mapping[Role, Learnable]) -> dict[str, Tensor]:
+    """Weights and moments under names that do not depend on the number of ranks."""
+    tensors: dict[str, Tensor] = {}
+    for role, learnable in learnables.items():
+        own, _ = own_tensors(learnable.model)
+        tensors |= {f"{role}/weights/{name}": tensor.detach() for name, tensor in own.items()}
+        for name, parameter in learnable.model.named_parameters():
+            for key, value in learnable.optimizer.state.get(parameter, {}).items():
+                tensors[f"{role}/optimizer/{name}/{key}"] = torch.as_tensor(value).detach()
+    return tensors
+
+
+def _empty_moments(learnables: Mapping[Role, Learnable], stored: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors for the moments among ``stored`` to be read into."""
+    tensors: dict[str, Tensor] = {}
+    for role, name, key, parameter in _moment_names(learnables):
+        stored_name = f"{role}/optimizer/{name}/{key}"
+        if stored_name in stored:
+            # AdamW keeps its step counter on the CPU whatever device the parameter lives on.
+            tensors[stored_name] = torch.tensor(0.0) if key == "step" else torch.zeros_like(parameter.detach())
+    return tensors
+
+
+def _take_up_moments(learnables: Mapping[Role, Learnable], tensors: Mapping[str, Tensor]) -> None:
+    for role, name, key, parameter in _moment_names(learnables):
+        value = tensors.get(f"{role}/optimizer/{name}/{key}")
+        if value is not None:
+            learnables[role].optimizer.state[parameter][key] = value
+
+
+def _moment_names(learnables: Mapping[Role, Learnable]) -> list[tuple[Role, str, str, nn.Parameter]]:
+    return [
+        (role, name, key, parameter)
+        for role, learnable in learnables.items()
+        for name, parameter in learnable.model.named_parameters()
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    ]
+
+
+def _one_process_is_no_warning() -> None:
+    # Not in a context that ends: the warning comes from the thread that writes.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _short(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)
+    inner = next(iter(failures.values()))[0] if failures else error
+    return " ".join(str(inner).split())[:300]
 
 
 def _sync_tree(directory: Path) -> None:

@@ -57,9 +57,10 @@ class BatchCollector:
         """Everything whose lease is to be renewed."""
         return [*self._held.values(), *self._trained]
 
-    def committed(self) -> None:
-        """What was trained is acknowledged."""
-        self._trained.clear()
+    def committed(self, batch: int) -> None:
+        """What was trained in the batches before ``batch`` is acknowledged."""
+        first_open = batch * self._size
+        self._trained = [d for d in self._trained if GroupKey.parse(d.group_id).slot >= first_open]
 
     def prefetch(self, batch: int) -> None:
         """Begin to gather a batch, which :meth:`collect` asks for next, beside what the caller does until then."""
@@ -133,7 +134,8 @@ class BatchCollector:
                 self._last_arrival = time.monotonic()
                 await self._hold(delivery)
         groups = [self._held[slot].value for slot in slots]
-        return Collected(groups, await asyncio.to_thread(build_batch, groups, self._job.algorithm.advantage))
+        advantage, longest = self._job.algorithm.advantage, self._job.learner.max_sequence_tokens
+        return Collected(groups, await asyncio.to_thread(build_batch, groups, advantage, longest))
 
     async def _hold(self, delivery: Delivery[ScoredGroup]) -> None:
         slot = GroupKey.parse(delivery.group_id).slot

@@ -18,19 +18,26 @@ from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance
 from jackpot.algorithm.vocabulary import VocabularyScores, token_logprobs
 from jackpot.config import JackpotCorrection
 from jackpot.learner.batch import Batch, TokenArrays
+from jackpot.learner.partition import MicroRows
+from jackpot.learner.ranks import SOLO, Ranks
+from jackpot.learner.sharding import release
 from jackpot.learner.token_weights import TokenWeights, obrs_weights
-from jackpot.runtime.forward import completion_hidden
+from jackpot.runtime.forward import CompletionStates, completion_hidden
 from jackpot.runtime.models import output_head
 
 
+@torch.no_grad()
 def policy_target_weights(
     policy: PreTrainedModel,
     batch: Batch,
-    micro_batches: Sequence[Sequence[int]],
+    passes: Sequence[MicroRows],
     correction: JackpotCorrection,
     obrs_lambda: float,
     job_seed: int,
     chunk_tokens: int,
+    *,
+    states: CompletionStates = completion_hidden,
+    ranks: Ranks = SOLO,
 ) -> TokenWeights:
     """Weights of a step's trajectories with p_t = p_new as it stands before the step.
 
@@ -39,23 +46,27 @@ def policy_target_weights(
     Args:
         policy: θ.
         batch: trajectories that still carry the actor's top-k.
-        micro_batches: indices of sequences that go through the model together.
+        passes: this rank's sequences, those that go through the model together.
         correction: clips, mask, estimator and the target's own k.
         obrs_lambda: λ, the same for all: these scores are made anew, whatever λ the scorer had.
         job_seed: seeds the mask.
         chunk_tokens: slice of the vocabulary pass.
+        states: how sequences become hidden states.
+        ranks: who has the other sequences.
     """
     tokens = batch.tokens
-    target = torch.empty_like(tokens.reference_logprobs)
-    parts = {name: torch.empty_like(target) for name in ("head", "tail", "mass")}
-    for rows in micro_batches:
-        index = batch.token_index(rows)
-        scores, candidates = _score(policy, batch, rows, tokens.select(index), correction.top_k, chunk_tokens)
-        estimate = estimate_normalizer(correction.normalizer, candidates, obrs_lambda)
-        target[index] = scores
-        parts["head"][index] = estimate.head.cpu()
-        parts["tail"][index] = estimate.tail.cpu()
-        parts["mass"][index] = estimate.mass.cpu()
+    # Each token is scored on one rank and 0 on the others, so that a sum over ranks puts the batch together.
+    found = torch.zeros(4, batch.num_tokens)
+    for one in passes:
+        index = batch.token_index(one.rows)
+        hidden = states(policy, *batch.inputs(one.rows))
+        scores, candidates = _score(policy, hidden, batch, tokens.select(index), correction.top_k, chunk_tokens)
+        if one.counted:
+            estimate = estimate_normalizer(correction.normalizer, candidates, obrs_lambda)
+            found[:, index] = torch.stack([scores, estimate.head, estimate.tail, estimate.mass]).cpu()
+    release(policy)
+    ranks.sum_(found)
+    target, head, tail, mass = found
     acceptance = acceptance_probs(target, tokens.actor_logprobs, obrs_lambda)
     uniforms = torch.cat([acceptance_uniforms(job_seed, s.trajectory_id, s.end - s.start) for s in batch.sequences])
     scored = replace(
@@ -63,22 +74,20 @@ def policy_target_weights(
         reference_logprobs=target,
         acceptance_probs=acceptance,
         mask=acceptance_mask(acceptance, uniforms).float(),
-        normalizer_head=parts["head"],
-        normalizer_tail=parts["tail"],
-        topk_mass=parts["mass"],
+        normalizer_head=head,
+        normalizer_tail=tail,
+        topk_mass=mass,
         obrs_lambda=torch.full_like(target, obrs_lambda),
     )
     return obrs_weights(scored, correction, reference_logprobs=tokens.reference_logprobs)
 
 
-@torch.no_grad()
 def _score(
-    policy: PreTrainedModel, batch: Batch, rows: Sequence[int], tokens: TokenArrays, top_k: int, chunk_tokens: int
+    policy: PreTrainedModel, hidden: Tensor, batch: Batch, tokens: TokenArrays, top_k: int, chunk_tokens: int
 ) -> tuple[Tensor, Candidates]:
     assert tokens.topk_ids is not None and tokens.topk_logprobs is not None
-    sequences = [batch.sequences[row] for row in rows]
-    hidden = completion_hidden(policy, [s.input_ids for s in sequences], [s.prompt_length for s in sequences])
-    ids = torch.cat([tokens.token_ids[:, None], tokens.topk_ids], dim=1).to(policy.device)
+    device = hidden.device
+    ids = torch.cat([tokens.token_ids[:, None], tokens.topk_ids], dim=1).to(device)
     scores: VocabularyScores = token_logprobs(
         hidden,
         output_head(policy),
@@ -89,10 +98,10 @@ def _score(
     )
     assert scores.topk_ids is not None and scores.topk_logprobs is not None
     candidates = Candidates(
-        actor_ids=tokens.topk_ids.to(policy.device),
-        actor_logprobs=tokens.topk_logprobs.to(policy.device),
+        actor_ids=tokens.topk_ids.to(device),
+        actor_logprobs=tokens.topk_logprobs.to(device),
         target_logprobs_on_actor=scores.logprobs[:, 1:],
         target_ids=scores.topk_ids,
         target_logprobs=scores.topk_logprobs,
     )
-    return scores.logprobs[:, 0].cpu(), candidates
+    return scores.logprobs[:, 0], candidates

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from jackpot.config import JobSpec
 from jackpot.learner.trainer import Trainer
-from jackpot.runtime.models import copy_state, save_weights, write_state
+from jackpot.runtime.models import write_state
 from jackpot.runtime.weights import WeightStore
 from jackpot.trajectory import Role
 
@@ -58,11 +57,9 @@ class WeightPublisher:
         self._export_dir = run_dir / "export"
 
     def snapshot(self, trainer: Trainer, version: int) -> Snapshot:
-        """A copy of every role's weights as they are, for :meth:`publish` beside the next step."""
-        copies: dict[PreTrainedModel, State] = {}
-        for model in trainer.models.values():
-            copies[model] = copy_state(model)
-        states = {role: copies[model] for role, model in self._models(trainer).items()}
+        """A copy of every role's weights as they are, for :meth:`publish` beside the next step; a collective."""
+        copies: dict[Role, State] = {role: trainer.weights(role) for role in trainer.models}
+        states = {role: copies[source] for role, source in self._sources(trainer).items()}
         return Snapshot(version, states, {"obrs_lambda": trainer.controls.obrs_lambda})
 
     def publish(self, snapshot: Snapshot) -> None:
@@ -83,23 +80,23 @@ class WeightPublisher:
 
     def export(self, trainer: Trainer) -> None:
         """Write both models as Hugging Face directories under ``export/``, atomically each."""
-        sources: dict[Role, str] = {"policy": self._job.policy.model, "actor": self._job.rollout_model.model}
-        for role, model in self._models(trainer).items():
+        directories: dict[Role, str] = {"policy": self._job.policy.model, "actor": self._job.rollout_model.model}
+        for role, source in self._sources(trainer).items():
             aside = self._export_dir / f".{role}.{os.getpid()}"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             for name in MODEL_FILES:
-                source = Path(sources[role]) / name
-                if source.exists():
-                    shutil.copyfile(source, aside / name)
-            save_weights(model, aside)
+                file = Path(directories[role]) / name
+                if file.exists():
+                    shutil.copyfile(file, aside / name)
+            write_state(trainer.weights(source), aside)
             final = self._export_dir / role
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
 
-    def _models(self, trainer: Trainer) -> dict[Role, PreTrainedModel]:
-        """Each role's model; an actor that is the policy in another number format is the policy."""
-        models = dict(trainer.models)
+    def _sources(self, trainer: Trainer) -> dict[Role, Role]:
+        """Whose weights each role gets: its own, but an actor that is the policy in another number format has those."""
+        sources: dict[Role, Role] = {role: role for role in trainer.models}
         if not isinstance(self._job.actor, str) and self._job.actor.weights == "policy":
-            models["actor"] = models["policy"]
-        return models
+            sources["actor"] = "policy"
+        return sources

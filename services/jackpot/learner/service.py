@@ -20,7 +20,7 @@ from jackpot.errors import BusError
 from jackpot.learner.alarm_log import AlarmLog
 from jackpot.learner.background import BackgroundWork
 from jackpot.learner.batch import Batch, build_batch
-from jackpot.learner.checkpoint import CheckpointStore, Progress
+from jackpot.learner.checkpoint import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.collector import BatchCollector
 from jackpot.learner.manifests import Manifest, ManifestLog
 from jackpot.learner.publisher import WeightPublisher
@@ -75,6 +75,7 @@ class Learner:
         self._activity = activity
         self._progress = Progress(step=0, batch=0, obrs_lambda=trainer.controls.obrs_lambda)
         self._committed_batch = 0
+        self._saving: asyncio.Task[None] | None = None  # the checkpoint that is being written
         self._collector = BatchCollector(job, bus)
         self._background = BackgroundWork()
 
@@ -89,7 +90,7 @@ class Learner:
         async with self._leases_renewed():
             await self._publish()
             await self._background.finish()
-            await self._commit()
+            await self._commit(self._progress.batch)
             await self._replay(stopped)
             await self._train_all(stopped)
             await self._checkpoint()
@@ -104,7 +105,7 @@ class Learner:
             while self._progress.batch < self._job.num_batches and not stopped():
                 waiting_since = time.monotonic()
                 with self._activity.doing("wait_groups"):
-                    collected = await self._collector.collect(self._progress.batch, stopped, self._background.check)
+                    collected = await self._collector.collect(self._progress.batch, stopped, self._watch)
                 if collected is None:
                     break
                 waited_seconds = time.monotonic() - waiting_since
@@ -117,8 +118,7 @@ class Learner:
         path = self._checkpoints.latest()
         if path is None:
             return
-        self._progress = self._checkpoints.load(path, self._trainer.learnables)
-        self._trainer.controls.restore(self._progress.obrs_lambda, self._progress.controls)
+        self._progress = self._trainer.restore(self._checkpoints, path)
         self._step_log.resumed(self._progress.step)
         LOG.info("resumed from %s", path)
 
@@ -136,7 +136,8 @@ class Learner:
                 return
             LOG.info("training batch %d again from its manifest", manifest.batch)
             groups = [found[group_id] for group_id in manifest.group_ids]
-            await self._train(groups, build_batch(groups, self._job.algorithm.advantage), waited_seconds=0.0)
+            learner, advantage = self._job.learner, self._job.algorithm.advantage
+            await self._train(groups, build_batch(groups, advantage, learner.max_sequence_tokens), waited_seconds=0.0)
 
     async def _train(
         self, groups: list[ScoredGroup], batch: Batch, waited_seconds: float, *, prefetch: bool = False
@@ -153,8 +154,9 @@ class Learner:
         self._progress = Progress(progress.step + len(rows), progress.batch + 1, controls.obrs_lambda, controls.state())
         await self._publish(partial(self._kept.write, progress.batch, groups, self._job.run.keep_trajectories))
         published = time.monotonic()
+        self._watch()
         if self._checkpoint_is_due(progress.step):
-            await self._checkpoint()
+            await self._begin_checkpoint()
         now = time.monotonic()
         times = {
             "time/wait_batch_seconds": waited_seconds,
@@ -203,19 +205,43 @@ class Learner:
             await self._background.finish()
 
     async def _checkpoint(self) -> None:
-        if self._progress.batch > self._committed_batch:
-            with self._activity.doing("checkpoint"):
-                await asyncio.to_thread(self._checkpoints.save, self._progress, self._trainer.learnables)
-                await self._commit()
+        """A checkpoint of what is trained so far, on disk and committed."""
+        await self._begin_checkpoint()
+        await self._checkpoint_written()
 
-    async def _commit(self) -> None:
-        """Close the ledger on every group that the last checkpoint holds; safe to repeat."""
+    async def _begin_checkpoint(self) -> None:
+        """Copy what is trained so far; it is written while training goes on, and its groups are committed then."""
+        await self._checkpoint_written()
+        if self._progress.batch > self._committed_batch:
+            with self._activity.doing("snapshot"):
+                pending = await asyncio.to_thread(self._trainer.begin_checkpoint, self._checkpoints, self._progress)
+            self._saving = asyncio.create_task(self._commit_when_written(pending, self._progress.batch))
+
+    def _watch(self) -> None:
+        """What failed beside the training ends the job now, not when its result is needed."""
+        self._background.check()
+        if self._saving is not None and self._saving.done():
+            self._saving.result()
+
+    async def _checkpoint_written(self) -> None:
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            await saving
+
+    async def _commit_when_written(self, pending: PendingCheckpoint, batch: int) -> None:
+        with self._activity.doing("checkpoint"):
+            await asyncio.to_thread(pending.finish)
+            await self._commit(batch)
+
+    async def _commit(self, batch: int) -> None:
+        """Close the ledger on every group of the batches before ``batch``, whose effect the last checkpoint holds; safe
+        to repeat."""
         size = self._job.learner.updates_per_batch
-        for manifest in self._manifests.between(self._committed_batch, self._progress.batch):
+        for manifest in self._manifests.between(self._committed_batch, batch):
             steps = dict.fromkeys(manifest.group_ids, manifest.start_step + size)
             await self._collector.with_bus(partial(self._bus.commit_trained, steps))
-        self._committed_batch = self._progress.batch
-        self._collector.committed()
+        self._committed_batch = batch
+        self._collector.committed(batch)
 
     @asynccontextmanager
     async def _leases_renewed(self) -> AsyncIterator[None]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from jackpot.algorithm.diagnostics import effective_sample_ratio, kl_before_and_after, ratio_quantiles
 from jackpot.algorithm.objective import TokenLoss
 from jackpot.learner.batch import Batch
+from jackpot.learner.ranks import Ranks
 from jackpot.learner.token_weights import TokenWeights
 from jackpot.trajectory import Role
 
@@ -26,8 +28,20 @@ class StepMeter:
         self._num_tokens = max(1, batch.num_tokens)
         self._row: dict[str, float] = {"step": step + 1}
         self._row |= _batch_figures(batch, step) | mismatch_figures(batch, weights)
-        self._nonfinite = self._row["rollout_corr/nonfinite"]
         self._sums: dict[str, float] = {}
+        self._found_nonfinite = 0.0
+        self._counted = True
+
+    def begin_pass(self, counted: bool) -> None:
+        """Whether what the next pass finds is counted; it is not in a filler's (see :mod:`.partition`)."""
+        self._counted = counted
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Make the sums those of all ranks' passes; a collective."""
+        totals = torch.tensor([*self._sums.values(), self._found_nonfinite], dtype=torch.float64)
+        ranks.sum_(totals)
+        *sums, self._found_nonfinite = totals.tolist()
+        self._sums = dict(zip(self._sums, sums, strict=True))
 
     def policy(self, loss: TokenLoss, entropy: Tensor) -> None:
         """Add a micro-batch of the policy; ``entropy`` is [n], in nats."""
@@ -35,7 +49,7 @@ class StepMeter:
         clipped = loss.num_clipped_low + loss.num_clipped_high
         self._add("policy/clip_fraction", clipped, self._num_tokens)
         self._add("policy/entropy", entropy.sum(), self._num_tokens)
-        self._nonfinite += float(loss.num_nonfinite)
+        self._found_nonfinite += float(loss.num_nonfinite) if self._counted else 0.0
 
     def kl_to_initial(self, kl: Tensor) -> None:
         """Add a micro-batch's part of KL(policy ‖ initial policy), in nats per token."""
@@ -44,7 +58,7 @@ class StepMeter:
     def actor(self, loss: TokenLoss) -> None:
         """Add a micro-batch of the actor's PPO loss."""
         self._add("actor/ppo_loss", loss.loss_sum, 1)
-        self._nonfinite += float(loss.num_nonfinite)
+        self._found_nonfinite += float(loss.num_nonfinite) if self._counted else 0.0
 
     def distillation(self, kl: Tensor) -> None:
         """Add a micro-batch of KL(policy ‖ actor), [n] nats per token."""
@@ -69,10 +83,15 @@ class StepMeter:
 
     def row(self) -> dict[str, float]:
         """The finished row."""
-        return self._row | self._sums | {"rollout_corr/nonfinite": self._nonfinite}
+        return (
+            self._row
+            | self._sums
+            | {"rollout_corr/nonfinite": self._row["rollout_corr/nonfinite"] + self._found_nonfinite}
+        )
 
     def _add(self, name: str, amount: Tensor, divisor: float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(amount.detach()) / divisor
+        share = float(amount.detach()) / divisor if self._counted else 0.0
+        self._sums[name] = self._sums.get(name, 0.0) + share
 
 
 def _batch_figures(batch: Batch, step: int) -> dict[str, float]:
@@ -82,6 +101,7 @@ def _batch_figures(batch: Batch, step: int) -> dict[str, float]:
         "reward/std": float(batch.rewards.std()),
         "response/length_mean": batch.num_tokens / max(1, len(batch.sequences)),
         "response/truncated_fraction": float(batch.truncated.mean()),
+        "response/cut_tokens": float(batch.num_cut_tokens),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
     }

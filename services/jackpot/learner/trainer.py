@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,15 +19,17 @@ from jackpot.algorithm.output_head import OutputHead
 from jackpot.algorithm.vocabulary import VocabularyScores, differentiable_token_logprobs, token_logprobs
 from jackpot.config import JobSpec
 from jackpot.learner.batch import Batch, TokenArrays
-from jackpot.learner.checkpoint import Learnable
+from jackpot.learner.checkpoint import CheckpointStore, Learnable, PendingCheckpoint, Progress
 from jackpot.learner.controls import Controls
-from jackpot.learner.optimizer import build_optimizer
+from jackpot.learner.optimizer import build_optimizer, clip_gradients
+from jackpot.learner.packing import states_of
+from jackpot.learner.partition import MicroRows, plan_passes
 from jackpot.learner.policy_target import policy_target_weights
+from jackpot.learner.ranks import SOLO, Ranks
 from jackpot.learner.schedule import learning_rate_factor
+from jackpot.learner.sharding import DTYPES, prepare_blocks, release, shard, whole_tensors
 from jackpot.learner.step_metrics import StepMeter
 from jackpot.learner.token_weights import TokenWeights, reference_target_weights
-from jackpot.runtime.batching import length_buckets
-from jackpot.runtime.forward import completion_hidden
 from jackpot.runtime.models import output_head
 from jackpot.trajectory import Role
 
@@ -48,11 +52,15 @@ class Trainer:
         job: the job as resolved.
         policy: θ.
         actor: ω, or None when the policy samples for itself.
+        ranks: the processes that train together; with a mesh, models that learn are sharded over it.
     """
 
-    def __init__(self, job: JobSpec, policy: PreTrainedModel, actor: PreTrainedModel | None) -> None:
+    def __init__(
+        self, job: JobSpec, policy: PreTrainedModel, actor: PreTrainedModel | None, ranks: Ranks = SOLO
+    ) -> None:
         self._job = job
-        self._device = policy.device
+        self._ranks = ranks
+        self.device = ranks.device or policy.device
         self.models: dict[Role, PreTrainedModel] = {"policy": policy}
         if actor is not None:
             self.models["actor"] = actor
@@ -69,11 +77,47 @@ class Trainer:
             # Dropout would make the policy differ from its own reference.
             model.eval()  # type: ignore[no-untyped-call]
             model.requires_grad_(role in self._peak_lr)
+        self._packed, self._states = states_of(job.learner, [self.models[role] for role in self._peak_lr])
+        self._prepare()
         self.learnables: dict[Role, Learnable] = {
             role: Learnable(self.models[role], build_optimizer(self.models[role], lr, job.learner))
             for role, lr in self._peak_lr.items()
         }
         self.controls = Controls(job.algorithm)
+
+    def _prepare(self) -> None:
+        """Compile, checkpoint and shard what the job asks for; before there are optimizers."""
+        dtypes = {"policy": self._job.policy.dtype, "actor": self._job.rollout_model.dtype}
+        models = [(self.models[role], dtypes[role]) for role in self._peak_lr]
+        if self._initial is not None:
+            models.append((self._initial, dtypes["policy"]))
+        for model, dtype in models:
+            prepare_blocks(model, self._job.learner)
+            if self._ranks.mesh is not None:
+                shard(model, self._ranks.mesh, dtype, self._job.learner)
+
+    def weights(self, role: Role) -> dict[str, Tensor]:
+        """A copy of a role's weights on the CPU, in the number format that they are published in; a collective.
+
+        Rank 0 gets all of them, the others nothing.
+        """
+        model = self._job.policy if role == "policy" else self._job.rollout_model
+        copied = {}
+        for name, tensor in whole_tensors(self.models[role]):
+            if self._ranks.rank == 0:
+                dtype = DTYPES.get(model.dtype) if tensor.is_floating_point() and role in self._peak_lr else None
+                copied[name] = tensor.to("cpu", dtype or tensor.dtype, copy=True)
+        return copied
+
+    def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
+        """Start to write a checkpoint of everything as it is now; a collective. Errors as ``store.begin``."""
+        return store.begin(progress, self.learnables)
+
+    def restore(self, store: CheckpointStore, path: Path) -> Progress:
+        """Take up a checkpoint, the controls' memory included; a collective. Errors as ``store.load``."""
+        progress = store.load(path, self.learnables)
+        self.controls.restore(progress.obrs_lambda, progress.controls)
+        return progress
 
     def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
         """Train on one batch, in ``updates_per_batch`` optimizer steps; the figures of each step."""
@@ -96,14 +140,15 @@ class Trainer:
         """log p_ω as the batch begins, [N]; with a single update it is the actor's own, detached: no pass needed."""
         if not self._actor_learns or not self._job.algorithm.actor_ppo:
             return None
-        logprobs = torch.empty(batch.num_tokens)
-        for rows in self._micro_batches(batch):
-            index = batch.token_index(rows)
+        logprobs = torch.zeros(batch.num_tokens)  # another rank's sequences stay 0 and unused
+        for one in self._passes(batch):
+            index = batch.token_index(one.rows)
             with torch.no_grad():
-                hidden = self._hidden("actor", batch, rows)
-                ids = batch.tokens.token_ids[index].to(self._device)
+                hidden = self._hidden("actor", batch, one.rows)
+                ids = batch.tokens.token_ids[index].to(self.device)
                 scores = token_logprobs(hidden, self._head("actor"), ids, temperature=batch.temperature)
             logprobs[index] = scores.logprobs.float().cpu()
+        release(self.models["actor"])
         return logprobs
 
     def _step(
@@ -115,15 +160,17 @@ class Trainer:
         actor_shares = self._shares(batch, torch.ones_like(weights.mask))
         for learnable in self.learnables.values():
             learnable.optimizer.zero_grad(set_to_none=True)
-        for rows in self._micro_batches(batch):
-            index = batch.token_index(rows)
-            micro = _MicroBatch(rows, batch.tokens.select(index).to(self._device), batch.temperature)
-            hidden = self._hidden("policy", batch, rows)
+        for one in self._passes(batch):
+            meter.begin_pass(one.counted)
+            index = batch.token_index(one.rows)
+            micro = _MicroBatch(one.rows, batch.tokens.select(index).to(self.device), batch.temperature)
+            hidden = self._hidden("policy", batch, one.rows)
             loss = self._policy_loss(hidden, batch, micro, weights.select(index), shares[index], meter)
             if self._actor_learns:
                 reference = None if actor_reference is None else actor_reference[index]
                 loss = loss + self._actor_loss(hidden, batch, micro, reference, actor_shares[index], meter)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss if one.counted else 0.0 * loss).backward()  # type: ignore[no-untyped-call]
+        meter.add_up(self._ranks)
         self._update(step, meter)
         self._control(weights, batch, meter)
         return meter.row()
@@ -142,11 +189,13 @@ class Trainer:
         return policy_target_weights(
             self.models["policy"],
             batch,
-            self._micro_batches(batch),
+            self._passes(batch),
             correction,
             self.controls.obrs_lambda,
             self._job.seed,
             self._job.scorer.chunk_tokens,
+            states=self._states,
+            ranks=self._ranks,
         )
 
     def _shares(self, batch: Batch, mask: Tensor) -> Tensor:
@@ -169,9 +218,9 @@ class Trainer:
         meter: StepMeter,
     ) -> Tensor:
         """L_ppo_obrs(θ) of the micro-batch (eq. 5), and the penalty on KL to the initial policy."""
-        tokens, shares = micro.tokens, shares.to(self._device)
+        tokens, shares = micro.tokens, shares.to(self.device)
         scores = self._sampled(hidden, self._head("policy"), micro, entropy=True)
-        weight, mask = weights.weight.to(self._device), weights.mask.to(self._device)
+        weight, mask = weights.weight.to(self.device), weights.mask.to(self.device)
         loss = policy_loss_sum(
             scores.logprobs,
             tokens.reference_logprobs,
@@ -194,11 +243,8 @@ class Trainer:
 
     def _kl_to_initial(self, batch: Batch, micro: _MicroBatch, policy_logprobs: Tensor) -> Tensor:
         assert self._initial is not None
-        sequences = [batch.sequences[row] for row in micro.rows]
         with torch.no_grad():
-            hidden = completion_hidden(
-                self._initial, [s.input_ids for s in sequences], [s.prompt_length for s in sequences]
-            )
+            hidden = self._states(self._initial, *batch.inputs(micro.rows))
             initial = token_logprobs(
                 hidden,
                 output_head(self._initial),
@@ -206,6 +252,7 @@ class Trainer:
                 temperature=micro.temperature,
                 chunk_tokens=self._job.scorer.chunk_tokens,
             ).logprobs
+        release(self._initial)
         return kl_penalty(policy_logprobs, initial, self._job.algorithm.kl_penalty.estimator)
 
     def _actor_loss(
@@ -235,13 +282,13 @@ class Trainer:
         logprobs = self._sampled(hidden, head, micro, entropy=False).logprobs
         loss = actor_loss_sum(
             logprobs,
-            logprobs.detach() if reference is None else reference.to(self._device),
+            logprobs.detach() if reference is None else reference.to(self.device),
             tokens.actor_logprobs,
             tokens.advantages,
             cap=algorithm.actor_cap,
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
-            shares=shares.to(self._device),
+            shares=shares.to(self.device),
         )
         meter.actor(loss)
         return total + loss.loss_sum
@@ -252,24 +299,27 @@ class Trainer:
             schedule = learner.schedule if role == "policy" else learner.actor_schedule or learner.schedule
             pace = self.controls.actor_pace if role == "actor" else 1.0
             lr = self._peak_lr[role] * learning_rate_factor(schedule, step, learner.steps) * pace
-            norm = torch.nn.utils.clip_grad_norm_(learnable.model.parameters(), learner.max_grad_norm)
-            meter.optimizer_step(role, float(norm), lr)
-            if not torch.isfinite(norm):
+            norm = clip_gradients(learnable.model, learner.max_grad_norm)
+            meter.optimizer_step(role, norm, lr)
+            if not math.isfinite(norm):
                 LOG.error("step %d: the %s's gradient is not finite; its update is skipped", step + 1, role)
                 continue
             for group in learnable.optimizer.param_groups:
                 group["lr"] = lr
             learnable.optimizer.step()
 
-    def _micro_batches(self, batch: Batch) -> list[list[int]]:
+    def _passes(self, batch: Batch) -> list[MicroRows]:
         lengths = [len(sequence.input_ids) for sequence in batch.sequences]
-        return length_buckets(lengths, self._job.learner.max_batch_tokens)
+        return plan_passes(
+            lengths,
+            self._job.learner.max_batch_tokens,
+            rank=self._ranks.rank,
+            size=self._ranks.size,
+            packed=self._packed,
+        )
 
     def _hidden(self, role: Role, batch: Batch, rows: Sequence[int]) -> Tensor:
-        sequences = [batch.sequences[row] for row in rows]
-        return completion_hidden(
-            self.models[role], [s.input_ids for s in sequences], [s.prompt_length for s in sequences]
-        )
+        return self._states(self.models[role], *batch.inputs(rows))
 
     def _head(self, role: Role) -> OutputHead:
         return output_head(self.models[role])

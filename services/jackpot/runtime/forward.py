@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.runtime.models import hidden_states
+
+CompletionStates = Callable[[PreTrainedModel, Sequence[NDArray[np.integer]], Sequence[int]], Tensor]
+"""What :func:`completion_hidden` and :func:`packed_completion_hidden` are: two ways to the same states."""
 
 
 def completion_hidden(
@@ -35,4 +38,22 @@ def completion_hidden(
     columns = np.arange(ids.shape[1])
     first = np.asarray(prompt_lengths)[:, None] - 1
     wanted = (columns >= first) & (columns < np.asarray(lengths)[:, None])
-    return hidden[torch.from_numpy(wanted).to(model.device)]
+    return hidden[torch.from_numpy(wanted).to(hidden.device)]
+
+
+def packed_completion_hidden(
+    model: PreTrainedModel, sequences: Sequence[NDArray[np.integer]], prompt_lengths: Sequence[int]
+) -> Tensor:
+    """The same hidden states from one row without padding, in which the sequences lie one after the other.
+
+    Positions begin anew with each sequence, by which transformers keeps attention within sequences: with flash
+    attention as so many lengths, with SDPA as a block-diagonal mask, whose cost grows with the square of the row.
+    """
+    lengths = [len(sequence) - 1 for sequence in sequences]
+    ids = np.concatenate([sequence[:-1] for sequence in sequences]).astype(np.int64)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    first = np.repeat(np.asarray(prompt_lengths) - 1, lengths)
+    row = (torch.from_numpy(array)[None].to(model.device) for array in (ids, positions))
+    input_ids, position_ids = row
+    hidden = hidden_states(model, input_ids, position_ids=position_ids)[0]
+    return hidden[torch.from_numpy(positions >= first).to(hidden.device)]

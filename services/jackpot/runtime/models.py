@@ -27,6 +27,8 @@ from jackpot.errors import ConfigError, WeightCorruptError
 LOG = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
+SHARDED_FORWARD = "sharded_forward"
+"""Attribute of a model whose parameters are shards: what to call in place of its trunk."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest |logit difference| accepted by the self-check, relative to the largest |logit|: rounding, no more.
@@ -118,9 +120,8 @@ def hidden_states(
         attention_mask: ``[B, L]``, 1 at real tokens; required for rows that are padded on the left.
         position_ids: ``[B, L]``; None counts each row from 0.
     """
-    output = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    )
+    forward = getattr(model, SHARDED_FORWARD, model.base_model)
+    output = forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
@@ -172,14 +173,14 @@ def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
 
 def save_weights(model: nn.Module, directory: Path) -> None:
     """Write ``model.safetensors``, each tensor once (of tied ones the first name), under the model's own names."""
-    own, _ = _own_tensors(model)
+    own, _ = own_tensors(model)
     write_state({name: tensor.detach().to("cpu").contiguous() for name, tensor in own.items()}, directory)
 
 
 @torch.no_grad()
 def copy_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that :func:`save_weights` writes, copied to CPU memory: training may go on meanwhile."""
-    own, _ = _own_tensors(model)
+    own, _ = own_tensors(model)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in own.items()}
 
 
@@ -198,7 +199,7 @@ def read_state(model: nn.Module, weights_dir: Path) -> dict[str, Tensor]:
         WeightCorruptError: the file cannot be read, or its names or shapes are not the model's.
         FileNotFoundError: there is no such file (the version was pruned).
     """
-    own, aliases = _own_tensors(model)
+    own, aliases = own_tensors(model)
     path = weights_dir / WEIGHTS_FILE
     state: dict[str, Tensor] = {}
     try:
@@ -224,7 +225,7 @@ def read_state(model: nn.Module, weights_dir: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def apply_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy tensors of :func:`read_state` into the model, in place, cast to its number format."""
-    own, _ = _own_tensors(model)
+    own, _ = own_tensors(model)
     for name, tensor in own.items():
         tensor.copy_(state[name])
 
@@ -239,7 +240,7 @@ _OTHER_ARCHITECTURE = "Use another architecture, such as Qwen3 or Llama."
 _SAME_MODEL = "Weights must come from a model of the same configuration."
 
 
-def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors that make up a model, each once, and the name among them for every name of the state dict."""
     own: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -58,7 +62,7 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path, make_job: MakeJob,
     store = CheckpointStore(tmp_path, keep=2)
     trainer = make_trainer(make_job())
     path = store.save(Progress(1, 1, 1.0), trainer.learnables)
-    (path / "policy" / "optimizer.safetensors").write_bytes(b"torn")
+    next(path.glob("*.safetensors")).write_bytes(b"torn")
     with pytest.raises(JackpotError, match="delete it to resume from an older one"):
         store.load(path, trainer.learnables)
 
@@ -75,4 +79,59 @@ def test_a_failed_write_leaves_the_previous_checkpoint(
     (tmp_path / "sub").write_text("not a directory")
     with pytest.raises(OSError):
         blocked.save(Progress(2, 2, 1.0), trainer.learnables)
+    assert store.latest() == tmp_path / "00000001"
+
+
+def test_training_goes_on_while_a_checkpoint_of_what_was_is_written(
+    tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    job = make_job()
+    batches = [build_batch(make_groups(job, seed=seed), job.algorithm.advantage) for seed in range(2)]
+    trainer, store = make_trainer(job), CheckpointStore(tmp_path, keep=2)
+    trainer.train_batch(batches[0], 0)
+    before = trainer.weights("policy")
+    pending = trainer.begin_checkpoint(store, Progress(1, 1, 1.0))
+    trainer.train_batch(batches[1], 1)
+    assert store.latest() is None  # nobody sees it before it is whole
+    path = pending.finish()
+    restored = make_trainer(job)
+    assert restored.restore(store, path).step == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in restored.weights("policy").items())
+    assert not any(torch.equal(before[name], tensor) for name, tensor in trainer.weights("policy").items())
+    assert not [file for file in path.rglob("*") if file.suffix not in (".safetensors", ".json")]
+
+
+def test_the_checkpoint_of_the_best_policy_stays(tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer) -> None:
+    evaluations = tmp_path / "evaluations.jsonl"
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1, evaluations=evaluations)
+    learnables = make_trainer(make_job()).learnables
+    for step, accuracy in ((1, 0.5), (2, 0.75), (3, 0.6), (4, 0.1)):
+        store.save(Progress(step, step, 1.0), learnables)
+        with evaluations.open("a") as file:
+            file.write(json.dumps({"step": step, "policy_accuracy": accuracy}) + "\n")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004"]
+
+
+def test_a_checkpoint_of_other_models_is_refused(
+    tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, make_model: Callable[..., Path]
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    path = store.save(Progress(1, 1, 1.0), make_trainer(make_job()).learnables)
+    wider = make_trainer(make_job(f"policy.model={make_model('qwen3', seed=1, hidden_size=48)}"))
+    with pytest.raises(JackpotError, match="cannot be restored"):
+        store.load(path, wider.learnables)
+
+
+def test_a_checkpoint_that_cannot_be_written_says_so(
+    tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    trainer = make_trainer(make_job())
+    store.save(Progress(1, 1, 1.0), trainer.learnables)
+    pending = store.begin(Progress(2, 2, 1.0), trainer.learnables)
+    with suppress(BaseException):  # whatever became of the writing itself
+        pending.writing.result(timeout=60)
+    shutil.rmtree(pending.aside)
+    with pytest.raises(JackpotError, match="could not be written"):
+        pending.finish()
     assert store.latest() == tmp_path / "00000001"

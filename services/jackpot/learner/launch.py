@@ -1,0 +1,53 @@
+"""The learner's processes under torchrun: started together, ended together, and one exit code for the launcher.
+
+torchrun's own settings (``PET_NNODES``, ``PET_NPROC_PER_NODE``, ``PET_RDZV_ENDPOINT``, …) are heeded where they are
+set, for ranks on several machines; otherwise all ranks run on this one. A lost rank ends all of them: the launcher
+starts the learner again, which resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+
+from jackpot.runtime.process import STOPPED_EARLY, stop_with_parent
+
+_SIGNAL_BASE = 128
+# What --standalone stands for: a rendezvous of this process alone, on a free port of this machine.
+_ALONE = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "localhost")
+
+
+def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in environ and "RANK" in environ
+
+
+def run_ranks(processes: int, environ: Mapping[str, str] = os.environ) -> int:
+    """Run ``python -m jackpot.learner`` on this many ranks until all have ended.
+
+    Returns:
+        0; the exit code of the rank that failed first; or 75 where a signal stopped them.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    stop_with_parent()
+    settings = [] if "PET_RDZV_ENDPOINT" in environ else [*_ALONE, "--rdzv-id", uuid.uuid4().hex]
+    if "PET_NPROC_PER_NODE" not in environ:
+        settings += ["--nproc-per-node", str(processes)]
+    # Not even once: what failed is in the launcher's hands, with its back-off and its limit.
+    arguments = [*settings, "--max-restarts", "0", "-m", "jackpot.learner"]
+    config, command, command_arguments = config_from_args(parse_args(arguments))  # type: ignore[no-untyped-call]
+    try:
+        elastic_launch(config=config, entrypoint=command)(*command_arguments)
+    except SignalException:
+        return STOPPED_EARLY
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"error: rank {rank} of the learner ended first", file=sys.stderr, flush=True)
+        return failure.exitcode if failure.exitcode > 0 else _SIGNAL_BASE - failure.exitcode
+    return 0

@@ -1,0 +1,85 @@
+"""Which sequences pass through the models when, and on which rank. A function of the lengths alone. numpy only."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jackpot.runtime.batching import length_buckets
+
+
+@dataclass(frozen=True, slots=True)
+class MicroRows:
+    """Sequences that pass through a model together.
+
+    A filler, which is not ``counted``, is there because another rank has one more pass and FSDP's collectives need
+    all ranks in every pass: it adds nothing to gradients and figures.
+    """
+
+    rows: tuple[int, ...]
+    counted: bool = True
+
+
+def plan_passes(
+    lengths: Sequence[int], max_batch_tokens: int, *, rank: int = 0, size: int = 1, packed: bool = False
+) -> list[MicroRows]:
+    """The passes of one rank over a batch: as many on every rank, every sequence counted once.
+
+    Args:
+        lengths: tokens of each sequence, of the whole batch.
+        max_batch_tokens: upper bound of a pass, padding included.
+        rank: whose passes.
+        size: how many ranks.
+        packed: sequences lie one after the other, without padding; else they are rows of similar length.
+    """
+    shares = balanced_shares(lengths, size)
+    plans = [_passes(lengths, share, max_batch_tokens, packed) for share in shares]
+    own = plans[rank]
+    missing = max(map(len, plans)) - len(own)
+    filler = MicroRows((int(np.argmin(lengths)),), counted=False)
+    return [MicroRows(tuple(rows)) for rows in own] + [filler] * missing
+
+
+def balanced_shares(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Split sequences among ranks so that all have about as many tokens: the longest first, each to who has least.
+
+    A share may be empty. Within a share sequences keep their order.
+    """
+    if size == 1:
+        return [list(range(len(lengths)))]
+    shares: list[list[int]] = [[] for _ in range(size)]
+    loads = [(0, rank) for rank in range(size)]
+    for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(row)
+        heapq.heappush(loads, (load + lengths[row], rank))
+    return [sorted(share) for share in shares]
+
+
+def packed_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Sequences in bins of at most ``capacity`` tokens: the longest first, each into the first bin with room.
+
+    At most 11/9 of the fewest bins possible, plus one. A sequence beyond the capacity is a bin of its own.
+    """
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        place = next((index for index, room in enumerate(free) if room >= lengths[row]), None)
+        if place is None:
+            bins.append([row])
+            free.append(capacity - lengths[row])
+        else:
+            bins[place].append(row)
+            free[place] -= lengths[row]
+    return bins
+
+
+def _passes(lengths: Sequence[int], share: Sequence[int], max_batch_tokens: int, packed: bool) -> list[list[int]]:
+    if not share:
+        return []
+    own = [lengths[row] for row in share]
+    groups = packed_bins(own, max_batch_tokens) if packed else length_buckets(own, max_batch_tokens)
+    return [[share[index] for index in group] for group in groups]

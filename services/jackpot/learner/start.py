@@ -1,0 +1,62 @@
+"""From settings to a trainer: ranks met, seeds set, models loaded in the number format that they learn in."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from jackpot.config import JobSpec, ModelConfig
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.errors import ConfigError
+from jackpot.learner.lead import LeadTrainer
+from jackpot.learner.ranks import SOLO, Ranks, join_ranks
+from jackpot.learner.trainer import Trainer
+from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
+
+
+def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Trainer, Ranks]:
+    """The trainer of this process and the ranks it belongs to.
+
+    One process in float32 trains whole, plain models; everything else goes through FSDP, also a group of one.
+
+    Raises:
+        ConfigError: a model, a device or the number of ranks that cannot work.
+    """
+    processes = job.learner.processes
+    set_threads(max(1, environment.threads // processes) if environment.threads else 0)
+    seed_everything(job.seed)
+    device = resolve_device(job.learner.device, field="learner.device")
+    if job.learner.cpu_offload and device.type != "cuda":
+        raise ConfigError("learner.cpu_offload", True, "there is no GPU to bring parameters to", "Set it to false.")
+    ranks = join_ranks(job.learner, device) if is_sharded(job) else SOLO
+    # A sharded model is loaded on the CPU: its whole never has to fit a GPU.
+    place = device if ranks.mesh is None else torch.device("cpu")
+    policy = _load(job.policy, place, learns=True, field="policy.model")
+    actor = None
+    if not isinstance(job.actor, str) and job.actor.weights == "own" and (job.actor.train or ranks.rank == 0):
+        actor = _load(job.actor, place, learns=job.actor.train, field="actor.model")
+    if ranks.size > 1 and ranks.rank == 0:
+        return LeadTrainer(job, policy, actor, ranks), ranks
+    return Trainer(job, policy, actor, ranks), ranks
+
+
+def is_sharded(job: JobSpec) -> bool:
+    """Whether the job's models go through FSDP: several processes, parameters on the CPU, or mixed precision."""
+    formats = {job.policy.dtype}
+    if not isinstance(job.actor, str) and job.actor.train:
+        formats.add(job.actor.dtype)
+    return job.learner.processes > 1 or job.learner.cpu_offload or formats != {"float32"}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and Python. Training draws nothing at random today; what a model might draw is repeatable."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _load(model: ModelConfig, device: torch.device, *, learns: bool, field: str) -> PreTrainedModel:
+    return load_causal_lm(model.model, "float32" if learns else model.dtype, device, field=field)

@@ -1,0 +1,85 @@
+"""A rank of a learner for tests: torchrun starts it over gloo; rank 0 trains on batches from files, the others follow.
+
+``torchrun … ranks_world.py DIRECTORY``: reads job.json and batch-*.bin, writes metrics.json, policy.safetensors and
+actor.safetensors there. ``plan.json`` says what rank 0 does: a list of [train, i], [save], [restore], [exit, rank].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jackpot.config import JobSpec
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--max-restarts", "0"]
+
+
+def run_ranks(
+    directory: Path, job: JobSpec, batches: Sequence[Any], plan: Sequence[Sequence[Any]], size: int
+) -> subprocess.CompletedProcess[str]:
+    """Carry out a plan on so many ranks."""
+    from jackpot.learner.batch_wire import batch_to_bytes
+
+    directory.mkdir(exist_ok=True)
+    (directory / "job.json").write_text(job.model_dump_json())
+    (directory / "plan.json").write_text(json.dumps(plan))
+    for index, batch in enumerate(batches):
+        (directory / f"batch-{index}.bin").write_bytes(batch_to_bytes(batch))
+    command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(size), __file__, str(directory)]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "JACKPOT_RUN_DIR": str(directory), "JACKPOT_JOB_ID": "job"}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+
+
+def main(directory: Path) -> int:
+    from jackpot.config.environment import ServiceEnvironment
+    from jackpot.learner.checkpoint import CheckpointStore
+    from jackpot.learner.lead import LeadTrainer, follow
+    from jackpot.learner.ranks import leave_ranks
+    from jackpot.learner.start import build_trainer
+
+    environment = ServiceEnvironment(run_dir=directory, job_id="job", threads=1)
+    trainer, ranks = build_trainer(environment, environment.load_job())
+    store = CheckpointStore(directory / "checkpoints", keep=3, ranks=ranks)
+    if ranks.rank > 0:
+        return follow(trainer, store, ranks)
+    rows = carry_out(directory, trainer, store)
+    (directory / "metrics.json").write_text(json.dumps(rows))
+    if isinstance(trainer, LeadTrainer):
+        trainer.dismiss(0)
+    leave_ranks()
+    return 0
+
+
+def carry_out(directory: Path, trainer: Any, store: Any) -> list[dict[str, float]]:
+    from safetensors.torch import save_file
+
+    from jackpot.learner.batch_wire import batch_from_bytes
+    from jackpot.learner.checkpoint import Progress
+
+    rows: list[dict[str, float]] = []
+    step = 0
+    for action, *arguments in json.loads((directory / "plan.json").read_text()):
+        match action:
+            case "train":
+                batch = batch_from_bytes((directory / f"batch-{arguments[0]}.bin").read_bytes())
+                rows += trainer.train_batch(batch, step)
+                step = int(rows[-1]["step"])
+            case "save":
+                controls = trainer.controls
+                trainer.begin_checkpoint(store, Progress(step, step, controls.obrs_lambda, controls.state())).finish()
+            case "restore":
+                step = trainer.restore(store, store.latest()).step
+    for role in trainer.models:
+        save_file(trainer.weights(role), directory / f"{role}.safetensors")
+    return rows
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(code)
