@@ -87,7 +87,7 @@ def test_an_actor_of_its_own_makes_the_job_off_policy() -> None:
         ("algorithm.correction=ppo", "algorithm.correction.name", "ppo", "unknown name", "Known here: none, is, tis"),
         ("actor=police", "actor", "police", "unknown actor", "Write 'policy', or a mapping with the actor's model."),
         # Shapes.
-        ("learner=3", "learner", 3, "is not a mapping of settings", "Known here: actor_lr"),
+        ("learner=3", "learner", 3, "is not a mapping of settings", "Known here: activation_checkpointing"),
         (
             "algorithm.correction=3",
             "algorithm.correction",
