@@ -15,6 +15,7 @@ from chart_world import CHART, ROOT, Object, containers, helm, of_kind, parse, p
 from kubernetes_validate import validate
 
 from jackpot.cli import app
+from jackpot.config import load_job
 
 TEXT = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
 
@@ -79,6 +80,31 @@ def test_the_objects_that_it_names_are_those_of_a_release_called_jackpot() -> No
     )
     told -= {"jackpot-rollout"}
     assert told and told <= names, told - names
+
+
+def test_the_quota_holds_the_job_and_what_it_needs_is_computed_right(tmp_path: Path) -> None:
+    path = tmp_path / "values.yaml"
+    path.write_text(file_of("values.yaml"), encoding="utf-8")
+    cluster = yaml.safe_load(
+        next(
+            each["data"]["cluster.yaml"]
+            for each in of_kind(parse(render_text(path)), "ConfigMap")
+            if "cluster.yaml" in each["data"]
+        )
+    )
+    job = load_job(ROOT / "examples" / "qwen3_8b.yaml")
+    pods_of = {"orchestrator": 1, "rollout": job.rollout.replicas, "evaluator": 1, "scorer": job.scorer.replicas}
+    needed = {"cpu": 0, "memory": 0, "nvidia.com/gpu": 0}
+    for role, settings in cluster["roles"].items():
+        asked = {**settings["resources"]["limits"], **settings["resources"]["requests"]}
+        for name in needed:
+            needed[name] += pods_of.get(role, 1) * int(str(asked.get(name, 0)).removesuffix("Gi"))
+    assert f"{needed['nvidia.com/gpu']} GPUs, {needed['cpu']} CPUs and {needed['memory']} GiB" in TEXT
+    assert cluster["roles"]["learner"]["resources"]["limits"]["nvidia.com/gpu"] == job.learner.processes
+    _, queue, _ = yaml.safe_load_all(file_of("queue.yaml"))
+    (flavor,) = queue["spec"]["resourceGroups"][0]["flavors"]
+    quota = {each["name"]: each["nominalQuota"] for each in flavor["resources"]}
+    assert needed["cpu"] <= quota["cpu"] and needed["nvidia.com/gpu"] <= quota["nvidia.com/gpu"]
 
 
 def test_every_setting_that_it_names_exists() -> None:
