@@ -17,8 +17,8 @@ from server_world import TINY_JOB, api
 
 from jackpot.control_plane.jobs.admission import Admission
 from jackpot.control_plane.jobs.states import JobState
-from jackpot.control_plane.scrape_targets import write_targets
 from jackpot.control_plane.tokens import Scope, TokenFile
+from jackpot.runtime.metrics import announce_metrics
 
 YAML = {"Content-Type": "application/yaml"}
 JSON = {"Content-Type": "application/json"}
@@ -273,8 +273,8 @@ async def test_prometheus_is_told_where_the_processes_of_running_jobs_are(tmp_pa
         for job_id in ids[:2]:
             directory = backend.scheduler.run_dir(job_id)
             directory.mkdir()
-            processes = [("rollout", "rollout-0", "127.0.0.1:9101"), ("rollout", "evaluator", "127.0.0.1:9102")]
-            write_targets(directory, job_id, processes)
+            for number, instance in ((1, "rollout-0"), (2, "rollout-evaluator")):
+                announce_metrics(directory, job_id, "rollout", instance, "127.0.0.1:0", 9100 + number)
         await backend.store.transition(ids[0], JobState.STARTING, "has a slot")
         await backend.store.transition(ids[2], JobState.STARTING, "has a slot")  # and no processes yet
         assert (await client.get("/v1/metrics-targets")).json() == [
@@ -282,7 +282,7 @@ async def test_prometheus_is_told_where_the_processes_of_running_jobs_are(tmp_pa
                 "targets": [f"127.0.0.1:910{number}"],
                 "labels": {"job_id": ids[0], "service": "rollout", "instance": instance},
             }
-            for number, instance in ((1, "rollout-0"), (2, "evaluator"))
+            for number, instance in ((1, "rollout-0"), (2, "rollout-evaluator"))
         ]
 
 

@@ -74,7 +74,11 @@ class ServiceEnvironment(BaseModel):
     evaluator_address: str = ""
     """Orchestrator only: a rollout server on the policy's weights."""
     metrics_address: str = ""
-    """``host:port`` for /metrics; empty serves none."""
+    """``host:port`` for /metrics; port 0 takes a free one, empty serves none. The port that it got is written to
+    ``metrics/`` in the run directory."""
+    metrics_host: str = ""
+    """Name under which Prometheus reaches the address above; empty: its own host, or where that is 0.0.0.0 this
+    machine's name."""
     threads: int = 0
     """Threads for torch; 0 leaves torch's own choice."""
 

@@ -84,6 +84,9 @@ async def lead(
             KeptTrajectories(run_dir, job.bus.max_payload_bytes),
             activity,
         )
+        updates = job.learner.updates_per_batch
+        metrics.observe_plan(job.learner.steps, job.orchestrator.max_staleness + updates - 1)
+        trainer.show_tokens = metrics.observe_tokens
         announce_ready(device=str(trainer.device), processes=job.learner.processes)
         finished = await learner.run(stop.is_set)
         activity.write()

@@ -42,6 +42,7 @@ class AlarmLog:
         for alarm in alarms:
             LOG.warning("alarm %s at step %d: %s", alarm.name, alarm.step, alarm.message)
             self._metrics.count_alarm(alarm.name)
+        self._metrics.observe_alarms(self._watch.active)
         if alarms:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({**asdict(alarm), "time": time.time()}) + "\n" for alarm in alarms)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,8 @@ class Trainer:
         self._job = job
         self._ranks = ranks
         self.device = ranks.device or policy.device
+        self.show_tokens: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        """Given each step's acceptance probabilities, p_target/p_inf and Z, [N] each, for the metrics."""
         self.models: dict[Role, PreTrainedModel] = {"policy": policy}
         if actor is not None:
             self.models["actor"] = actor
@@ -156,6 +158,9 @@ class Trainer:
     ) -> dict[str, float]:
         weights = weights or self._policy_weights(batch)
         meter = StepMeter(batch, weights, step)
+        if self.show_tokens is not None:
+            ratio = (weights.target_logprobs - batch.tokens.actor_logprobs).exp()
+            self.show_tokens(weights.acceptance_probs, ratio, weights.normalizer)
         shares = self._shares(batch, weights.mask)
         actor_shares = self._shares(batch, torch.ones_like(weights.mask))
         for learnable in self.learnables.values():

@@ -229,7 +229,8 @@ class Dispatcher:
         )
         trajectories = await self._replicas.generate(request)
         texts = [self._tokenizer.decode(trajectory.token_ids) for trajectory in trajectories]
-        rewards = await self._rewards.rewards(item, texts)
+        with self._activity.doing("reward"):
+            rewards = await self._rewards.rewards(item, texts)
         return Group(
             group_id=group_id,
             prompt_index=key.prompt_index,

@@ -16,7 +16,6 @@ from jackpot.trajectory import GroupKey
 LOG = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05  # how long a dropped group's slot may stay empty
-DEPTHS_SECONDS = 1.0
 PAGE = 1000
 
 
@@ -27,7 +26,7 @@ class LedgerMirror:
         bus: an open bus.
         file: the ledger on disk.
         book: who holds which slot.
-        metrics: where ended groups and the bus's depths are shown.
+        metrics: where ended groups are counted.
         on_ended: called after groups ended.
     """
 
@@ -39,8 +38,8 @@ class LedgerMirror:
         self._book = book
         self._metrics = metrics
         self._on_ended = on_ended
+        metrics.expect_groups()
         self._after = ""
-        self._depths_at = 0.0
         self.succeeded_at = time.monotonic()  # when the bus last answered
 
     async def run(self) -> None:
@@ -48,9 +47,6 @@ class LedgerMirror:
         while True:
             await self.catch_up()
             self.succeeded_at = time.monotonic()
-            if time.monotonic() - self._depths_at >= DEPTHS_SECONDS:
-                self._metrics.observe_bus(await self._bus.depths())
-                self._depths_at = time.monotonic()
             await asyncio.sleep(POLL_SECONDS)
 
     def rewind(self) -> None:

@@ -70,6 +70,17 @@ class ReplicaPool:
         self._timeout_seconds = timeout_seconds
         self._changed = asyncio.Condition()
 
+    @property
+    def num_replicas(self) -> int:
+        """How many there should be."""
+        return len(self._replicas)
+
+    @property
+    def num_ready(self) -> int:
+        """How many would be asked now: known to be ready, and not found disconnected since."""
+        away = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
+        return sum(replica.up and replica.channel.get_state() not in away for replica in self._replicas)
+
     async def watch(self) -> None:
         """Keep finding out which replicas are ready. Never returns."""
         async with asyncio.TaskGroup() as tasks:

@@ -16,6 +16,7 @@ from jackpot.errors import BusError, BusLostError, DeadlineError
 from jackpot.orchestrator.dispatch import Dispatcher, TrainingPrompts
 from jackpot.orchestrator.evaluation import EvaluationLog, PolicyEvaluation
 from jackpot.orchestrator.failures import first_error
+from jackpot.orchestrator.gauges import JobGauges
 from jackpot.orchestrator.ledger import LedgerFile
 from jackpot.orchestrator.mirror import LedgerMirror
 from jackpot.orchestrator.replicas import ReplicaPool
@@ -150,6 +151,7 @@ class Orchestrator:
             activity=self._activity,
         )
         self._mirror = LedgerMirror(bus, self._ledger, self._book, metrics, self._dispatcher.slots_changed)
+        self._gauges = JobGauges(bus, self._versions, replicas, run_dir, metrics)
         self._evaluation = PolicyEvaluation(
             job=job,
             job_id=job_id,
@@ -207,6 +209,7 @@ class Orchestrator:
                         self._replicas.watch(),
                         self._evaluator.watch(),
                         self._mirror.run(),
+                        self._gauges.run(),
                         self._dispatcher.run(again),
                     )
                 ]

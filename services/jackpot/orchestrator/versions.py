@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from jackpot.errors import DeadlineError
 from jackpot.runtime.weights import WeightStore
@@ -29,6 +29,11 @@ class VersionWatch:
     def newest(self, role: str) -> int:
         """The newest version of ``role``; −1 before the first."""
         return self._newest[role]
+
+    @property
+    def published(self) -> Mapping[str, int]:
+        """The newest version of every role that has one."""
+        return {role: version for role, version in self._newest.items() if version > UNPUBLISHED}
 
     async def watch(self) -> None:
         """Keep looking. Never returns."""

@@ -39,9 +39,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
         WeightStore(environment.run_dir / "weights"),
         environment.role,
         job.rollout.weight_poll_seconds,
-        on_loaded=lambda version, seconds: metrics.observe_weights(
-            environment.role, environment.instance, version, seconds
-        ),
+        on_loaded=lambda version, seconds: metrics.observe_weights(environment.role, version, seconds),
         on_refused=lambda version: metrics.count_weights_refused(environment.role),
     )
 

@@ -45,6 +45,11 @@ class AlarmWatch:
         self._best: tuple[float, float] | None = None  # best accuracy, and the smoothed reward at that time
         self._bad_evaluations = 0
 
+    @property
+    def active(self) -> Mapping[str, bool]:
+        """Every alarm, and whether it lasts."""
+        return {name: name in self._active for name in ALARM_NAMES}
+
     def observe_step(self, row: Mapping[str, float]) -> list[Alarm]:
         """The alarms that begin with this row of ``metrics.jsonl``."""
         step = int(row["step"])

@@ -19,7 +19,7 @@ from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.runtime.logs import redact_url, setup_logging
-from jackpot.runtime.metrics import serve_metrics
+from jackpot.runtime.metrics import REGISTRY, GpuCollector, announce_metrics, serve_metrics
 
 LOG = logging.getLogger(__name__)
 
@@ -30,6 +30,9 @@ ORPHAN_GRACE_SECONDS = 30
 
 # Exit code of a service that was stopped before its work was done: nothing is wrong, start it again (EX_TEMPFAIL).
 STOPPED_EARLY = 75
+
+# Whose GPUs are shown; the orchestrator on the same machine would show them a second time.
+USES_GPU = ("rollout", "scorer", "learner")
 
 _PR_SET_PDEATHSIG = 1
 
@@ -53,7 +56,7 @@ def run_service(name: str, main: ServiceMain, environ: Mapping[str, str] | None 
         job = environment.load_job()
         setup_logging(name, environment.instance)
         if environment.metrics_address:
-            serve_metrics(environment.metrics_address)
+            _serve_metrics(name, environment)
     except ConfigError as error:
         _complain(error)
         sys.exit(error.exit_code)
@@ -72,6 +75,17 @@ def run_service(name: str, main: ServiceMain, environ: Mapping[str, str] | None 
     # Everything is closed and flushed: taking torch and gRPC apart would only cost a second of both cores, just when a
     # user waits for Ctrl-C to be done.
     os._exit(code)
+
+
+def _serve_metrics(name: str, environment: ServiceEnvironment) -> None:
+    if name in USES_GPU:
+        GpuCollector(environment.job_id, REGISTRY)
+    address = environment.metrics_address
+    port = serve_metrics(address)
+    try:
+        announce_metrics(environment.run_dir, environment.job_id, name, f"{name}-{environment.instance}", address, port)
+    except OSError as error:
+        LOG.warning("the address of /metrics cannot be written down, Prometheus will not find it: %s", error)
 
 
 def announce_ready(**details: object) -> None:

@@ -32,7 +32,7 @@ class ScoringEngine:
         target: the target policy.
         scorer: scores groups with it.
         metrics: where tokens and weight versions are counted.
-        instance: this replica's name in metrics.
+        instance: this replica's name in its record of activities.
         poll_seconds: how often to look for newer weights.
         activity: what the time goes into.
     """
@@ -49,7 +49,6 @@ class ScoringEngine:
         self._target = target
         self._scorer = scorer
         self._metrics = metrics
-        self._instance = instance
         self._poll_seconds = poll_seconds
         self.activity = activity or Activity(metrics, "scorer", instance)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")

@@ -154,7 +154,7 @@ async def test_errors_travel_as_status_codes_and_come_back_as_errors(
         await call(stub.Score, request_for(group_id), 5, awaited="Score of scorer-0")
     assert type(caught.value) is kind
     assert message in str(caught.value)
-    labels = {"job_id": "job-1", "service": SERVICE, "method": "Score", "code": code}
+    labels = {"job_id": "job-1", "grpc_service": SERVICE, "grpc_method": "Score", "grpc_code": code}
     assert registry.get_sample_value("jackpot_rpc_requests_total", labels) == 1
 
 

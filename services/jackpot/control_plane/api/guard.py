@@ -86,6 +86,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
+        self._metrics.request_began()
         status = 500
 
         async def answer(message: Message) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from jackpot.control_plane.launch.socket_directory import close_socket_directory
 from jackpot.control_plane.launch.supervision import Deaths, told
 from jackpot.control_plane.launch.surroundings import VARIABLES, Surroundings
 from jackpot.control_plane.run_directory import RunDirectory, last_lines
-from jackpot.control_plane.scrape_targets import write_targets
+from jackpot.control_plane.scrape_targets import forget_targets
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.bus.server import EmbeddedServer, dies_with
@@ -102,8 +101,7 @@ class LocalLauncher:
         self._bus_url = await self._start_bus()
         # Unix sockets: no port to lose a race for, and nobody but this user can connect.
         self._processes = self._plan(open_socket_directory(self._run.path))
-        served = [(p.service, p.name, self._scraped_at(p.environment.metrics_address)) for p in self._processes]
-        write_targets(self._run.path, self._run.job_id, served)
+        forget_targets(self._run.path)
         for process in self._processes:
             self._spawn(process)
 
@@ -146,10 +144,6 @@ class LocalLauncher:
             return self._server.url
         return self._job.bus.url or self._surroundings.bus_url_of(role) or ""
 
-    def _scraped_at(self, address: str) -> str:
-        host = self._surroundings.metrics_host
-        return f"{host}:{address.rpartition(':')[2]}" if host else address
-
     def _plan(self, sockets: Path) -> list[_Process]:
         job = self._job
         rollouts = [f"unix:{sockets}/rollout-{index}.sock" for index in range(job.rollout.replicas)]
@@ -176,8 +170,10 @@ class LocalLauncher:
             "run_dir": self._run.path,
             "job_id": self._run.job_id,
             "threads": threads,
+            # Each process takes a free port and writes it down for Prometheus.
+            "metrics_address": "0.0.0.0:0" if self._surroundings.metrics_host else "127.0.0.1:0",
+            "metrics_host": self._surroundings.metrics_host,
         }
-        ports = free_ports(len(plan), "0.0.0.0" if self._surroundings.metrics_host else "127.0.0.1")
         return [
             _Process(
                 name,
@@ -186,11 +182,10 @@ class LocalLauncher:
                     {**common, **settings}
                     # Rollouts never speak with the bus: they are told neither where it is nor its password.
                     | {"redis_url": "" if service == "rollout" else self._bus_url_of(service)}
-                    | {"metrics_address": address}
                 ),
                 Deaths(job.run.max_restarts),
             )
-            for (name, service, settings), address in zip(plan, ports, strict=True)
+            for name, service, settings in plan
         ]
 
     def _spawn(self, process: _Process) -> None:
@@ -264,18 +259,6 @@ class LocalLauncher:
         self._restarts[SERVER] += 1
         watch.restart_at = now + delay
         return None
-
-
-def free_ports(count: int, host: str = "127.0.0.1") -> list[str]:
-    """Addresses on an interface with ports that nobody uses right now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind((host, 0))
-        return [f"{host}:{one.getsockname()[1]}" for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 async def end_leftovers(run_dir: Path, timeout_seconds: float = LEFTOVERS_SECONDS) -> None:

@@ -112,6 +112,22 @@ class BusClient:
                 "Set maxmemory-policy to noeviction.",
             )
 
+    async def server_memory(self) -> tuple[int, int] | None:
+        """Bytes that the server uses, and its maxmemory or, without one, its machine's memory.
+
+        Returns:
+            None where the server's access list forbids INFO.
+
+        Raises:
+            BusError: the server does not answer.
+        """
+        async with self._translated():
+            try:
+                info = await self._redis.info("memory")
+            except exceptions.NoPermissionError:
+                return None
+        return int(info["used_memory"]), int(info.get("maxmemory") or info.get("total_system_memory") or 0)
+
     async def close(self) -> None:
         """Close all connections."""
         await self._redis.aclose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -70,6 +71,20 @@ class BusReadings:
             bytes_used=int(used or 0),
             bytes_budget=self._bytes_budget,
         )
+
+    async def oldest_seconds(self) -> dict[str, float]:
+        """Age of the oldest group of each stream by this machine's clock, since the group was put there; 0 if empty."""
+        keys = self._client.keys
+        streams = {"rollouts": keys.rollouts, "scored": keys.scored}
+        firsts = await self._client.read(*(("XRANGE", key, "-", "+", "COUNT", 1) for key in streams.values()))
+        now = time.time()
+        # Ids of entries begin with the server's clock in milliseconds.
+        ages = (max(0.0, now - int(rows[0][0].partition("-")[0]) / 1000) if rows else 0.0 for rows in firsts)
+        return dict(zip(streams, ages, strict=True))
+
+    async def server_memory(self) -> tuple[int, int] | None:
+        """Bytes that the server uses, and that it may use; None where its access list forbids to ask."""
+        return await self._client.server_memory()
 
     async def get_value(self, name: str) -> str | None:
         """A value kept by ``set_value``."""

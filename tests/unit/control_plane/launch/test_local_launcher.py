@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,9 +15,8 @@ import pytest
 
 from jackpot.config import JobSpec, parse_job
 from jackpot.control_plane.launch.launcher import LaunchStatus
-from jackpot.control_plane.launch.local_launcher import LocalLauncher, end_leftovers, free_ports
+from jackpot.control_plane.launch.local_launcher import LocalLauncher, end_leftovers
 from jackpot.control_plane.run_directory import RunDirectory
-from jackpot.control_plane.scrape_targets import read_targets
 from jackpot.errors import BusError
 
 DEADLINE_SECONDS = 60.0
@@ -44,15 +42,6 @@ async def check_until(launcher: LocalLauncher, condition: Callable[[LaunchStatus
     return status
 
 
-def test_ports_are_free_and_none_twice() -> None:
-    addresses = free_ports(20)
-    assert len(set(addresses)) == 20
-    for address in addresses:
-        host, _, port = address.partition(":")
-        with socket.socket() as listener:
-            listener.bind((host, int(port)))
-
-
 async def test_a_process_that_cannot_work_ends_the_job_with_its_own_words(tmp_path: Path) -> None:
     job = job_of(rollout={"replicas": 2})
     run = run_without_a_job(tmp_path / "run", job)
@@ -69,9 +58,6 @@ async def test_a_process_that_cannot_work_ends_the_job_with_its_own_words(tmp_pa
     assert f"{run.path / 'logs'}" in status.error and "job.json cannot be read" in status.error
     names = {"learner", "rollout-0", "rollout-1", "evaluator", "scorer-0", "orchestrator"}
     assert {path.stem for path in (run.path / "logs").iterdir()} == names
-    labels = [group["labels"] for group in read_targets(run.path)]
-    assert {label["instance"] for label in labels} == names and {label["job_id"] for label in labels} == {run.job_id}
-    assert {label["service"] for label in labels} == {"learner", "rollout", "scorer", "orchestrator"}
 
 
 async def test_the_server_is_started_again_where_it_was_until_it_keeps_dying(tmp_path: Path) -> None:
