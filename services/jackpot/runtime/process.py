@@ -33,6 +33,7 @@ STOPPED_EARLY = 75
 
 # Whose GPUs are shown; the orchestrator on the same machine would show them a second time.
 USES_GPU = ("rollout", "scorer", "learner")
+EVALUATOR = "evaluator"
 
 _PR_SET_PDEATHSIG = 1
 
@@ -82,8 +83,11 @@ def _serve_metrics(name: str, environment: ServiceEnvironment) -> None:
         GpuCollector(environment.job_id, REGISTRY)
     address = environment.metrics_address
     port = serve_metrics(address)
+    # The evaluator is a rollout service with a job of its own: to Prometheus, a service of its own.
+    evaluates = environment.instance == EVALUATOR
+    service, instance = (EVALUATOR, EVALUATOR) if evaluates else (name, f"{name}-{environment.instance}")
     try:
-        announce_metrics(environment.run_dir, environment.job_id, name, f"{name}-{environment.instance}", address, port)
+        announce_metrics(environment.run_dir, environment.job_id, service, instance, address, port)
     except OSError as error:
         LOG.warning("the address of /metrics cannot be written down, Prometheus will not find it: %s", error)
 
