@@ -1,6 +1,6 @@
-"""Writes the dashboards' JSON: ``python deploy/grafana/generate.py [directory]``, by default ``helm/jackpot/dashboards``.
+"""Writes the dashboards' JSON: ``python deploy/grafana/generate.py [directory]``.
 
-A test holds the committed files against what this writes.
+Without a directory the committed files in ``helm/jackpot/dashboards`` are written anew. A test holds them against this.
 """
 
 from __future__ import annotations

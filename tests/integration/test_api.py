@@ -274,7 +274,7 @@ async def test_prometheus_is_told_where_the_processes_of_running_jobs_are(tmp_pa
             directory = backend.scheduler.run_dir(job_id)
             directory.mkdir()
             for number, instance in ((1, "rollout-0"), (2, "rollout-evaluator")):
-                announce_metrics(directory, job_id, "rollout", instance, "127.0.0.1:0", 9100 + number)
+                announce_metrics(directory, job_id, "rollout", instance, f"127.0.0.1:{9100 + number}")
         await backend.store.transition(ids[0], JobState.STARTING, "has a slot")
         await backend.store.transition(ids[2], JobState.STARTING, "has a slot")  # and no processes yet
         assert (await client.get("/v1/metrics-targets")).json() == [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dashboards.panels import GREEN, JOB, ORANGE, RATE, RED, Query, Row, curves, dashboard
 from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from dashboards.panels import GREEN, JOB, ORANGE, RATE, RED, Query, Row, curves, dashboard
 
 FLOW = Row(
     "Who holds up whom?",
@@ -32,8 +33,10 @@ FLOW = Row(
         curves(
             "Dispatch held by the budget",
             "Share of time. Above 0 the learner or the scorers are slower than the rollouts.",
-            Query(f'sum by (job_id) (rate(jackpot_activity_seconds_total{{{JOB},activity="hold"}}{RATE})) or on (job_id) '
-                  f"jackpot_bus_budget_bytes{{{JOB}}} * 0"),
+            Query(
+                f'sum by (job_id) (rate(jackpot_activity_seconds_total{{{JOB},activity="wait_bus_budget"}}{RATE}))'
+                f" or sum by (job_id) (jackpot_bus_budget_bytes{{{JOB}}}) * 0"
+            ),
             unit="percentunit",
             high=1,
         ),

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from dashboards.panels import GREEN, JOB, ORANGE, RATE, RED, Query, Row, curves, dashboard, distribution, figure
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from dashboards.panels import GREEN, JOB, ORANGE, RED, Query, Row, curves, dashboard, distribution, figure, gauge
+from dashboards.pipeline import LEDGER, PIPELINE
+
 ACCEPTANCE = ((None, RED), (0.3, ORANGE), (0.6, GREEN))
-
-
-def gauge(name: str, legend: str, extra: str = "") -> Query:
-    """The newest value of a gauge of the chosen job."""
-    return Query(f"{name}{{{JOB}{extra}}}", legend)
-
-
-def share(metric: str, by: str, extra: str = "") -> str:
-    """How fast a counter grows, by label."""
-    return f"sum by ({by}) (rate({metric}{{{JOB}{extra}}}{RATE}))"
 
 
 HEAD = Row(
@@ -87,11 +79,13 @@ OBRS = Row(
         ),
         distribution(
             "Target ratio p_target / p_inf of tokens",
-            "1 where the models agree. Rejection brings the tail below 1 to the target; the tail above 1 cannot be made "
-            "by rejecting and is weighted.",
+            "1 where the models agree. Rejection brings the tail below 1 to the target; the tail above 1 is beyond it, "
+            "and is weighted.",
             "jackpot_token_target_ratio",
         ),
-        distribution("Normalizer Z of tokens", "The share of the actor's mass that is kept.", "jackpot_token_normalizer"),
+        distribution(
+            "Normalizer Z of tokens", "The share of the actor's mass that is kept.", "jackpot_token_normalizer"
+        ),
         curves(
             "KL to the target, before and after",
             "KL(p_target || what is trained on) per token: OBRS must bring it down. `exact` sums over the vocabulary "
@@ -215,94 +209,6 @@ DRIFT = Row(
             "Of a batch. Anything but 0 is broken arithmetic.",
             gauge("jackpot_nonfinite_tokens", "tokens"),
             thresholds=((None, GREEN), (1, RED)),
-        ),
-    ),
-)
-
-_WAITS = 'activity=~"wait_batch|train|publish|checkpoint"'
-PIPELINE = Row(
-    "What is the bottleneck?",
-    (
-        curves(
-            "What the learner's time goes to",
-            "Mostly `wait_batch`: rollouts or scoring hold the job up. Mostly `train`: the learner does.",
-            Query(share("jackpot_activity_seconds_total", "activity", f",{_WAITS}"), "{{activity}}"),
-            unit="percentunit",
-            stacked=True,
-        ),
-        curves(
-            "What the scorers' time goes to",
-            "Mean over scorers. Mostly `score` while groups wait to be scored: add a scorer.",
-            Query(
-                f'avg by (activity) (rate(jackpot_activity_seconds_total{{{JOB},activity=~"wait_groups|score|load_weights"}}'
-                f"{RATE}))",
-                "{{activity}}",
-            ),
-            unit="percentunit",
-            stacked=True,
-        ),
-        curves(
-            "What groups wait for in the orchestrator",
-            "Groups being sampled and judged at a time. `hold`: share of time in which a spent bus budget holds dispatch.",
-            Query(
-                share("jackpot_activity_seconds_total", "activity", ',activity=~"generate|reward|hold"'), "{{activity}}"
-            ),
-            stacked=True,
-        ),
-        curves(
-            "Tokens per second",
-            "Sampled, scored and trained; in a steady state all three are equal, up to what is dropped or evaluated.",
-            Query(f"sum(rate(jackpot_tokens_generated_total{{{JOB}}}{RATE}))", "sampled"),
-            Query(f"sum(rate(jackpot_tokens_scored_total{{{JOB}}}{RATE}))", "scored"),
-            Query(f"sum(rate(jackpot_tokens_trained_total{{{JOB}}}{RATE}))", "trained"),
-        ),
-        curves(
-            "Step time",
-            "Wall time of one optimizer step, waiting included, and the phases of the last batch.",
-            gauge("jackpot_step_seconds", "step"),
-            gauge("jackpot_phase_seconds", "{{phase}}"),
-            unit="s",
-        ),
-        curves(
-            "Weight versions behind the newest",
-            "Optimizer steps, per replica; growing without end is a replica that no longer loads.",
-            Query(
-                f"max by (namespace, job_id, role) (jackpot_newest_weight_version{{{JOB}}})"
-                f" - on (namespace, job_id, role) group_right () jackpot_weight_version{{{JOB}}}",
-                "{{service}} {{instance}}",
-            ),
-        ),
-        curves(
-            "Rollout replicas",
-            "Wanted by the job, and ready.",
-            gauge("jackpot_rollout_replicas", "{{state}}"),
-        ),
-        curves(
-            "Groups in work",
-            "Being sampled or judged, and on the bus.",
-            gauge("jackpot_groups_in_flight", "in flight"),
-            Query(f"sum by (stream, state) (jackpot_bus_groups{{{JOB}}})", "{{stream}} {{state}}"),
-        ),
-    ),
-)
-
-LEDGER = Row(
-    "Does every group arrive?",
-    (
-        curves(
-            "Ledger",
-            "dispatched = trained + dropped + open, always.",
-            gauge("jackpot_ledger_groups", "{{state}}"),
-        ),
-        curves(
-            "Groups dropped",
-            "Per reason. `zero_variance` and `unused` are no errors.",
-            Query(f'sum by (reason) (increase(jackpot_groups_total{{{JOB},state="dropped"}}{RATE}))', "{{reason}}"),
-        ),
-        curves(
-            "Groups trained per second",
-            "Ended as trained, once a checkpoint holds their effect: it comes in steps.",
-            Query(f'sum(rate(jackpot_groups_total{{{JOB},state="trained"}}{RATE}))', "trained"),
         ),
     ),
 )

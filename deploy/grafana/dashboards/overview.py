@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
 from dashboards.job import ACCEPTANCE
 from dashboards.panels import GREEN, JOB, NAMESPACE, ORANGE, RATE, RED, Query, Row, curves, dashboard, figure
-from grafana_foundation_sdk.models.dashboard import Dashboard
 
 HEAD = Row(
     "How are the jobs?",
@@ -88,7 +89,10 @@ JOBS = Row(
         curves(
             "Learner's time spent waiting",
             "Share of time in which no batch is there. Near 1, learners idle: add rollout replicas or scorers.",
-            Query(f'sum by (job_id) (rate(jackpot_activity_seconds_total{{{JOB},activity="wait_batch"}}{RATE}))'),
+            Query(
+                f'sum by (job_id) (rate(jackpot_activity_seconds_total{{{JOB},service="learner",'
+                f'activity="wait_groups"}}{RATE}))'
+            ),
             unit="percentunit",
             high=1,
             thresholds=((None, GREEN), (0.5, ORANGE)),

@@ -1,7 +1,7 @@
 """The parts that the dashboards are made of: variables, rows, panels, and the selectors of their queries.
 
-Every query selects by the variables ``$namespace`` and ``$job``. Both match everything when *All* is chosen, also series
-without a namespace, as a Prometheus outside Kubernetes has them.
+Every query selects by the variables ``$namespace`` and ``$job``. Both match everything when *All* is chosen, also
+series without a namespace, as a Prometheus outside Kubernetes has them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ JOB = 'namespace=~"$namespace",job_id=~"$job"'
 NAMESPACE = 'namespace=~"$namespace"'
 RATE = "[$__rate_interval]"
 WIDTH = 24  # of a dashboard, in grid units
-DOCS = "https://github.com/jackpot-rl/jackpot/blob/main/docs"
 
 RED, ORANGE, GREEN = "red", "orange", "green"
 Thresholds = Sequence[tuple[float | None, str]]
@@ -34,6 +33,11 @@ class Query:
 
     expr: str
     legend: str = "{{job_id}}"
+
+
+def gauge(name: str, legend: str, extra: str = "") -> Query:
+    """A gauge of the chosen jobs."""
+    return Query(f"{name}{{{JOB}{extra}}}", legend)
 
 
 Panel = timeseries.Panel | stat.Panel | heatmap.Panel
@@ -107,7 +111,7 @@ def figure(
 def distribution(title: str, description: str, metric: str, span: int = 8) -> heatmap.Panel:
     """How many of a histogram's values lie in each bucket, over time."""
     query = prometheus.Dataquery().expr(f"sum by (le) (rate({metric}_bucket{{{JOB}}}{RATE}))").legend_format("{{le}}")
-    target = query.format(PromQueryFormat.HEATMAP).ref_id("A").range_val().datasource(SOURCE)
+    target = query.format(PromQueryFormat.HEATMAP).ref_id("A").range().datasource(SOURCE)
     panel = heatmap.Panel().title(title).description(description).datasource(SOURCE).span(span).height(8)
     colours = heatmap.HeatmapColorOptions().mode(heatmap_models.HeatmapColorMode.SCHEME).scheme("Oranges").steps(64)
     return panel.with_target(target).color(colours).calculate(False)
@@ -125,16 +129,12 @@ def dashboard(uid: str, title: str, description: str, rows: Sequence[Row], *, jo
     """
     made = grafana.Dashboard(title).uid(uid).description(description).tags(["jackpot"]).refresh("30s").readonly()
     made = made.time("now-3h", "now").timezone("browser").tooltip(models.DashboardCursorSync.CROSSHAIR)
-    made = made.with_variable(
-        grafana.DatasourceVariable("datasource").label("Data source").type("prometheus")
-    )
+    made = made.with_variable(grafana.DatasourceVariable("datasource").label("Data source").type("prometheus"))
     made = made.with_variable(_variable("namespace", "Namespace", "label_values(jackpot_build_info, namespace)"))
     job = _variable("job", "Job", f"label_values(jackpot_build_info{{{NAMESPACE}}}, job_id)", single=jobs == "one")
     made = made.with_variable(job)
     links = grafana.DashboardLink("Jackpot").type(models.DashboardLinkType.DASHBOARDS).tags(["jackpot"])
     made = made.link(links.as_dropdown(True).include_vars(True).keep_time(True))
-    metrics = grafana.DashboardLink("What the metrics mean").type(models.DashboardLinkType.LINK)
-    made = made.link(metrics.url(f"{DOCS}/metrics.md").target_blank(True))
     for row in rows:
         made = made.with_row(grafana.Row(row.question))
         for panel in row.panels:
@@ -158,4 +158,4 @@ def _thresholds(steps: Thresholds) -> grafana.ThresholdsConfig:
 
 def _target(query: Query, index: int) -> prometheus.Dataquery:
     target = prometheus.Dataquery().expr(query.expr).legend_format(query.legend).ref_id(chr(ord("A") + index))
-    return target.range_val().datasource(SOURCE)
+    return target.range().datasource(SOURCE)

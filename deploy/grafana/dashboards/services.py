@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dashboards.panels import GREEN, JOB, NAMESPACE, ORANGE, RATE, RED, Query, Row, curves, dashboard, figure
 from grafana_foundation_sdk.models.dashboard import Dashboard
+
+from dashboards.panels import GREEN, JOB, NAMESPACE, ORANGE, RATE, RED, Query, Row, curves, dashboard, figure
 
 INSTANCE = "{{job_id}} {{instance}}"
 CALL = "{{grpc_service}}/{{grpc_method}}"
@@ -73,7 +74,7 @@ RPC = Row(
             "Errors",
             "Share of answers other than OK, by code. RESOURCE_EXHAUSTED is a full queue: the group goes elsewhere.",
             Query(
-                f"sum by (grpc_code) (rate(jackpot_rpc_requests_total{{{JOB},grpc_code!=\"OK\"}}{RATE}))"
+                f'sum by (grpc_code) (rate(jackpot_rpc_requests_total{{{JOB},grpc_code!="OK"}}{RATE}))'
                 f" / on () group_left () sum(rate(jackpot_rpc_requests_total{{{JOB}}}{RATE}))"
                 f" or 0 * sum(rate(jackpot_rpc_requests_total{{{JOB}}}{RATE}))",
                 "{{grpc_code}}",
@@ -88,7 +89,11 @@ RPC = Row(
             Query(quantile("0.99", "jackpot_rpc_duration_seconds", "grpc_service, grpc_method"), f"{CALL} p99"),
             unit="s",
         ),
-        curves("In flight", "Calls being answered.", Query(f"sum by (instance) (jackpot_rpc_in_flight{{{JOB}}})", "{{instance}}")),
+        curves(
+            "In flight",
+            "Calls being answered.",
+            Query(f"sum by (instance) (jackpot_rpc_in_flight{{{JOB}}})", "{{instance}}"),
+        ),
     ),
 )
 
@@ -139,7 +144,8 @@ GPU = Row(
             "Memory",
             "In use, of what there is.",
             Query(
-                f"jackpot_gpu_memory_used_bytes{{{JOB}}} / jackpot_gpu_memory_size_bytes{{{JOB}}}", "{{instance}} {{gpu}}"
+                f"jackpot_gpu_memory_used_bytes{{{JOB}}} / jackpot_gpu_memory_size_bytes{{{JOB}}}",
+                "{{instance}} {{gpu}}",
             ),
             unit="percentunit",
             high=1,
@@ -201,7 +207,10 @@ REST = Row(
         curves(
             "Requests per second",
             "By route.",
-            Query(f"sum by (method, route) (rate(jackpot_api_requests_total{{{NAMESPACE}}}{RATE}))", "{{method}} {{route}}"),
+            Query(
+                f"sum by (method, route) (rate(jackpot_api_requests_total{{{NAMESPACE}}}{RATE}))",
+                "{{method}} {{route}}",
+            ),
         ),
         curves(
             "Server errors",

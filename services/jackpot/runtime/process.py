@@ -19,7 +19,7 @@ from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.runtime.logs import redact_url, setup_logging
-from jackpot.runtime.metrics import REGISTRY, GpuCollector, announce_metrics, serve_metrics
+from jackpot.runtime.metrics import REGISTRY, GpuCollector, announce_metrics, reachable_host, serve_metrics
 
 LOG = logging.getLogger(__name__)
 
@@ -81,13 +81,13 @@ def run_service(name: str, main: ServiceMain, environ: Mapping[str, str] | None 
 def _serve_metrics(name: str, environment: ServiceEnvironment) -> None:
     if name in USES_GPU:
         GpuCollector(environment.job_id, REGISTRY)
-    address = environment.metrics_address
-    port = serve_metrics(address)
+    port = serve_metrics(environment.metrics_address)
+    address = f"{reachable_host(environment.metrics_address, environment.metrics_host)}:{port}"
     # The evaluator is a rollout service with a job of its own: to Prometheus, a service of its own.
     evaluates = environment.instance == EVALUATOR
     service, instance = (EVALUATOR, EVALUATOR) if evaluates else (name, f"{name}-{environment.instance}")
     try:
-        announce_metrics(environment.run_dir, environment.job_id, service, instance, address, port)
+        announce_metrics(environment.run_dir, environment.job_id, service, instance, address)
     except OSError as error:
         LOG.warning("the address of /metrics cannot be written down, Prometheus will not find it: %s", error)
 

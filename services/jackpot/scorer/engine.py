@@ -96,7 +96,7 @@ class ScoringEngine:
             started = time.monotonic()
             await asyncio.get_running_loop().run_in_executor(self._thread, self._apply, pending)
             seconds = pending.read_seconds + time.monotonic() - started
-        self._metrics.observe_weights("policy", self._instance, pending.version, seconds)
+        self._metrics.observe_weights("policy", pending.version, seconds)
         details = {"version": pending.version, "obrs_lambda": pending.obrs_lambda, "seconds": seconds}
         LOG.info("policy weights loaded", extra=details)
 

@@ -155,6 +155,10 @@ async def test_errors_travel_as_status_codes_and_come_back_as_errors(
     assert type(caught.value) is kind
     assert message in str(caught.value)
     labels = {"job_id": "job-1", "grpc_service": SERVICE, "grpc_method": "Score", "grpc_code": code}
+    # The server counts a call once it has answered: the client may be here before.
+    async with asyncio.timeout(10):
+        while registry.get_sample_value("jackpot_rpc_requests_total", labels) is None:
+            await asyncio.sleep(0.005)
     assert registry.get_sample_value("jackpot_rpc_requests_total", labels) == 1
 
 
