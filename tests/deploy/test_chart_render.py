@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
 import tarfile
 import tomllib
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from chart_world import CHART, ROOT, VALUES_FILES, Object, helm, of_kind, render, render_text, values_id
+from chart_world import CHART, ROOT, VALUES_FILES, Object, helm, of_kind, parse, render, render_text, values_id
 from kubernetes_validate import utils as schemas
 from referencing import Registry, Resource
 
@@ -203,3 +204,16 @@ def test_the_notes_name_objects_that_there_are(values: Path) -> None:
     assert "jp-jackpot-control-plane" in told and told <= names
     assert "{{" not in notes and "<no value>" not in notes
     assert ("Any pod of the cluster" in notes) == ("no-monitoring" in values.name)
+
+
+def test_a_new_version_restarts_the_control_plane_and_leaves_the_bus_alone(tmp_path: Path) -> None:
+    newer = tmp_path / "jackpot"
+    shutil.copytree(CHART, newer)
+    chart = (newer / "Chart.yaml").read_text(encoding="utf-8")
+    (newer / "Chart.yaml").write_text(chart.replace("0.1.0", "0.2.0"), encoding="utf-8")
+    before, after = (
+        {each["kind"]: each.get("spec") for each in objects} for objects in (render(), parse(render_text(chart=newer)))
+    )
+    assert before["StatefulSet"] == after["StatefulSet"]
+    assert before["Deployment"]["template"] != after["Deployment"]["template"]
+    assert before["Deployment"]["selector"] == after["Deployment"]["selector"]

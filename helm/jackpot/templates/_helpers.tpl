@@ -30,6 +30,15 @@ app.kubernetes.io/part-of: jackpot
 {{- end }}
 {{- end -}}
 
+{{/* Labels of pods: without versions, so that an upgrade restarts only what has changed. */}}
+{{- define "jackpot.podLabels" -}}
+{{ include "jackpot.selectorLabels" . }}
+app.kubernetes.io/part-of: jackpot
+{{- with .ctx.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
 {{- define "jackpot.controlPlane.name" -}}{{ include "jackpot.fullname" . }}-control-plane{{- end -}}
 {{- define "jackpot.redis.name" -}}{{ include "jackpot.fullname" . }}-redis{{- end -}}
 
