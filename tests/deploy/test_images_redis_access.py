@@ -179,6 +179,9 @@ def test_everything_else_is_refused(server: SecuredRedis, role: str) -> None:
 
 def test_without_a_name_everything_but_a_ping_of_the_probe_is_refused(server: SecuredRedis) -> None:
     query = server.full_url("test-admin").partition("?")[2]
+    with redis.Redis.from_url(server.full_url("test-admin")) as admin:
+        # Were it there, the server's protected mode would turn away everybody from another machine.
+        assert "nopass" not in admin.acl_getuser("default")["flags"]
     for user, password in (("default", ""), ("scorer", "wrong"), ("scorer", "password-of-learner"), ("nobody", "x")):
         credentials = f"{user}:{password}@" if password else ""
         url = f"rediss://{credentials}localhost:{server.port}/0?{query}"

@@ -32,6 +32,7 @@ from jackpot.errors import (
 )
 from jackpot.runtime.interceptor import RETRY_AFTER, CallInterceptor
 from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.renewing_channel import RenewingChannel
 from jackpot.runtime.tls import channel_credentials, server_credentials
 
 LOG = logging.getLogger(__name__)
@@ -199,7 +200,11 @@ def open_channel(address: str, *, tls_dir: str = "", tls_peer_name: str = "") ->
         options = list(_CHANNEL_OPTIONS)
         if tls_peer_name:
             options.append(("grpc.ssl_target_name_override", tls_peer_name))
-        channel = grpc.aio.secure_channel(address, channel_credentials(tls_dir), options=options)
+
+        def connect() -> grpc.aio.Channel:
+            return grpc.aio.secure_channel(address, channel_credentials(tls_dir), options=options)
+
+        channel: grpc.aio.Channel = RenewingChannel(tls_dir, connect)
     else:
         channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
     _ADDRESSES[channel] = address

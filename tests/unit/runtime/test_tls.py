@@ -24,9 +24,11 @@ PEER = "jackpot-worker"
 
 
 class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
-    """Echoes the group id."""
+    """Echoes the group id; ``slow`` after a second."""
 
     async def Score(self, request: scoring_pb2.ScoreRequest, context: Any) -> scoring_pb2.ScoreResponse:
+        if request.group.group_id == "slow":
+            await asyncio.sleep(1)
         return scoring_pb2.ScoreResponse(group_id=request.group.group_id)
 
 
@@ -36,9 +38,9 @@ def authority() -> Authority:
 
 
 @asynccontextmanager
-async def serving(tls_dir: Path | None, **options: str) -> AsyncIterator[RpcServer]:
+async def serving(tls_dir: Path | None, address: str = "127.0.0.1:0", **options: str) -> AsyncIterator[RpcServer]:
     server = create_server(
-        "127.0.0.1:0",
+        address,
         lambda grpc_server: scoring_pb2_grpc.add_ScoringServiceServicer_to_server(Scoring(), grpc_server),
         [SERVICE],
         tls_dir=str(tls_dir or ""),
@@ -53,10 +55,13 @@ async def serving(tls_dir: Path | None, **options: str) -> AsyncIterator[RpcServ
 
 
 async def score(channel: grpc.aio.Channel) -> str:
-    stub = scoring_pb2_grpc.ScoringServiceStub(channel)
+    return await stub_score(scoring_pb2_grpc.ScoringServiceStub(channel), "g")
+
+
+async def stub_score(stub: scoring_pb2_grpc.ScoringServiceStub, group_id: str) -> str:
     request = scoring_pb2.ScoreRequest()
-    request.group.group_id = "g"
-    return (await call(stub.Score, request, 5, awaited="Score")).group_id
+    request.group.group_id = group_id
+    return (await call(stub.Score, request, 10, awaited="Score")).group_id
 
 
 def by_name(server: RpcServer) -> str:
@@ -191,6 +196,31 @@ async def test_half_replaced_files_change_nothing_until_they_are_whole(
         deadline = time.monotonic() + 5
         while await certificate_of(server.address) == first:
             assert time.monotonic() < deadline, "the renewed certificate is not served"
+
+
+async def test_a_client_calls_with_renewed_files_without_being_opened_again(
+    tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both sides move to another authority: what the client read first is worth nothing to the server started anew."""
+    directory, other = authority.issue(tmp_path / "tls", PEER), Authority()
+    renewed = other.issue(tmp_path / "renewed", PEER)
+    async with serving(directory, tls_peer_name=PEER) as server:
+        address = server.address
+        channel = open_channel(address, tls_dir=str(directory), tls_peer_name=PEER)
+        stub = scoring_pb2_grpc.ScoringServiceStub(channel)
+        hanging = asyncio.create_task(stub_score(stub, "slow"))
+        assert await stub_score(stub, "g") == "g"
+        shutil.copy(renewed / "tls.crt", directory / "tls.crt")  # its key is still on the way
+        assert await stub_score(stub, "g") == "g"
+        assert "the old certificate stays in use" in caplog.text
+        for name in ("tls.key", "ca.crt"):
+            shutil.copy(renewed / name, directory / name)
+        assert await stub_score(stub, "g") == "g"  # the server looks, too
+        assert await hanging == "slow"
+    async with serving(directory, address, tls_peer_name=PEER):
+        await wait_ready(channel, "readiness", 20)
+        assert await stub_score(stub, "g") == "g"
+    await channel.close()
 
 
 @pytest.mark.parametrize(
