@@ -263,6 +263,7 @@ async def test_a_job_from_its_first_evaluation_to_its_last(make_world, staleness
         rewards = [mostly_right(request, 0) != [DIGIT_0, 1] for request in world.evaluator.requests[:6]]
         assert [row["policy_accuracy"] for row in rows] == [np.mean(rewards)] * len(rows)
         assert [row["mean_reward"] for row in rows] == [np.mean(rewards)] * len(rows)
+        assert [row["pass_at_n"] for row in rows] == [np.mean(rewards)] * len(rows)  # one sample a prompt
         assert {(row["num_samples"], row["num_reward_failures"]) for row in rows} == {(6, 0)}
         assert rows[0]["mean_tokens"] == np.mean([7 if right else 2 for right in rewards])
         assert rows[0]["truncated_fraction"] == 0.0

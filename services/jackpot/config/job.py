@@ -261,7 +261,8 @@ class EvaluationConfig(Section):
     prompts: PositiveInt = 128
     """Held-out prompts."""
     samples_per_prompt: PositiveInt = 1
-    """Completions per prompt; accuracy is their mean."""
+    """n, completions per prompt. Accuracy is the mean over all (mean@n), ``pass_at_n`` the fraction of prompts with at
+    least one right."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy."""
     timeout_seconds: PositiveFloat = 600.0
@@ -314,6 +315,18 @@ class AlarmsConfig(Section):
     evaluations in a row; 0 is off. Rewards are the actor's: they can rise while the policy falls apart."""
 
 
+class TrackingConfig(Section):
+    """Experiment trackers. The run directory has every figure without them."""
+
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where steps and evaluations go besides: ``tensorboard`` (files in ``tensorboard/`` of the run directory) and
+    ``wandb``. Each needs the extra of its name."""
+    wandb_project: str = Field(default="jackpot", min_length=1)
+    """The project in Weights & Biases."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """``offline`` writes files for a later `wandb sync`; ``online`` needs `wandb login`."""
+
+
 class RunConfig(Section):
     """The local run."""
 
@@ -363,6 +376,8 @@ class JobSpec(Section):
     """Weight store."""
     alarms: AlarmsConfig = AlarmsConfig()
     """Alarms."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Experiment trackers."""
     run: RunConfig = RunConfig()
     """Local run."""
 

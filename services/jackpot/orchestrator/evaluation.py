@@ -46,7 +46,8 @@ class EvaluationRow:
     step: int  # the oldest policy version that sampled a token
     newest_step: int  # the newest: the server may swap weights while an evaluation runs
     time: float  # seconds since the epoch
-    policy_accuracy: float  # fraction of samples with a reward of 1
+    policy_accuracy: float  # fraction of samples with a reward of 1: mean@n
+    pass_at_n: float  # fraction of prompts with a reward of 1 among their n = evaluation.samples_per_prompt samples
     mean_reward: float
     num_samples: int
     num_reward_failures: int  # samples left out because their reward failed
@@ -177,7 +178,8 @@ class PolicyEvaluation:
                 running = [tasks.create_task(self._sample(index, min_version)) for index in prompts]
         except* JackpotError as errors:
             raise first_error(errors) from None
-        samples = [sample for task in running for sample in task.result()]
+        by_prompt = [task.result() for task in running]
+        samples = [sample for one in by_prompt for sample in one]
         judged = [reward for _, reward in samples if not isinstance(reward, RewardError)]
         if not judged:
             raise RewardError("the reward of every sample of an evaluation failed")
@@ -188,6 +190,7 @@ class PolicyEvaluation:
             newest_step=max(versions),
             time=time.time(),
             policy_accuracy=float(np.mean([reward >= CORRECT for reward in judged])),
+            pass_at_n=pass_at_n([[reward for _, reward in one] for one in by_prompt]),
             mean_reward=float(np.mean(judged)),
             num_samples=len(judged),
             num_reward_failures=len(samples) - len(judged),
@@ -222,6 +225,16 @@ class PolicyEvaluation:
         self._log.append(row)
         self._metrics.observe_evaluation(row.step, row.policy_accuracy)
         LOG.info("evaluated", extra={"step": row.step, "policy_accuracy": row.policy_accuracy})
+
+
+def pass_at_n(rewards: Sequence[Sequence[float | RewardError]]) -> float:
+    """The fraction of prompts that at least one sample answers right; prompts without any judged sample are left out.
+
+    Args:
+        rewards: of each prompt's samples; at least one of all is a number.
+    """
+    judged = [[reward for reward in one if not isinstance(reward, RewardError)] for one in rewards]
+    return float(np.mean([max(one) >= CORRECT for one in judged if one]))
 
 
 def next_evaluation(last: int, every: int, steps: int) -> int:

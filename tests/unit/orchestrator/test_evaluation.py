@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from jackpot.orchestrator.evaluation import EvaluationLog, EvaluationRow, last_due, next_evaluation
+from jackpot.errors import RewardError
+from jackpot.orchestrator.evaluation import EvaluationLog, EvaluationRow, last_due, next_evaluation, pass_at_n
 
 
 def row(step: int) -> EvaluationRow:
@@ -13,12 +14,19 @@ def row(step: int) -> EvaluationRow:
         newest_step=step + 1,
         time=0.0,
         policy_accuracy=0.5,
+        pass_at_n=0.75,
         mean_reward=0.25,
         num_samples=4,
         num_reward_failures=0,
         mean_tokens=7.0,
         truncated_fraction=0.0,
     )
+
+
+def test_a_prompt_passes_with_one_right_sample_and_unjudged_ones_do_not_count():
+    failed = RewardError("timed out")
+    assert pass_at_n([[0.0, 1.0], [0.0, 0.5], [failed, 1.0], [failed, failed]]) == 2 / 3
+    assert pass_at_n([[1.0], [0.0], [0.0], [0.0]]) == 0.25  # n = 1: the accuracy
 
 
 def test_the_last_step_is_always_due():

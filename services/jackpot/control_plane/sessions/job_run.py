@@ -19,6 +19,7 @@ from jackpot.control_plane.observing.bus_observer import BusObserver
 from jackpot.control_plane.observing.curves import draw_run
 from jackpot.control_plane.observing.jsonl_tail import StepRows
 from jackpot.control_plane.observing.live_view import Snapshot, View, open_view
+from jackpot.control_plane.observing.trackers import TrackerFeed
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.sessions.summary import State, build_summary, write_summary
 from jackpot.errors import DeadlineError, JackpotError
@@ -65,7 +66,8 @@ def run_job(
     """
     with run.locked():
         started = time.monotonic()
-        outcome = asyncio.run(_session(run, job, view or open_view(console), started, on_started))
+        with TrackerFeed(run, job):
+            outcome = asyncio.run(_session(run, job, view or open_view(console), started, on_started))
         summary = build_summary(
             run,
             state=outcome.state,

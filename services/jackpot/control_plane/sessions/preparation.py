@@ -12,6 +12,7 @@ from typing import Any
 from redis.asyncio.connection import parse_url
 
 from jackpot.config import JobSpec
+from jackpot.control_plane.observing.trackers import require_trackers
 from jackpot.control_plane.sessions.model_directories import check_models
 from jackpot.demo.recipe import builtin_models_missing, is_builtin, make_command, resolve_builtin
 from jackpot.errors import ConfigError, JackpotError
@@ -29,6 +30,7 @@ def prepare_job(job: JobSpec) -> JobSpec:
         ConfigError: naming field, value and remedy.
         JackpotError: the built-in models could not be made.
     """
+    require_trackers(job)
     check_bus_url(job)  # first: models take half a minute to make, a slip shows at once
     make_builtin_models(job)
     resolved = resolve_models(job)

@@ -105,6 +105,9 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
     "response/truncated_fraction": StepColumn(
         "jackpot_response_truncated_ratio", "Fraction of completions that the token limit ended"
     ),
+    "response/cut_tokens": StepColumn(
+        "jackpot_response_cut_tokens", "Tokens of the batch left out of the loss, beyond learner.max_sequence_tokens"
+    ),
     "throughput/tokens_per_second": StepColumn(
         "jackpot_training_tokens_per_second", "Completion tokens trained per second of wall time"
     ),

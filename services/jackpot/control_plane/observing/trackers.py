@@ -1,0 +1,178 @@
+"""Experiment trackers: a run's steps and evaluations in TensorBoard's files or in Weights & Biases.
+
+They follow the run directory's files from the session's own process, so that the last evaluation, which comes after
+the last step, is there as well. What a tracker cannot do is said in the log and stops nothing: the files have it all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from jackpot.config import JobSpec
+from jackpot.control_plane.observing.jsonl_tail import StepRows
+from jackpot.control_plane.run_directory import Row, RunDirectory
+from jackpot.errors import ConfigError
+
+LOG = logging.getLogger(__name__)
+
+FOLLOW_SECONDS = 1.0
+CLOSE_SECONDS = 30.0
+STATE_FILE = "trackers.json"
+"""Up to where the trackers were told, for the next session of a run."""
+
+
+class Tracker(Protocol):
+    """Where rows of numbers go."""
+
+    def log(self, step: int, moment: float, row: Mapping[str, float]) -> None:
+        """Record columns of a step; ``moment`` in seconds since the epoch."""
+
+    def close(self) -> None:
+        """Make everything durable."""
+
+
+class TensorboardTracker:
+    """Scalars in ``tensorboard/`` of the run directory: `tensorboard --logdir runs`."""
+
+    def __init__(self, run: RunDirectory, job: JobSpec) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(run.path / "tensorboard"))
+
+    def log(self, step: int, moment: float, row: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        self._writer.add_event(Event(step=step, wall_time=moment, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker:
+    """A run in Weights & Biases, with the job's id as its own, so that a resumed job continues it."""
+
+    def __init__(self, run: RunDirectory, job: JobSpec) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(
+            project=job.tracking.wandb_project,
+            mode=job.tracking.wandb_mode,
+            id=run.job_id,
+            name=run.job_id,
+            config=job.model_dump(mode="json"),
+            dir=str(run.path),
+            resume="allow",
+        )
+        # Evaluations come later than the steps they belong to: an axis of their own, for W&B's only goes forward.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, moment: float, row: Mapping[str, float]) -> None:
+        self._run.log({**row, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_TRACKERS: Mapping[str, tuple[Callable[[RunDirectory, JobSpec], Tracker], str]] = {
+    "tensorboard": (TensorboardTracker, "tensorboard.summary.writer.event_file_writer"),
+    "wandb": (WandbTracker, "wandb"),
+}
+
+
+def require_trackers(job: JobSpec) -> None:
+    """Make sure that what the job's trackers need is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    for name in job.tracking.trackers:
+        try:
+            importlib.import_module(_TRACKERS[name][1])
+        except ImportError as error:
+            problem = f"needs a package that is not installed ({error})"
+            raise ConfigError("tracking.trackers", name, problem, f"pip install 'jackpot[{name}]'") from None
+
+
+class TrackerFeed:
+    """Follows a run's files and tells the job's trackers every row once, over all sessions of the run.
+
+    Args:
+        run: the run directory.
+        job: the job as resolved.
+    """
+
+    def __init__(self, run: RunDirectory, job: JobSpec) -> None:
+        self._run = run
+        self._job = job
+        self._told = _read_state(run.path / STATE_FILE)
+        self._steps = StepRows(run.path / "metrics.jsonl")
+        self._evaluations = StepRows(run.path / "evaluations.jsonl")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="trackers", daemon=True)
+
+    def __enter__(self) -> TrackerFeed:
+        if self._job.tracking.trackers:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_SECONDS)
+            if self._thread.is_alive():
+                LOG.warning("a tracker did not finish within %g s; it may lack the last rows", CLOSE_SECONDS)
+
+    def _follow(self) -> None:
+        trackers = [tracker for name in self._job.tracking.trackers if (tracker := self._open(name)) is not None]
+        ended = False
+        while not ended:
+            ended = self._ended.wait(FOLLOW_SECONDS)
+            self._tell(trackers, "", "steps", self._steps.refresh())
+            self._tell(trackers, "evaluation/", "evaluations", self._evaluations.refresh())
+        for tracker in trackers:
+            self._attempt(tracker.close)
+
+    def _open(self, name: str) -> Tracker | None:
+        try:
+            return _TRACKERS[name][0](self._run, self._job)
+        except Exception as error:  # whatever a tracker's package raises: a server's refusal, a missing login
+            LOG.warning("the tracker %s cannot be opened and is left out: %s", name, error)
+            return None
+
+    def _tell(self, trackers: Sequence[Tracker], prefix: str, kind: str, rows: Sequence[Row]) -> None:
+        for row in rows:
+            step = int(row["step"])
+            if step <= self._told.get(kind, -1):
+                continue
+            numbers = {prefix + name: float(value) for name, value in row.items() if _is_figure(name, value)}
+            for tracker in trackers:
+                self._attempt(tracker.log, step, float(row.get("time", time.time())), numbers)
+            self._told[kind] = step
+        (self._run.path / STATE_FILE).write_text(json.dumps(self._told), encoding="utf-8")
+
+    def _attempt(self, call: Any, *arguments: object) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:  # as in _open
+            LOG.warning("a tracker failed: %s", error)
+
+
+def _is_figure(name: str, value: object) -> bool:
+    return name not in ("step", "time") and isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _read_state(path: Path) -> dict[str, int]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {kind: int(state[kind]) for kind in ("steps", "evaluations") if kind in state}
+    except (OSError, ValueError, TypeError):
+        return {}
