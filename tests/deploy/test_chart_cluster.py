@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chart_world import CHART, VALUES_FILES, Object, named, of_kind, render, values_id
+from chart_world import CHART, ROOT, VALUES_FILES, Object, named, of_kind, render, values_id
+
+from jackpot.config import load_job
 
 settings_module = pytest.importorskip("jackpot.control_plane.launch.kubernetes.settings")
 
@@ -67,3 +69,52 @@ def test_the_workers_certificate_carries_the_name_that_they_ask_for(tmp_path: Pa
 def test_numbers_that_are_names_stay_names(tmp_path: Path) -> None:
     found = cluster(None, tmp_path, 'workers.queue="13"', 'storage.runs.existingClaim="9"', 'image.pullSecrets=["17"]')
     assert (found.queue, found.run_claim, found.image_pull_secrets) == ("13", "9", ["17"])
+
+
+def pods_of_a_job(found: Any) -> dict[str, tuple[Object, Object]]:
+    """Metadata and spec of each role's pods, as the launcher makes them."""
+    from jackpot.control_plane.launch.kubernetes.jobset import jobset
+
+    manifest = jobset("qwen3-8b-1123-094051-1a2b", load_job(ROOT / "examples" / "qwen3_8b.yaml"), found)
+    templates = {each["name"]: each["template"]["spec"]["template"] for each in manifest["spec"]["replicatedJobs"]}
+    return {role: (template["metadata"], template["spec"]) for role, template in templates.items()}
+
+
+def test_the_launchers_pods_are_those_that_policies_monitors_and_secrets_await(tmp_path: Path) -> None:
+    values = CHART / "ci" / "gpu-cluster-values.yaml"
+    objects = render(values)
+    made = {each["metadata"]["name"] for each in of_kind(objects, "Secret", "PersistentVolumeClaim", "ServiceAccount")}
+    made |= {each["spec"]["secretName"] for each in of_kind(objects, "Certificate")}
+    made |= {"models", "huggingface", "registry"}  # named by the values
+    monitor = named(objects, "PodMonitor", "jp-jackpot-workers")["spec"]
+    deny = named(objects, "NetworkPolicy", "jp-jackpot-deny")["spec"]["podSelector"]["matchLabels"]
+    pods = pods_of_a_job(cluster(values, tmp_path))
+    assert set(pods) == set(monitor["selector"]["matchExpressions"][0]["values"])
+    for role, (metadata, spec) in pods.items():
+        labels = metadata["labels"]
+        assert deny.items() <= labels.items() and labels["app.kubernetes.io/component"] == role
+        assert monitor["selector"]["matchLabels"].items() <= labels.items()
+        (container,) = spec["containers"]
+        ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+        assert ports[monitor["podMetricsEndpoints"][0]["port"]] == 9090
+        used = {spec["serviceAccountName"], *(each["name"] for each in spec["imagePullSecrets"])}
+        for volume in spec["volumes"]:
+            used |= {volume["secret"]["secretName"]} if "secret" in volume else set()
+            used |= {volume["persistentVolumeClaim"]["claimName"]} if "persistentVolumeClaim" in volume else set()
+        for variable in container["env"]:
+            reference = variable.get("valueFrom", {}).get("secretKeyRef")
+            used |= {reference["name"]} if reference else set()
+            if variable["name"] == "JACKPOT_REDIS_URL":
+                assert reference["key"] == f"{role}-url"
+        assert used <= made, role
+
+
+def test_the_launchers_pods_meet_the_restricted_standard(tmp_path: Path) -> None:
+    for role, (_, spec) in pods_of_a_job(cluster(None, tmp_path)).items():
+        assert spec["automountServiceAccountToken"] is False, role
+        assert spec["securityContext"]["runAsNonRoot"] is True, role
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, role
+        for container in spec["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True, role
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False, role
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, role
