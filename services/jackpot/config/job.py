@@ -134,6 +134,11 @@ class ScorerConfig(Section):
     """Tokens (prompt and completion) in one forward pass."""
     max_groups_per_batch: PositiveInt = 16
     """Groups taken from the bus at once."""
+    reuse_reference: bool = False
+    """Whether the learner's own forward pass gives the scores, so that the scorer runs no model and passes groups on.
+    For one update per batch and ``target: reference``; the reference is then the policy as the step begins. Off by
+    default, where the reference is the version that scored, up to ``max_staleness`` older: only an old reference lets
+    the PPO clip act in a batch's only update."""
     weight_poll_seconds: PositiveFloat = 0.05
     """How often the scorer looks for a newer policy version."""
     version_timeout_seconds: PositiveFloat = 120.0
@@ -413,6 +418,24 @@ class JobSpec(Section):
                 f"actor.{cheap} = {getattr(actor, cheap)!r} is beyond the transformers engine. "
                 "Set rollout.engine to vllm, or use actor.dtype"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_can_be_reused(self) -> JobSpec:
+        if not self.scorer.reuse_reference:
+            return self
+        correction = self.algorithm.correction
+        problem = None
+        if self.learner.updates_per_batch > 1:
+            problem = (
+                f"learner.updates_per_batch = {self.learner.updates_per_batch}: later updates need an old reference"
+            )
+        elif correction.name == "jackpot" and correction.target == "policy":
+            problem = "algorithm.correction.target = 'policy' never uses the scorer's scores"
+        elif correction.name == "jackpot" and correction.normalizer != "tail":
+            problem = f"algorithm.correction.normalizer = {correction.normalizer!r} needs the actor's forward pass"
+        if problem is not None:
+            raise ValueError(f"scorer.reuse_reference = true cannot be with {problem}. Leave reuse_reference out")
         return self
 
     @property

@@ -7,7 +7,7 @@ come from the same functions as the scorer's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,15 @@ from jackpot.runtime.forward import CompletionStates, completion_hidden
 from jackpot.runtime.models import output_head
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class ScoringPass:
+    """How hidden states come about, and who has the other sequences."""
+
+    states: CompletionStates = completion_hidden
+    ranks: Ranks = SOLO
+    releases: bool = True  # gathered parameters, once the pass is over
+
+
 def policy_target_weights(
     policy: PreTrainedModel,
     batch: Batch,
@@ -54,22 +62,40 @@ def policy_target_weights(
         states: how sequences become hidden states.
         ranks: who has the other sequences.
     """
+    how = ScoringPass(states, ranks)
+    scored = scored_tokens(policy, batch, passes, correction, obrs_lambda, job_seed, chunk_tokens, how)
+    return obrs_weights(scored, correction, reference_logprobs=batch.tokens.reference_logprobs)
+
+
+@torch.no_grad()
+def scored_tokens(
+    policy: PreTrainedModel,
+    batch: Batch,
+    passes: Sequence[MicroRows],
+    correction: JackpotCorrection,
+    obrs_lambda: float,
+    job_seed: int,
+    chunk_tokens: int,
+    how: ScoringPass,
+) -> TokenArrays:
+    """The batch's tokens with the scores of p_t = p_new; arguments as :func:`policy_target_weights`."""
     tokens = batch.tokens
     # Each token is scored on one rank and 0 on the others, so that a sum over ranks puts the batch together.
     found = torch.zeros(4, batch.num_tokens)
     for one in passes:
         index = batch.token_index(one.rows)
-        hidden = states(policy, *batch.inputs(one.rows))
+        hidden = how.states(policy, *batch.inputs(one.rows))
         scores, candidates = _score(policy, hidden, batch, tokens.select(index), correction.top_k, chunk_tokens)
         if one.counted:
             estimate = estimate_normalizer(correction.normalizer, candidates, obrs_lambda)
             found[:, index] = torch.stack([scores, estimate.head, estimate.tail, estimate.mass]).cpu()
-    release(policy)
-    ranks.sum_(found)
+    if how.releases:
+        release(policy)
+    how.ranks.sum_(found)
     target, head, tail, mass = found
     acceptance = acceptance_probs(target, tokens.actor_logprobs, obrs_lambda)
     uniforms = torch.cat([acceptance_uniforms(job_seed, s.trajectory_id, s.end - s.start) for s in batch.sequences])
-    scored = replace(
+    return replace(
         tokens,
         reference_logprobs=target,
         acceptance_probs=acceptance,
@@ -79,7 +105,6 @@ def policy_target_weights(
         topk_mass=mass,
         obrs_lambda=torch.full_like(target, obrs_lambda),
     )
-    return obrs_weights(scored, correction, reference_logprobs=tokens.reference_logprobs)
 
 
 def _score(

@@ -24,8 +24,9 @@ from jackpot.learner.controls import Controls
 from jackpot.learner.optimizer import build_optimizer, clip_gradients
 from jackpot.learner.packing import states_of
 from jackpot.learner.partition import MicroRows, plan_passes
-from jackpot.learner.policy_target import policy_target_weights
+from jackpot.learner.policy_target import ScoringPass, policy_target_weights
 from jackpot.learner.ranks import SOLO, Ranks
+from jackpot.learner.reused_reference import OwnReference, own_reference
 from jackpot.learner.schedule import learning_rate_factor
 from jackpot.learner.sharding import DTYPES, prepare_blocks, release, shard, whole_tensors
 from jackpot.learner.step_metrics import StepMeter
@@ -133,7 +134,7 @@ class Trainer:
     def _reference_weights(self, batch: Batch, parts: Sequence[Batch]) -> Sequence[TokenWeights | None]:
         """κ and τ are calibrated over the whole batch, and only then is it split: more tokens, less noise."""
         correction = self._job.algorithm.correction
-        if correction.name == "jackpot" and correction.target == "policy":
+        if self._job.scorer.reuse_reference or (correction.name == "jackpot" and correction.target == "policy"):
             return [None] * len(parts)
         weights = reference_target_weights(batch.tokens, correction)
         return weights.split([part.num_tokens for part in parts])
@@ -156,6 +157,10 @@ class Trainer:
     def _step(
         self, step: int, batch: Batch, weights: TokenWeights | None, actor_reference: Tensor | None
     ) -> dict[str, float]:
+        hidden_of_only_pass: Tensor | None = None
+        if self._job.scorer.reuse_reference:
+            own = self._own_reference(batch)
+            batch, weights, hidden_of_only_pass = own.batch, own.weights, own.hidden
         weights = weights or self._policy_weights(batch)
         meter = StepMeter(batch, weights, step)
         if self.show_tokens is not None:
@@ -169,7 +174,9 @@ class Trainer:
             meter.begin_pass(one.counted)
             index = batch.token_index(one.rows)
             micro = _MicroBatch(one.rows, batch.tokens.select(index).to(self.device), batch.temperature)
-            hidden = self._hidden("policy", batch, one.rows)
+            hidden = hidden_of_only_pass
+            if hidden is None:
+                hidden = self._hidden("policy", batch, one.rows)
             loss = self._policy_loss(hidden, batch, micro, weights.select(index), shares[index], meter)
             if self._actor_learns:
                 reference = None if actor_reference is None else actor_reference[index]
@@ -201,6 +208,18 @@ class Trainer:
             self._job.scorer.chunk_tokens,
             states=self._states,
             ranks=self._ranks,
+        )
+
+    def _own_reference(self, batch: Batch) -> OwnReference:
+        return own_reference(
+            self.models["policy"],
+            batch,
+            self._passes(batch),
+            self._job.algorithm.correction,
+            self.controls.obrs_lambda,
+            self._job.seed,
+            self._job.scorer.chunk_tokens,
+            ScoringPass(self._states, self._ranks),
         )
 
     def _shares(self, batch: Batch, mask: Tensor) -> Tensor:

@@ -43,11 +43,15 @@ class ModelShape:
         return 3 * self.hidden * self.intermediate
 
     @property
+    def block(self) -> int:
+        """Parameters of one layer, with all of its experts."""
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        return self.attention + self.experts * self.expert + router
+
+    @property
     def parameters(self) -> int:
         """N, all of them; norms and biases, a thousandth, left out."""
-        router = self.hidden * self.experts if self.experts > 1 else 0
-        layer = self.attention + self.experts * self.expert + router
-        return self.layers * layer + self.embedding * (1 if self.tied else 2)
+        return self.layers * self.block + self.embedding * (1 if self.tied else 2)
 
     @property
     def active_parameters(self) -> int:

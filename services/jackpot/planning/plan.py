@@ -127,9 +127,10 @@ def step_seconds(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load
     rollout_gpus = job.rollout.replicas * vllm.tensor_parallel_size * vllm.data_parallel_size
     decoding = decode_seconds_per_token(actor, *_rollout_bytes(job), load)
     rate = load.gpu.flops * load.utilization.training
+    scoring = per_token.scoring if pays_for_scoring(job) else 0.0
     return StepSeconds(
         rollout=tokens * decoding / rollout_gpus,
-        scorer=read * per_token.scoring / (load.gpu.flops * load.utilization.scoring) / job.scorer.replicas,
+        scorer=read * scoring / (load.gpu.flops * load.utilization.scoring) / job.scorer.replicas,
         learner=read * (per_token.policy_training + per_token.actor_training) / rate / _learner_processes(job),
     )
 
@@ -165,13 +166,8 @@ def memory_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load
     weight, kv = _rollout_bytes(job)
     tensor_parallel = job.rollout.vllm.tensor_parallel_size
     policy_bytes = BYTES[job.policy.dtype]
-    learning = [(policy, policy_bytes)]
-    if trains_actor(job):
-        learning.append((actor, _actor_bytes(job)))
-    processes = _learner_processes(job)
     slice_bytes = 4.0 * job.scorer.chunk_tokens * policy.vocabulary
     scored = min(job.scorer.max_batch_tokens, _tokens_taken(job, load))
-    trained = min(job.learner.max_batch_tokens, _tokens_per_batch(job, load))
     widest = max(4 * policy.hidden, 2 * policy.active_experts * policy.intermediate + policy.hidden)
     return {
         "rollout": {
@@ -182,14 +178,36 @@ def memory_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load
             "weights": float(policy.parameters * policy_bytes),
             "activations": float(scored * widest * policy_bytes),
             "vocabulary_slice": slice_bytes,
-        },
-        "learner": {
-            "weights": sum(shape.parameters * size for shape, size in learning) / processes,
-            "gradients": sum(shape.parameters * size for shape, size in learning) / processes,
-            "optimizer": sum(2 * shape.parameters * size for shape, size in learning) / processes,
-            "activations": float(sum(trained * shape.activation_elements() * size for shape, size in learning)),
-            "vocabulary_slice": 2 * slice_bytes,
-        },
+        }
+        if pays_for_scoring(job)
+        else {},
+        "learner": _learner_memory(job, policy, actor, load) | {"vocabulary_slice": 2 * slice_bytes},
+    }
+
+
+def _learner_memory(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -> dict[str, float]:
+    """float32 weights, gradients and moments, sharded; what a pass gathers of them; activations."""
+    learning = [(policy, BYTES[job.policy.dtype])]
+    if trains_actor(job):
+        learning.append((actor, _actor_bytes(job)))
+    sharded = 4.0 * sum(shape.parameters for shape, _ in learning) / _learner_processes(job)
+    on_device = 0.0 if job.learner.cpu_offload else sharded
+    gathered = 0.0
+    if _learner_processes(job) > 1 or job.policy.dtype != "float32":
+        gathered = float(sum((shape.parameters - (shape.layers - 1) * shape.block) * size for shape, size in learning))
+    trained = min(job.learner.max_batch_tokens, _tokens_per_batch(job, load) / _learner_processes(job))
+    if job.learner.activation_checkpointing:
+        kept = [
+            (shape.layers * shape.hidden + shape.activation_elements() / shape.layers, size) for shape, size in learning
+        ]
+    else:
+        kept = [(float(shape.activation_elements()), size) for shape, size in learning]
+    return {
+        "weights": on_device,
+        "gradients": on_device,
+        "optimizer": 2 * on_device,
+        "gathered": gathered,
+        "activations": sum(trained * elements * size for elements, size in kept),
     }
 
 
@@ -197,7 +215,9 @@ def bus_bytes(job: JobSpec, tokens: float) -> dict[str, float]:
     """Over the bus in a step, before compression: id and log-probability, and k candidates until they are scored."""
     correction = job.algorithm.correction
     candidates = job.rollout.top_logprobs * (4 + 2)
-    keeps_candidates = isinstance(correction, JackpotCorrection) and correction.target == "policy"
+    keeps_candidates = isinstance(correction, JackpotCorrection) and (
+        correction.target == "policy" or job.scorer.reuse_reference
+    )
     scores = 5 * 4 + 1  # five figures of float32 and a mask
     return {
         "to_score": tokens * (8 + candidates),
@@ -212,7 +232,7 @@ def weight_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape) -> dict[st
     rollout_bytes = policy_bytes if job.on_policy else actor_bytes
     return {
         "written": policy_bytes + actor_bytes,
-        "read_by_scorers": job.scorer.replicas * policy_bytes,
+        "read_by_scorers": job.scorer.replicas * policy_bytes if pays_for_scoring(job) else 0.0,
         "read_by_rollouts": job.rollout.replicas * rollout_bytes,
     }
 
@@ -223,8 +243,8 @@ def trains_actor(job: JobSpec) -> bool:
 
 
 def pays_for_scoring(job: JobSpec) -> bool:
-    """Whether scores take a forward pass of their own. With one update per batch they need not: p_ref is p_new."""
-    return not job.on_policy and job.learner.updates_per_batch > 1
+    """Whether scores take a forward pass of their own, or the learner's gives them."""
+    return not job.scorer.reuse_reference
 
 
 def with_models(job: JobSpec, policy: str | None, actor: str | None) -> JobSpec:
@@ -254,7 +274,7 @@ def _actor_bytes(job: JobSpec) -> int:
 
 
 def _learner_processes(job: JobSpec) -> int:
-    return int(getattr(job.learner, "processes", 1))
+    return job.learner.processes
 
 
 def _tokens_per_batch(job: JobSpec, load: Load) -> float:
@@ -279,5 +299,5 @@ def _warnings(memory: dict[str, dict[str, float]], load: Load) -> list[str]:
 REMEDIES = {
     "rollout": "raise rollout.vllm.tensor_parallel_size, or lower --concurrency",
     "scorer": "lower scorer.max_batch_tokens, or use bfloat16",
-    "learner": "raise learner.processes, or lower learner.max_batch_tokens",
+    "learner": "raise learner.processes, lower learner.max_batch_tokens, or turn on learner.activation_checkpointing",
 }

@@ -17,6 +17,7 @@ from jackpot.learner.step_metrics import mismatch_figures
 from jackpot.learner.token_weights import reference_target_weights
 from jackpot.replay.vocabulary_pass import PerLambda, StoredModel, VocabularyPass, vocabulary_pass
 from jackpot.runtime.kept_trajectories import KeptTrajectories
+from jackpot.scorer.deferred import DEFERRED
 from jackpot.trajectory import ScoredGroup
 
 LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -60,6 +61,9 @@ def replay(run_dir: Path, job: JobSpec, lambdas: Sequence[float] = LAMBDAS) -> R
         raise ConfigError(
             "RUN_DIR", str(run_dir), "holds no trajectories", "Run the job with run.keep_trajectories of at least 1."
         )
+    if any(group.normalizer == DEFERRED for group in groups):
+        problem = "holds trajectories without scores (scorer.reuse_reference)"
+        raise ConfigError("RUN_DIR", str(run_dir), problem, "Run the job without it, for as many steps as you look at.")
     correction, notes = job.algorithm.correction, list[str]()
     batch = replace(build_batch(groups, job.algorithm.advantage), exact_kl=None)
     if not isinstance(correction, JackpotCorrection):

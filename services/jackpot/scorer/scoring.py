@@ -84,7 +84,8 @@ class GroupScorer:
         correction = job.algorithm.correction
         self._obrs = correction if isinstance(correction, JackpotCorrection) else None
         self._with_topk = self._obrs is not None and self._obrs.normalizer != "full"
-        self._keeps_topk = self._obrs is not None and self._obrs.target == "policy"
+        # Where the learner makes the scores that count.
+        self._keeps_topk = self._obrs is not None and (self._obrs.target == "policy" or job.scorer.reuse_reference)
         self._job = job
         self._target = target
         self._actors = actors

@@ -19,6 +19,7 @@ from jackpot.runtime.models import set_threads
 from jackpot.runtime.process import announce_ready
 from jackpot.runtime.rpc import create_server
 from jackpot.runtime.weights import WeightStore
+from jackpot.scorer.deferred import DeferredScorer, PolicyVersion
 from jackpot.scorer.engine import ScoringEngine
 from jackpot.scorer.scoring import GroupScorer, needs_actor
 from jackpot.scorer.servicer import SERVICE_NAME, ScoringServicer
@@ -86,6 +87,12 @@ def make_engine(environment: ServiceEnvironment, job: JobSpec, metrics: Metrics)
     store = WeightStore(environment.run_dir / "weights")
     correction = job.algorithm.correction
     obrs_lambda = correction.initial_lambda if isinstance(correction, JackpotCorrection) else 1.0
+    activity = Activity(metrics, "scorer", environment.instance, environment.run_dir)
+    poll_seconds = job.scorer.weight_poll_seconds
+    if job.scorer.reuse_reference:
+        version = PolicyVersion(job.policy.model, store, obrs_lambda)
+        passing_on = DeferredScorer(job, version)
+        return ScoringEngine(version, passing_on, metrics, environment.instance, poll_seconds, activity)
     target = TargetPolicy(job.policy, store, job.scorer.device, obrs_lambda)
     actors = None
     if needs_actor(job):
@@ -98,8 +105,7 @@ def make_engine(environment: ServiceEnvironment, job: JobSpec, metrics: Metrics)
                 "Both must share one vocabulary.",
             )
     scorer = GroupScorer(job, target, actors)
-    activity = Activity(metrics, "scorer", environment.instance, environment.run_dir)
-    return ScoringEngine(target, scorer, metrics, environment.instance, job.scorer.weight_poll_seconds, activity)
+    return ScoringEngine(target, scorer, metrics, environment.instance, poll_seconds, activity)
 
 
 async def connect_bus(environment: ServiceEnvironment, job: JobSpec, timeout_seconds: float) -> TrajectoryBus:

@@ -67,7 +67,7 @@ def test_arithmetic_of_an_8b_policy_and_a_1_7b_actor() -> None:
 
 def test_the_gain_at_short_context_and_where_the_cache_binds() -> None:
     """Sampling 80 % of an on-policy step, and scores from the learner's own pass."""
-    job, short = make_job(), make_load(concurrency=100_000)
+    job, short = make_job("scorer.reuse_reference=true"), make_load(concurrency=100_000)
     assert expected_gain(job, POLICY, ACTOR, short, 0.8) == pytest.approx(2.5, abs=0.1)
     # 33 GB of the policy's cache in use: decoding reads cache more than weights.
     tokens = 33e9 / POLICY.kv_bytes(2)
@@ -75,16 +75,16 @@ def test_the_gain_at_short_context_and_where_the_cache_binds() -> None:
     reading = decode_seconds_per_token(ACTOR, 2, 2, bound) / decode_seconds_per_token(POLICY, 2, 2, bound)
     assert reading == pytest.approx(0.59, abs=0.01)
     assert expected_gain(job, POLICY, ACTOR, bound, 0.8) == pytest.approx(1.4, abs=0.05)
-    # With several updates per batch scores take a pass of their own.
-    several = make_job("learner.updates_per_batch=2")
+    # Scores that take a pass of their own.
+    several = make_job()
     by_hand = 1 / (0.8 * 0.2097 + 0.2 * (1 + 0.2097 + 0.4 / 0.5 / 3))
     assert expected_gain(several, POLICY, ACTOR, short, 0.8) == pytest.approx(by_hand, rel=1e-3)
 
 
 def test_an_actor_as_large_as_the_policy_gains_nothing() -> None:
-    frozen = make_job("actor.train=false")
-    assert expected_gain(frozen, POLICY, POLICY, make_load(), 0.8) == pytest.approx(1)
-    assert expected_gain(make_job(), POLICY, POLICY, make_load(), 0.8) == pytest.approx(1 / (0.8 + 0.2 * 2))
+    reuse = "scorer.reuse_reference=true"
+    assert expected_gain(make_job("actor.train=false", reuse), POLICY, POLICY, make_load(), 0.8) == pytest.approx(1)
+    assert expected_gain(make_job(reuse), POLICY, POLICY, make_load(), 0.8) == pytest.approx(1 / (0.8 + 0.2 * 2))
 
 
 def test_decoding_by_hand() -> None:
@@ -120,7 +120,13 @@ def test_bytes_and_times_of_a_job() -> None:
     assert plan.memory_bytes["rollout"] == {
         "weights": 2 * ACTOR.parameters, "attention_cache": 256 * 1200 * ACTOR.kv_bytes(2),
     }  # fmt: skip
-    assert plan.memory_bytes["learner"]["optimizer"] == 2 * 2 * (POLICY.parameters + ACTOR.parameters)
+    assert plan.memory_bytes["learner"]["optimizer"] == 2 * 4 * (POLICY.parameters + ACTOR.parameters)
+    smaller = make_job("learner.processes=8", "learner.activation_checkpointing=true", "learner.groups_per_batch=128")
+    shards = make_plan(smaller, POLICY, ACTOR, make_load(prompt_tokens=200, completion_tokens=800)).memory_bytes
+    assert shards["learner"]["weights"] == 4 * (POLICY.parameters + ACTOR.parameters) / 8
+    blocks = sum(2 * (shape.parameters - (shape.layers - 1) * shape.block) for shape in (POLICY, ACTOR))
+    assert shards["learner"]["gathered"] == blocks
+    assert shards["learner"]["activations"] < plan.memory_bytes["learner"]["activations"] / 10
     assert any("the learner needs" in warning for warning in plan.warnings)
 
 
