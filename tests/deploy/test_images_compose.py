@@ -237,15 +237,15 @@ def test_its_commands_bring_up_a_platform_that_trains_a_job(
             assert answer.status_code == 201, answer.text
             job_id = answer.json()["id"]
             assert httpx.post(f"{url}/v1/jobs", json=job, headers=prometheus).status_code == 403  # it may read alone
-            targets: list[dict[str, Any]] = []
+            targets: dict[str, str] = {}
 
             def found() -> bool:
-                targets[:] = httpx.get(f"{url}/v1/metrics-targets", headers=prometheus).json()
-                return bool(targets)
+                groups = httpx.get(f"{url}/v1/metrics-targets", headers=prometheus).json()
+                targets.update({group["labels"]["service"]: group["targets"][0] for group in groups})
+                return {"learner", "rollout", "scorer", "orchestrator"} <= set(targets)
 
             until(found, "processes to scrape", log)
-            assert {one["labels"]["service"] for one in targets} == {"learner", "rollout", "scorer", "orchestrator"}
-            assert all(one["targets"][0].startswith("localhost:") for one in targets)
+            assert all(address.startswith("localhost:") for address in targets.values())
             until(
                 lambda: client.get(f"/v1/jobs/{job_id}").json()["state"] not in ("queued", "starting"), "a start", log
             )

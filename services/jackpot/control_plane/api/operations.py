@@ -60,8 +60,8 @@ class ScrapeGroup(Record):
 @router.get("/v1/metrics-targets", response_model=list[ScrapeGroup])
 async def metrics_targets(_: Reader, backend: Behind) -> list[dict[str, Any]]:
     """The processes of running jobs that the server's own launcher has started, for Prometheus's HTTP service
-    discovery. They listen on the server's loopback interface unless it runs with ``JACKPOT_METRICS_HOST=0.0.0.0``; then
-    they are named after its host. On Kubernetes a PodMonitor finds the processes instead."""
+    discovery. They listen on the server's loopback interface unless it runs with ``JACKPOT_METRICS_HOST``, a name
+    by which others reach it; then they listen on all. On Kubernetes a PodMonitor finds the processes instead."""
     running = await backend.store.in_states(JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
     return [group for record in running for group in read_targets(backend.scheduler.run_dir(record.id))]
 
