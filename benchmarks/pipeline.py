@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("job_file", nargs="?", type=Path, default=Path("examples/demo.yaml"))
     parser.add_argument("overrides", nargs="*", default=["learner.steps=60"])
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     job = load_job(arguments.job_file, arguments.overrides)
     ratios = []
     for round_number in range(arguments.rounds):
