@@ -100,6 +100,10 @@ class EngineElsewhere:
         self.engine = engine
 
     @property
+    def receiver(self) -> Any:
+        return self.engine.receiver
+
+    @property
     def version(self) -> int:
         return int(self.engine.version)
 

@@ -70,7 +70,7 @@ class ServiceEnvironment(BaseModel):
     role: Role = "actor"
     """Rollout service only: whose weights it samples with. ``policy`` makes it the evaluator."""
     rollout_addresses: tuple[str, ...] = ()
-    """Orchestrator only: gRPC addresses of the rollout replicas, comma-separated."""
+    """Orchestrator, and a learner that broadcasts weights: gRPC addresses of the rollout replicas, comma-separated."""
     evaluator_address: str = ""
     """Orchestrator only: a rollout server on the policy's weights."""
     metrics_address: str = ""

@@ -296,6 +296,13 @@ class WeightStoreConfig(Section):
 
     keep_versions: Annotated[int, Field(ge=2), Number] = 8
     """Versions kept per role; more lets slow replicas and evaluations find the version that they want."""
+    transport: Literal["store", "nccl", "gloo"] = "store"
+    """How the rollout replicas get new versions. ``store``: each reads them there, which works everywhere. ``nccl``:
+    the learner broadcasts them from GPU to GPU, by vLLM's weight transfer; needs the vLLM engine. ``gloo``: the same
+    over TCP without GPUs, to try it out. The store has every version in any case, for replicas that a broadcast
+    misses."""
+    transfer_timeout_seconds: PositiveFloat = 60.0
+    """Deadline of a broadcast; a version that takes longer comes from the store. Enough for 100 GB over 25 Gbit/s."""
 
 
 class AlarmsConfig(Section):
@@ -436,6 +443,21 @@ class JobSpec(Section):
             problem = f"algorithm.correction.normalizer = {correction.normalizer!r} needs the actor's forward pass"
         if problem is not None:
             raise ValueError(f"scorer.reuse_reference = true cannot be with {problem}. Leave reuse_reference out")
+        return self
+
+    @model_validator(mode="after")
+    def _transport_fits(self) -> JobSpec:
+        transport = self.weights.transport
+        if transport != "store" and self.rollout.engine == "transformers":
+            raise ValueError(
+                f"weights.transport = {transport!r} is beyond the transformers engine. "
+                "Set rollout.engine to vllm, or weights.transport to store"
+            )
+        if transport == "nccl" and "cpu" in (self.rollout.device, self.learner.device):
+            raise ValueError(
+                "weights.transport = 'nccl' goes from GPU to GPU, and rollout.device or learner.device is cpu. "
+                "Set weights.transport to store"
+            )
         return self
 
     @property

@@ -55,6 +55,7 @@ async def lead(
 ) -> int:
     """Rank 0, or the only process: read the bus, train, publish."""
     from jackpot.learner.alarm_log import AlarmLog
+    from jackpot.learner.broadcast import connect_broadcaster
     from jackpot.learner.manifests import ManifestLog
     from jackpot.learner.publisher import WeightPublisher
     from jackpot.learner.service import Learner
@@ -66,6 +67,7 @@ async def lead(
     from jackpot.runtime.weights import WeightStore
 
     run_dir, metrics = environment.run_dir, Metrics(environment.job_id)
+    broadcaster = connect_broadcaster(environment, job, trainer.device, metrics.count_weights_broadcast)
     bus = await TrajectoryBus.connect(
         environment.redis_url, environment.job_id, job.bus, f"learner-{environment.instance}", run_dir / "payloads"
     )
@@ -76,7 +78,7 @@ async def lead(
             job,
             bus,
             trainer,
-            WeightPublisher(job, WeightStore(run_dir / "weights"), run_dir),
+            WeightPublisher(job, WeightStore(run_dir / "weights"), run_dir, broadcaster.send if broadcaster else None),
             store,
             ManifestLog(run_dir / "manifests"),
             StepLog(run_dir, metrics),
@@ -91,6 +93,8 @@ async def lead(
         finished = await learner.run(stop.is_set)
         activity.write()
     finally:
+        if broadcaster is not None:
+            await broadcaster.close()
         await bus.close()
     return 0 if finished else STOPPED_EARLY
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +49,19 @@ class WeightPublisher:
         job: the job as resolved.
         store: the job's weight store.
         run_dir: where ``export/`` goes.
+        broadcast: gives a version to the rollout replicas at once; None leaves them to the store.
     """
 
-    def __init__(self, job: JobSpec, store: WeightStore, run_dir: Path) -> None:
+    def __init__(
+        self,
+        job: JobSpec,
+        store: WeightStore,
+        run_dir: Path,
+        broadcast: Callable[[int, State], object] | None = None,
+    ) -> None:
         self._job = job
         self._store = store
+        self._broadcast = broadcast
         self._export_dir = run_dir / "export"
 
     def snapshot(self, trainer: Trainer, version: int) -> Snapshot:
@@ -65,11 +73,14 @@ class WeightPublisher:
     def publish(self, snapshot: Snapshot) -> None:
         """Write a snapshot as a version of every role; a no-op for a version that is there already and intact.
 
-        A version is announced once its files are durable.
+        A version is announced once its files are durable. Before that it is broadcast, so that the replicas need not
+        read it there.
 
         Raises:
             OSError: the disk is full or gone.
         """
+        if self._broadcast is not None:
+            self._broadcast(snapshot.version, snapshot.states[self._job.rollout_role])
         for role, state in snapshot.states.items():
 
             def write(directory: Path, state: State = state) -> None:

@@ -6,9 +6,10 @@ most probable alternatives, and the weight version behind it. Weights change bet
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,56 @@ class EngineStatus:
     tokens_generated: int
 
 
+# Name, dtype as torch calls it, shape; in the order in which they are sent.
+TensorLayout = Sequence[tuple[str, str, Sequence[int]]]
+
+
+class WeightReceiver(Protocol):
+    """Takes weight versions that the learner broadcasts. What fails leaves the engine with the version it has."""
+
+    @property
+    def session(self) -> str:
+        """The broadcast group that the engine is in; empty if in none."""
+
+    async def join(self, session: str, info: Mapping[str, Any], timeout_seconds: float) -> None:
+        """Join a group, and leave the one before; returns once all its members are there.
+
+        Args:
+            session: the group's name.
+            info: the other fields of ``JoinTransferRequest``.
+            timeout_seconds: how long to wait for them.
+
+        Raises:
+            DeadlineError: they did not come in time.
+            EngineError: the group could not be joined.
+        """
+
+    async def start(self, session: str, version: int, layout: TensorLayout) -> None:
+        """Check what will be sent, before it is.
+
+        Raises:
+            WeightMissingError: the engine is not in this group.
+            WeightCorruptError: it does not fit the model.
+        """
+
+    async def update(self, session: str, version: int, timeout_seconds: float) -> None:
+        """Receive the version into memory, while the learner broadcasts it. On an error the group is left.
+
+        Raises:
+            WeightMissingError: the engine is not in this group, or the version was not announced.
+            DeadlineError: it was not there in time.
+            EngineError: the broadcast broke off.
+        """
+
+    async def finish(self, session: str, version: int) -> int:
+        """Hold what was received from the next token on, unless it is older; the version held now.
+
+        Raises:
+            WeightMissingError: the engine is not in this group, or the version was not announced.
+            WeightCorruptError: it could not be applied; the engine keeps the version it has.
+        """
+
+
 class RolloutEngine(Protocol):
     """An inference engine with one model whose weights are swapped in place."""
 
@@ -69,6 +120,10 @@ class RolloutEngine(Protocol):
     @property
     def limits(self) -> ModelLimits:
         """What requests are checked against."""
+
+    @property
+    def receiver(self) -> WeightReceiver | None:
+        """Takes what the learner broadcasts; None if this engine has weights from the store alone."""
 
     def check(self, request: GroupRequest) -> None:
         """Refuse what cannot be sampled from this model, before anything is waited for.

@@ -28,6 +28,9 @@ def create_engine(job: JobSpec, environment: ServiceEnvironment, metrics: Metric
     LOG.info("engine %s: %s", name, reason)
     if name == "transformers":
         _refuse_cheap_formats(job, environment, reason)
+        if job.weights.transport != "store":
+            problem = f"only the vLLM engine takes broadcasts, and this is the transformers engine ({reason})"
+            raise ConfigError("weights.transport", job.weights.transport, problem, "Set rollout.engine to vllm.")
     return ENGINES[name](job, environment, metrics)
 
 
@@ -111,8 +114,11 @@ def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metric
 
 
 def _vllm(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> RolloutEngine:
-    from jackpot.rollout.vllm_launch import create_vllm_engine
+    from jackpot.rollout.vllm_launch import create_vllm_engine, is_cpu_build
 
+    if job.weights.transport == "nccl" and is_cpu_build():
+        problem = "this is vLLM's CPU build, and NCCL goes from GPU to GPU"
+        raise ConfigError("weights.transport", "nccl", problem, "Use store.")
     config, field = _model_of(job, environment)
     return create_vllm_engine(
         config, job.rollout, environment.threads, field=field, on_tokens=metrics.tokens_generated_total.inc

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from jackpot.errors import ConfigError
-from jackpot.rollout.engine import GroupRequest, RolloutEngine, Sampling
+from jackpot.rollout.engine import GroupRequest, RolloutEngine, Sampling, WeightReceiver
 from jackpot.rollout.weight_follower import WeightFollower
 from jackpot.runtime.activity import Activity
 from jackpot.runtime.wire import ids_from_bytes, trajectory_to_proto
@@ -63,7 +64,49 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             num_running=status.num_running,
             num_waiting=status.num_waiting,
             tokens_generated=status.tokens_generated,
+            transfer_session=self._engine.receiver.session if self._engine.receiver else "",
         )
+
+    async def JoinTransfer(
+        self, request: rollout_pb2.JoinTransferRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> rollout_pb2.JoinTransferResponse:
+        """Join the group in which the learner broadcasts weights."""
+        info = {
+            "transport": request.transport,
+            "master_address": request.master_address,
+            "master_port": request.master_port,
+            "rank_offset": request.rank_offset,
+            "world_size": request.world_size,
+            "packed": request.packed,
+            "packed_buffer_size_bytes": request.packed_buffer_size_bytes,
+            "packed_num_buffers": request.packed_num_buffers,
+        }
+        await self._receiver().join(request.session, info, _seconds_left(context))
+        return rollout_pb2.JoinTransferResponse()
+
+    async def TransferWeights(
+        self, request: rollout_pb2.TransferWeightsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> rollout_pb2.TransferWeightsResponse:
+        """One stage of a version that the learner broadcasts."""
+        receiver, stage = self._receiver(), request.WhichOneof("stage")
+        if stage == "start":
+            layout = [(tensor.name, tensor.dtype, list(tensor.shape)) for tensor in request.start.tensors]
+            await receiver.start(request.session, request.version, layout)
+        elif stage == "update":
+            await receiver.update(request.session, request.version, _seconds_left(context))
+        elif stage == "finish":
+            started, before = time.monotonic(), self._engine.version
+            if await receiver.finish(request.session, request.version) > before:
+                await self._follower.took(self._engine.version, time.monotonic() - started)
+        else:
+            raise ConfigError("stage", None, "is none of start, update, finish", "Send one.")
+        return rollout_pb2.TransferWeightsResponse(version=self._engine.version)
+
+    def _receiver(self) -> WeightReceiver:
+        if self._engine.receiver is None:
+            problem = f"the {self._engine.name} engine has its weights from the store alone"
+            raise ConfigError("weights.transport", "nccl", problem, "Set rollout.engine to vllm, or use store.")
+        return self._engine.receiver
 
 
 def _group_request(request: rollout_pb2.GenerateRequest) -> GroupRequest:

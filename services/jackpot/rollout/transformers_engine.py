@@ -65,6 +65,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    receiver = None
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from jackpot.errors import ConfigError, EngineError, QueueFullError, WeightCorruptError
 from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits, check_request
 from jackpot.rollout.vllm_outputs import NO_VERSION, trajectory_from_output
+from jackpot.rollout.vllm_receiver import VllmReceiver
 from jackpot.rollout.vllm_stats import EngineCounts
 from jackpot.trajectory import GroupKey, Trajectory
 
@@ -62,6 +63,7 @@ class VllmEngine:
         self._running: set[asyncio.Task[Any]] = set()
         self._request_numbers = itertools.count()
         self._swapping = asyncio.Lock()
+        self.receiver = VllmReceiver(llm, self._swapping, self._swap, lambda: self.version)
         self._failure: EngineError | None = None
         self._closed = False
 
@@ -176,7 +178,7 @@ class VllmEngine:
         """Have the workers read and check the payload while sampling goes on."""
         await self._llm.collective_rpc("read_weights", args=(directory,))
         while True:
-            outcomes = [tuple(outcome) for outcome in await self._llm.collective_rpc("weights_read")]
+            outcomes = [tuple(outcome) for outcome in await self._llm.collective_rpc("weights_read", args=("store",))]
             states = {state for state, _ in outcomes}
             if states == {"ready"}:
                 return
@@ -190,19 +192,19 @@ class VllmEngine:
             raise WeightCorruptError(message)
         raise EngineError(f"a worker could not read {directory}: {message}")
 
-    async def _swap(self, version: int, directory: str) -> None:
+    async def _swap(self, version: int, source: str) -> None:
         # `keep` and a cleared cache: what is under way goes on, and its keys and values are computed anew.
         await self._llm.pause_generation(mode="keep", clear_cache=True)
         try:
-            await self._apply(version, directory)
+            await self._apply(version, source)
             self.version = version
         finally:
             await self._llm.resume_generation()
 
-    async def _apply(self, version: int, directory: str) -> None:
+    async def _apply(self, version: int, source: str) -> None:
         try:
             await self._llm.start_weight_update()
-            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"directory": directory}))
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"source": source}))
             await self._llm.finish_weight_update(weight_version=str(version))
         except EngineDeadError:
             raise

@@ -1,15 +1,15 @@
-"""Inside vLLM's worker process: new weights from a directory of safetensors, in place.
+"""Inside vLLM's worker process: new weights in place, from a directory of safetensors or from the learner's broadcast.
 
-vLLM's own transfer backends need CUDA. This one follows the same lifecycle (start, update, finish; see
-``vllm.distributed.weight_transfer``), so that NCCL can stand in its place. Nothing in the model is touched before the
-whole payload has been read and checked; what fails afterwards is rolled back while generation is still paused.
+vLLM's own transfer backends load tensors as they come, and need CUDA. This one follows the same lifecycle (start,
+update, finish; see ``vllm.distributed.weight_transfer``), but nothing in the model is touched before the whole payload
+is in memory and has been checked; what fails afterwards is rolled back while generation is still paused.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,12 +29,15 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from jackpot.errors import WeightCorruptError
-from jackpot.runtime.models import WEIGHTS_FILE, read_state
+from jackpot.rollout.vllm_wires import Layout, Wire, join_group
+from jackpot.runtime.models import WEIGHTS_FILE, check_layout, read_state
 
 LOG = logging.getLogger(__name__)
 
 BACKEND = "jackpot_store"
 EXTENSION = f"{__name__}.WeightReading"
+# Where a version being read comes from.
+STORE, LEARNER = "store", "learner"
 
 
 @dataclass
@@ -44,16 +47,16 @@ class StoreInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class StoreUpdateInfo(WeightTransferUpdateInfo):
-    """Which directory's weights to apply; it has been given to :meth:`WeightReading.read_weights`."""
+    """Which weights to apply: a directory given to :meth:`WeightReading.read_weights`, or a version received."""
 
-    directory: str
+    source: str
 
 
 @dataclass
 class _Reading:
-    """One directory being read by a thread, while sampling goes on."""
+    """One version being read or received by a thread, while sampling goes on."""
 
-    directory: str
+    source: str
     thread: threading.Thread | None = None
     state: dict[str, Tensor] | None = None
     outcome: tuple[str, str] = ("reading", "")
@@ -61,18 +64,20 @@ class _Reading:
 
 
 class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
-    """Applies directories of the weight store to the model of this worker."""
+    """Applies versions from the weight store, or from the learner's broadcast, to the model of this worker."""
 
     init_info_cls = StoreInitInfo
     update_info_cls = StoreUpdateInfo
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._reading: _Reading | None = None
+        self._readings: dict[str, _Reading] = {}  # by what they came from: the store, or the learner
+        self._wire: Wire | None = None
         self._layout: Any = None
         # Open files outlive their names: the version held can be read again even after the store has pruned it.
         files = sorted(Path(self.model_config.model).glob("*.safetensors"))
         self._held: list[BinaryIO] = [path.open("rb") for path in files]
+        self._held_state: Mapping[str, Tensor] | None = None  # in place of files, of a version that was broadcast
         self._touched = False
 
     def init_transfer_engine(self, init_info: StoreInitInfo) -> None:
@@ -85,26 +90,63 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         """Nothing to do: :meth:`receive_weights` leaves a whole model."""
 
     def shutdown(self) -> None:
-        """Close files."""
-        for file in self._held:
-            file.close()
+        """Close files, leave the group."""
+        self._close_files()
+        self.leave()
 
     def read(self, directory: str) -> None:
         """Begin to read and check a directory, in a thread of its own."""
-        reading = _Reading(directory)
-        reading.thread = threading.Thread(target=self._read, args=(reading,), name="read-weights", daemon=True)
-        self._reading = reading
-        reading.thread.start()
+        self._begin(STORE, directory, lambda reading: self._read(reading))
 
-    def outcome(self) -> tuple[str, str]:
+    def join(self, info: Mapping[str, Any], timeout_seconds: float) -> None:
+        """Begin to join a broadcast group, and leave the one before."""
+        self.leave()
+
+        def work(reading: _Reading) -> None:
+            wire = join_group(info, self.parallel_config, self.device, timeout_seconds)
+            if self._readings.get(LEARNER) is reading:
+                self._wire = wire
+            else:  # nobody waits for it any more
+                wire.close()
+
+        self._begin(LEARNER, "", work)
+
+    def receive(self, source: str, layout: Layout) -> None:
+        """Begin to receive what the learner broadcasts."""
+
+        def work(reading: _Reading) -> None:
+            if self._wire is None:
+                raise RuntimeError("this worker is in no broadcast group")
+            reading.state = self._wire.receive(layout)
+
+        self._begin(LEARNER, source, work)
+
+    def leave(self) -> None:
+        """Leave the broadcast group, whatever it is at, and forget what came from it."""
+        self._readings.pop(LEARNER, None)
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close()
+
+    def check(self, layout: Layout) -> tuple[str, str]:
+        """Whether tensors of these names and shapes are the model's: ``ready`` or ``corrupt`` with the reason."""
+        try:
+            check_layout(self._expected(), {name: shape for name, _, shape in layout})
+        except WeightCorruptError as error:
+            return "corrupt", str(error)
+        return "ready", ""
+
+    def outcome(self, origin: str) -> tuple[str, str]:
         """``reading``, ``ready``, ``corrupt``, ``missing`` or ``failed``, with the error's message."""
-        return self._reading.outcome if self._reading else ("failed", "no weights are being read")
+        reading = self._readings.get(origin)
+        return reading.outcome if reading else ("failed", "no weights are being read")
 
     def receive_weights(self, update_info: StoreUpdateInfo) -> None:
-        """Apply what was read. On an error the model may be half updated: :meth:`roll_back`."""
-        reading, self._reading = self._reading, None
-        if reading is None or reading.directory != update_info.directory:
-            raise RuntimeError(f"{update_info.directory} was not read before")
+        """Apply what was read or received. On an error the model may be half updated: :meth:`roll_back`."""
+        origin = next((o for o, reading in self._readings.items() if reading.source == update_info.source), None)
+        if origin is None:
+            raise RuntimeError(f"{update_info.source} was not read before")
+        reading = self._readings.pop(origin)
         assert reading.thread is not None
         reading.thread.join()
         if reading.state is None:
@@ -112,32 +154,37 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         self._touched = True
         self._apply(reading.state.items())
         self._touched = False
-        self.shutdown()
+        self._close_files()
         self._held = reading.files
+        self._held_state = None if reading.files else reading.state
 
     def roll_back(self) -> None:
-        """Hold the previous weights again, from the files that they came from."""
-        self._reading = None
+        """Hold the previous weights again, from where they came from."""
+        self._readings.clear()
         if not self._touched:
             return
-        for file in self._held:
-            file.seek(0)
-        self._apply(pair for file in self._held for pair in safetensors.torch.load(file.read()).items())
+        if self._held_state is not None:
+            self._apply(self._held_state.items())
+        else:
+            for file in self._held:
+                file.seek(0)
+            self._apply(pair for file in self._held for pair in safetensors.torch.load(file.read()).items())
         self._touched = False
         LOG.warning("the previous weights were restored")
 
+    def _begin(self, origin: str, source: str, work: Callable[[_Reading], None]) -> None:
+        reading = _Reading(source)
+        reading.thread = threading.Thread(target=_report, args=(reading, work), name="read-weights", daemon=True)
+        self._readings[origin] = reading
+        reading.thread.start()
+
+    def _close_files(self) -> None:
+        for file in self._held:
+            file.close()
+
     def _read(self, reading: _Reading) -> None:
-        try:
-            reading.files = [(Path(reading.directory) / WEIGHTS_FILE).open("rb")]
-            reading.state = read_state(self._expected(), Path(reading.directory))
-            reading.outcome = ("ready", "")
-        except WeightCorruptError as error:
-            reading.outcome = ("corrupt", str(error))
-        except FileNotFoundError as error:
-            reading.outcome = ("missing", str(error))
-        except Exception as error:  # the border of the thread: whoever waits must hear of it
-            LOG.exception("reading %s failed", reading.directory)
-            reading.outcome = ("failed", f"{type(error).__name__}: {error}")
+        reading.files = [(Path(reading.source) / WEIGHTS_FILE).open("rb")]
+        reading.state = read_state(self._expected(), Path(reading.source))
 
     def _expected(self) -> Any:
         """Names and shapes of the model as its trainer sees it (vLLM fuses and packs its own), without memory."""
@@ -177,14 +224,44 @@ class WeightReading:
         """Begin to read and check a directory; sampling goes on meanwhile."""
         self.weight_transfer_engine.read(directory)
 
-    def weights_read(self) -> tuple[str, str]:
-        """How far reading is: see :meth:`StoreTransferEngine.outcome`."""
-        return self.weight_transfer_engine.outcome()
+    def weights_read(self, origin: str) -> tuple[str, str]:
+        """How far reading, joining or receiving is: see :meth:`StoreTransferEngine.outcome`."""
+        return self.weight_transfer_engine.outcome(origin)
+
+    def join_group(self, info: dict[str, Any], timeout_seconds: float) -> None:
+        """Begin to join a broadcast group; sampling goes on meanwhile."""
+        self.weight_transfer_engine.join(info, timeout_seconds)
+
+    def check_layout(self, layout: Layout) -> tuple[str, str]:
+        """See :meth:`StoreTransferEngine.check`."""
+        return self.weight_transfer_engine.check(layout)
+
+    def receive_broadcast(self, source: str, layout: Layout) -> None:
+        """Begin to receive a version; sampling goes on meanwhile."""
+        self.weight_transfer_engine.receive(source, layout)
+
+    def leave_group(self) -> None:
+        """Leave the broadcast group, also in the middle of a broadcast."""
+        self.weight_transfer_engine.leave()
 
     def roll_back_weights(self) -> None:
         """Undo an update that failed."""
         self._weight_update_active = False
         self.weight_transfer_engine.roll_back()
+
+
+def _report(reading: _Reading, work: Callable[[_Reading], None]) -> None:
+    """Run a thread's work; what becomes of it is the outcome."""
+    try:
+        work(reading)
+        reading.outcome = ("ready", "")
+    except WeightCorruptError as error:
+        reading.outcome = ("corrupt", str(error))
+    except FileNotFoundError as error:
+        reading.outcome = ("missing", str(error))
+    except Exception as error:  # the border of the thread: whoever waits must hear of it
+        LOG.exception("reading weights %s failed", reading.source)
+        reading.outcome = ("failed", f"{type(error).__name__}: {error}")
 
 
 def _prepare_process() -> None:

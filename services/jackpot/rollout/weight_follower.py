@@ -87,6 +87,13 @@ class WeightFollower:
             ) from None
         return self._engine.version
 
+    async def took(self, version: int, seconds: float) -> None:
+        """Tell whoever waits that the engine holds a version that did not come from the store."""
+        LOG.info("weights received", extra={"version": version, "seconds": seconds})
+        self._on_loaded(version, seconds)
+        async with self._changed:
+            self._changed.notify_all()
+
     async def newest(self) -> int:
         """The newest version in the store; −1 if there is none yet.
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,26 @@ def read_state(model: nn.Module, weights_dir: Path) -> dict[str, Tensor]:
     if missing := sorted(own.keys() - state.keys()):
         raise WeightCorruptError(f"{path} lacks {len(missing)} tensors ({', '.join(missing[:5])}). {_SAME_MODEL}")
     return state
+
+
+def check_layout(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Make sure that tensors of these names and shapes are the model's, each once.
+
+    Raises:
+        WeightCorruptError: naming the first that is not, or what lacks.
+    """
+    own, aliases = own_tensors(model)
+    for given, shape in shapes.items():
+        name = aliases.get(given)
+        if name is None:
+            raise WeightCorruptError(f"tensor {given!r} is not in the model. {_SAME_MODEL}")
+        if list(shape) != list(own[name].shape):
+            expected = list(own[name].shape)
+            raise WeightCorruptError(
+                f"tensor {given!r} has shape {list(shape)}, the model's has {expected}. {_SAME_MODEL}"
+            )
+    if missing := sorted(own.keys() - {aliases[given] for given in shapes}):
+        raise WeightCorruptError(f"{len(missing)} tensors lack ({', '.join(missing[:5])}). {_SAME_MODEL}")
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from jackpot.v1 import trajectory_pb2 as jackpot_dot_v1_dot_trajectory__pb2
 from jackpot.v1 import weights_pb2 as jackpot_dot_v1_dot_weights__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18jackpot/v1/rollout.proto\x12\njackpot.v1\x1a\x1bjackpot/v1/trajectory.proto\x1a\x18jackpot/v1/weights.proto\"u\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"\x9a\x01\n\x0fGenerateRequest\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12\x18\n\x10num_trajectories\x18\x03 \x01(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.jackpot.v1.SamplingParams\x12\x13\n\x0bmin_version\x18\x05 \x01(\x03\"@\n\x10GenerateResponse\x12,\n\x0ctrajectories\x18\x01 \x03(\x0b\x32\x16.jackpot.v1.Trajectory\"S\n RolloutServiceLoadWeightsRequest\x12/\n\x07weights\x18\x01 \x01(\x0b\x32\x1e.jackpot.v1.LoadWeightsRequest\"U\n!RolloutServiceLoadWeightsResponse\x12\x30\n\x07weights\x18\x01 \x01(\x0b\x32\x1f.jackpot.v1.LoadWeightsResponse\" \n\x1eRolloutServiceGetStatusRequest\"\x94\x01\n\x1fRolloutServiceGetStatusResponse\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x18\n\x10tokens_generated\x18\x06 \x01(\x04\x32\xa9\x02\n\x0eRolloutService\x12\x45\n\x08Generate\x12\x1b.jackpot.v1.GenerateRequest\x1a\x1c.jackpot.v1.GenerateResponse\x12j\n\x0bLoadWeights\x12,.jackpot.v1.RolloutServiceLoadWeightsRequest\x1a-.jackpot.v1.RolloutServiceLoadWeightsResponse\x12\x64\n\tGetStatus\x12*.jackpot.v1.RolloutServiceGetStatusRequest\x1a+.jackpot.v1.RolloutServiceGetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18jackpot/v1/rollout.proto\x12\njackpot.v1\x1a\x1bjackpot/v1/trajectory.proto\x1a\x18jackpot/v1/weights.proto\"u\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"\x9a\x01\n\x0fGenerateRequest\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12\x18\n\x10num_trajectories\x18\x03 \x01(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.jackpot.v1.SamplingParams\x12\x13\n\x0bmin_version\x18\x05 \x01(\x03\"@\n\x10GenerateResponse\x12,\n\x0ctrajectories\x18\x01 \x03(\x0b\x32\x16.jackpot.v1.Trajectory\"S\n RolloutServiceLoadWeightsRequest\x12/\n\x07weights\x18\x01 \x01(\x0b\x32\x1e.jackpot.v1.LoadWeightsRequest\"U\n!RolloutServiceLoadWeightsResponse\x12\x30\n\x07weights\x18\x01 \x01(\x0b\x32\x1f.jackpot.v1.LoadWeightsResponse\" \n\x1eRolloutServiceGetStatusRequest\"\xae\x01\n\x1fRolloutServiceGetStatusResponse\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x18\n\x10tokens_generated\x18\x06 \x01(\x04\x12\x18\n\x10transfer_session\x18\x07 \x01(\t\"\xdd\x01\n\x13JoinTransferRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x16\n\x0emaster_address\x18\x03 \x01(\t\x12\x13\n\x0bmaster_port\x18\x04 \x01(\r\x12\x13\n\x0brank_offset\x18\x05 \x01(\r\x12\x12\n\nworld_size\x18\x06 \x01(\r\x12\x0e\n\x06packed\x18\x07 \x01(\x08\x12 \n\x18packed_buffer_size_bytes\x18\x08 \x01(\x04\x12\x1a\n\x12packed_num_buffers\x18\t \x01(\r\"\x16\n\x14JoinTransferResponse\":\n\x0cTensorLayout\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\":\n\rTransferStart\x12)\n\x07tensors\x18\x01 \x03(\x0b\x32\x18.jackpot.v1.TensorLayout\"\x10\n\x0eTransferUpdate\"\x10\n\x0eTransferFinish\"\xcb\x01\n\x16TransferWeightsRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12*\n\x05start\x18\x03 \x01(\x0b\x32\x19.jackpot.v1.TransferStartH\x00\x12,\n\x06update\x18\x04 \x01(\x0b\x32\x1a.jackpot.v1.TransferUpdateH\x00\x12,\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x1a.jackpot.v1.TransferFinishH\x00\x42\x07\n\x05stage\"*\n\x17TransferWeightsResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x32\xd8\x03\n\x0eRolloutService\x12\x45\n\x08Generate\x12\x1b.jackpot.v1.GenerateRequest\x1a\x1c.jackpot.v1.GenerateResponse\x12j\n\x0bLoadWeights\x12,.jackpot.v1.RolloutServiceLoadWeightsRequest\x1a-.jackpot.v1.RolloutServiceLoadWeightsResponse\x12\x64\n\tGetStatus\x12*.jackpot.v1.RolloutServiceGetStatusRequest\x1a+.jackpot.v1.RolloutServiceGetStatusResponse\x12Q\n\x0cJoinTransfer\x12\x1f.jackpot.v1.JoinTransferRequest\x1a .jackpot.v1.JoinTransferResponse\x12Z\n\x0fTransferWeights\x12\".jackpot.v1.TransferWeightsRequest\x1a#.jackpot.v1.TransferWeightsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,7 +46,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROLLOUTSERVICEGETSTATUSREQUEST']._serialized_start=609
   _globals['_ROLLOUTSERVICEGETSTATUSREQUEST']._serialized_end=641
   _globals['_ROLLOUTSERVICEGETSTATUSRESPONSE']._serialized_start=644
-  _globals['_ROLLOUTSERVICEGETSTATUSRESPONSE']._serialized_end=792
-  _globals['_ROLLOUTSERVICE']._serialized_start=795
-  _globals['_ROLLOUTSERVICE']._serialized_end=1092
+  _globals['_ROLLOUTSERVICEGETSTATUSRESPONSE']._serialized_end=818
+  _globals['_JOINTRANSFERREQUEST']._serialized_start=821
+  _globals['_JOINTRANSFERREQUEST']._serialized_end=1042
+  _globals['_JOINTRANSFERRESPONSE']._serialized_start=1044
+  _globals['_JOINTRANSFERRESPONSE']._serialized_end=1066
+  _globals['_TENSORLAYOUT']._serialized_start=1068
+  _globals['_TENSORLAYOUT']._serialized_end=1126
+  _globals['_TRANSFERSTART']._serialized_start=1128
+  _globals['_TRANSFERSTART']._serialized_end=1186
+  _globals['_TRANSFERUPDATE']._serialized_start=1188
+  _globals['_TRANSFERUPDATE']._serialized_end=1204
+  _globals['_TRANSFERFINISH']._serialized_start=1206
+  _globals['_TRANSFERFINISH']._serialized_end=1222
+  _globals['_TRANSFERWEIGHTSREQUEST']._serialized_start=1225
+  _globals['_TRANSFERWEIGHTSREQUEST']._serialized_end=1428
+  _globals['_TRANSFERWEIGHTSRESPONSE']._serialized_start=1430
+  _globals['_TRANSFERWEIGHTSRESPONSE']._serialized_end=1472
+  _globals['_ROLLOUTSERVICE']._serialized_start=1475
+  _globals['_ROLLOUTSERVICE']._serialized_end=1947
 # @@protoc_insertion_point(module_scope)

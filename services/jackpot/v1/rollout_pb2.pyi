@@ -58,17 +58,89 @@ class RolloutServiceGetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RolloutServiceGetStatusResponse(_message.Message):
-    __slots__ = ("engine", "role", "version", "num_running", "num_waiting", "tokens_generated")
+    __slots__ = ("engine", "role", "version", "num_running", "num_waiting", "tokens_generated", "transfer_session")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_GENERATED_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_SESSION_FIELD_NUMBER: _ClassVar[int]
     engine: str
     role: str
     version: int
     num_running: int
     num_waiting: int
     tokens_generated: int
-    def __init__(self, engine: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., tokens_generated: _Optional[int] = ...) -> None: ...
+    transfer_session: str
+    def __init__(self, engine: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., transfer_session: _Optional[str] = ...) -> None: ...
+
+class JoinTransferRequest(_message.Message):
+    __slots__ = ("session", "transport", "master_address", "master_port", "rank_offset", "world_size", "packed", "packed_buffer_size_bytes", "packed_num_buffers")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    MASTER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MASTER_PORT_FIELD_NUMBER: _ClassVar[int]
+    RANK_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
+    PACKED_BUFFER_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PACKED_NUM_BUFFERS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    transport: str
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    packed: bool
+    packed_buffer_size_bytes: int
+    packed_num_buffers: int
+    def __init__(self, session: _Optional[str] = ..., transport: _Optional[str] = ..., master_address: _Optional[str] = ..., master_port: _Optional[int] = ..., rank_offset: _Optional[int] = ..., world_size: _Optional[int] = ..., packed: bool = ..., packed_buffer_size_bytes: _Optional[int] = ..., packed_num_buffers: _Optional[int] = ...) -> None: ...
+
+class JoinTransferResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TensorLayout(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TransferStart(_message.Message):
+    __slots__ = ("tensors",)
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorLayout]
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorLayout, _Mapping]]] = ...) -> None: ...
+
+class TransferUpdate(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TransferFinish(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TransferWeightsRequest(_message.Message):
+    __slots__ = ("session", "version", "start", "update", "finish")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    version: int
+    start: TransferStart
+    update: TransferUpdate
+    finish: TransferFinish
+    def __init__(self, session: _Optional[str] = ..., version: _Optional[int] = ..., start: _Optional[_Union[TransferStart, _Mapping]] = ..., update: _Optional[_Union[TransferUpdate, _Mapping]] = ..., finish: _Optional[_Union[TransferFinish, _Mapping]] = ...) -> None: ...
+
+class TransferWeightsResponse(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...

@@ -50,6 +50,16 @@ class RolloutServiceStub(object):
                 request_serializer=jackpot_dot_v1_dot_rollout__pb2.RolloutServiceGetStatusRequest.SerializeToString,
                 response_deserializer=jackpot_dot_v1_dot_rollout__pb2.RolloutServiceGetStatusResponse.FromString,
                 _registered_method=True)
+        self.JoinTransfer = channel.unary_unary(
+                '/jackpot.v1.RolloutService/JoinTransfer',
+                request_serializer=jackpot_dot_v1_dot_rollout__pb2.JoinTransferRequest.SerializeToString,
+                response_deserializer=jackpot_dot_v1_dot_rollout__pb2.JoinTransferResponse.FromString,
+                _registered_method=True)
+        self.TransferWeights = channel.unary_unary(
+                '/jackpot.v1.RolloutService/TransferWeights',
+                request_serializer=jackpot_dot_v1_dot_rollout__pb2.TransferWeightsRequest.SerializeToString,
+                response_deserializer=jackpot_dot_v1_dot_rollout__pb2.TransferWeightsResponse.FromString,
+                _registered_method=True)
 
 
 class RolloutServiceServicer(object):
@@ -76,6 +86,20 @@ class RolloutServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def JoinTransfer(self, request, context):
+        """Has every worker of this replica join the group in which the learner broadcasts; answers once they have.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TransferWeights(self, request, context):
+        """One stage of a version that is broadcast: start, then update while the bytes travel, then finish.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RolloutServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +117,16 @@ def add_RolloutServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=jackpot_dot_v1_dot_rollout__pb2.RolloutServiceGetStatusRequest.FromString,
                     response_serializer=jackpot_dot_v1_dot_rollout__pb2.RolloutServiceGetStatusResponse.SerializeToString,
+            ),
+            'JoinTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.JoinTransfer,
+                    request_deserializer=jackpot_dot_v1_dot_rollout__pb2.JoinTransferRequest.FromString,
+                    response_serializer=jackpot_dot_v1_dot_rollout__pb2.JoinTransferResponse.SerializeToString,
+            ),
+            'TransferWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.TransferWeights,
+                    request_deserializer=jackpot_dot_v1_dot_rollout__pb2.TransferWeightsRequest.FromString,
+                    response_serializer=jackpot_dot_v1_dot_rollout__pb2.TransferWeightsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -177,6 +211,60 @@ class RolloutService(object):
             '/jackpot.v1.RolloutService/GetStatus',
             jackpot_dot_v1_dot_rollout__pb2.RolloutServiceGetStatusRequest.SerializeToString,
             jackpot_dot_v1_dot_rollout__pb2.RolloutServiceGetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jackpot.v1.RolloutService/JoinTransfer',
+            jackpot_dot_v1_dot_rollout__pb2.JoinTransferRequest.SerializeToString,
+            jackpot_dot_v1_dot_rollout__pb2.JoinTransferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TransferWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jackpot.v1.RolloutService/TransferWeights',
+            jackpot_dot_v1_dot_rollout__pb2.TransferWeightsRequest.SerializeToString,
+            jackpot_dot_v1_dot_rollout__pb2.TransferWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

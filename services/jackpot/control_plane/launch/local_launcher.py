@@ -149,7 +149,7 @@ class LocalLauncher:
         rollouts = [f"unix:{sockets}/rollout-{index}.sock" for index in range(job.rollout.replicas)]
         evaluator = f"unix:{sockets}/evaluator.sock"
         plan: list[tuple[str, str, Mapping[str, object]]] = [
-            ("learner", "learner", {}),
+            ("learner", "learner", {"rollout_addresses": () if job.weights.transport == "store" else tuple(rollouts)}),
             *(
                 (f"rollout-{i}", "rollout", {"instance": str(i), "role": job.rollout_role, "listen": address})
                 for i, address in enumerate(rollouts)

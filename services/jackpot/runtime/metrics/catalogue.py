@@ -208,6 +208,13 @@ _SPECS = (
         ("role",),
         (ROLLOUT, SCORER),
     ),
+    MetricSpec(
+        "jackpot_weights_broadcast",
+        "counter",
+        "Weight versions by what became of their broadcast to the replicas: `sent`, `failed`, `skipped`",
+        ("outcome",),
+        (LEARNER,),
+    ),
     # --- ledger and bus ---
     MetricSpec(
         "jackpot_groups",

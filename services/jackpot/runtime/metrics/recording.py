@@ -196,6 +196,10 @@ class Metrics:
         """Count a weight version that this replica refused."""
         self._counter("jackpot_weights_refused", role).inc()
 
+    def count_weights_broadcast(self, outcome: str) -> None:
+        """Count a weight version that the learner had to broadcast: ``sent``, ``failed`` or ``skipped``."""
+        self._counter("jackpot_weights_broadcast", outcome).inc()
+
     # --- RPC ---
 
     def rpc_started(self, service: str, method: str) -> None:
