@@ -18,7 +18,7 @@ COMMAND = [sys.executable, "-c", "from jackpot.cli import main; main()", "experi
 DEADLINE_SECONDS = 100
 
 
-def write_study(directory: Path, make_model: Callable[..., Path], seeds: list[int]) -> Path:
+def write_study(directory: Path, make_model: Callable[..., Path], seeds: list[int], **changes: object) -> Path:
     job = {
         "policy": {"model": str(make_model("qwen3", seed=1))},
         "actor": {"model": str(make_model("qwen3", seed=2, hidden_size=16, num_hidden_layers=1))},
@@ -36,15 +36,15 @@ def write_study(directory: Path, make_model: Callable[..., Path], seeds: list[in
         "arms": {"TIS": {"settings": ["algorithm.correction=tis"]}, "Jackpot": {}},
         "phases": {"main": {"purpose": "confirmation", "seeds": seeds}},
         "compare_to": "TIS",
-    }
+    } | changes
     path = directory / "tiny.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     return path
 
 
-def experiment(*arguments: object) -> subprocess.CompletedProcess[str]:
+def experiment(*arguments: object, seconds: float = DEADLINE_SECONDS) -> subprocess.CompletedProcess[str]:
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
 
 
 def test_a_study_that_is_killed_goes_on_where_it_was_and_reports_alike(
@@ -103,6 +103,19 @@ def test_one_run_that_fails_does_not_cost_the_others(tmp_path: Path, make_model:
     # What there is can be reported all the same.
     assert experiment(study, "--out", tmp_path / "out", "--report-only").returncode == 0
     assert "| Jackpot | 1 |" in (tmp_path / "out.md").read_text()
+
+
+@pytest.mark.timeout(300)
+def test_runs_may_be_jobs_of_the_pipeline(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    arms = {"Jackpot": {"settings": ["learner.steps=4"]}}
+    study = write_study(tmp_path, make_model, [1], execution="pipeline", arms=arms, compare_to="Jackpot")
+    found = experiment(study, seconds=280)
+    assert found.returncode == 0, found.stderr
+    (run,) = json.loads((tmp_path / "tiny" / "results.json").read_text())["runs"]
+    assert [step for step, _ in run["evaluations"]] == [0, 4]
+    assert 0 < run["series"]["acceptance"][0] < 1
+    assert [path.name for path in (tmp_path / "tiny" / "runs").iterdir()] == [f"{run['key']}.json"]
+    assert "`execution: pipeline`" in (tmp_path / "tiny.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,18 @@ from jackpot.experiment.statistics import mean_estimate
 
 # Distinguishable also without colour vision (Okabe and Ito), then greys.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c", "#b8a800", "#7a4fbf")
+PANELS: Mapping[str, str] = {
+    "kl_policy_actor": "KL(policy ‖ actor), nats per token",
+    "kl_before": "KL(p_t ‖ p_inf) as sampled, nats per token",
+    "acceptance": "acceptance rate",
+}
+"""Figures of the steps that are drawn beside the accuracy."""
+BAND_RUNS = 5  # of fewer runs the interval is wider than the figure
 DASHES = ("-", "--", "-.", ":")
 
 
 def draw_curves(results: Mapping[str, Sequence[Result]], path: Path, title: str) -> None:
-    """Accuracy of the policy, KL(policy ‖ actor) and acceptance over training: means, with bands of 95 % for the first.
+    """Accuracy of the policy over training, mean and 95 % band, and beside it what there is of :data:`PANELS`.
 
     Args:
         results: the runs of each arm.
@@ -27,22 +34,26 @@ def draw_curves(results: Mapping[str, Sequence[Result]], path: Path, title: str)
         title: above it.
     """
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.2), constrained_layout=True, width_ratios=(1.5, 1, 1))
+    panels = {name: text for name, text in PANELS.items() if any(_has(name, runs) for runs in results.values())}
+    widths = (1.5, *(1 for _ in panels))
+    figure, axes = pyplot.subplots(
+        1, len(widths), figsize=(3.7 * sum(widths), 4.2), constrained_layout=True, width_ratios=widths, squeeze=False
+    )
     figure.suptitle(title, fontsize=11)
     for place, (arm, runs) in enumerate(results.items()):
         style = {"color": COLORS[place % len(COLORS)], "linestyle": DASHES[place // len(COLORS)], "linewidth": 1.6}
-        _accuracy(axes[0], arm, runs, style)
-        for axis, name in ((axes[1], "kl_policy_actor"), (axes[2], "acceptance")):
-            _series(axis, name, runs, style)
-    titles = ("accuracy of the policy's own samples, held out", "KL(policy ‖ actor), nats per token", "acceptance rate")
-    for axis, text in zip(axes, titles, strict=True):
+        _accuracy(axes[0][0], arm, runs, style)
+        for axis, name in zip(axes[0][1:], panels, strict=True):
+            if _has(name, runs):
+                _series(axis, name, runs, style)
+    titles = ("accuracy of the policy's own samples, held out", *panels.values())
+    for axis, text in zip(axes[0], titles, strict=True):
         axis.set_title(text, fontsize=10)
         axis.set_xlabel("optimizer step", fontsize=9)
+        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].set_ylim(-0.02, 1.02)
-    axes[1].set_ylim(bottom=0)
-    axes[2].set_ylim(0, 1.02)
-    axes[0].legend(fontsize=8, loc="lower right", framealpha=0.7)
+    axes[0][0].set_ylim(-0.02, 1.02)
+    axes[0][0].legend(fontsize=8, loc="upper left", framealpha=0.7)
     _save(figure, path)
 
 
@@ -82,21 +93,28 @@ def _accuracy(axis: Any, arm: str, runs: Sequence[Result], style: Mapping[str, A
     table = [[dict(run.evaluations)[step] for run in runs] for step in steps]
     estimates = [mean_estimate(values) for values in table]
     axis.plot(steps, [estimate.mean for estimate in estimates], label=f"{arm} ({len(runs)})", **style)
-    if len(runs) > 1:
+    if len(runs) >= BAND_RUNS:
         low = [max(0.0, estimate.low or 0.0) for estimate in estimates]
         high = [min(1.0, estimate.high or 0.0) for estimate in estimates]
-        axis.fill_between(steps, low, high, color=style["color"], alpha=0.13, linewidth=0)
+        axis.fill_between(steps, low, high, color=style["color"], alpha=0.1, linewidth=0)
+
+
+def _has(name: str, runs: Sequence[Result]) -> bool:
+    """Whether an arm has something to show: every run has the figure, and it is not the same for all by definition."""
+    series = [run.series.get(name, (None,)) for run in runs]
+    trivial = {"acceptance": 1.0, "kl_before": 0.0}.get(name)
+    return (
+        len({len(values) for values in series}) == 1
+        and all(value is not None for values in series for value in values)
+        and any(value != trivial for values in series for value in values)
+    )
 
 
 def _series(axis: Any, name: str, runs: Sequence[Result], style: Mapping[str, Any]) -> None:
-    found = [run for run in runs if name in run.series and None not in run.series[name]]
-    lengths = {len(run.series[name]) for run in found}
-    if len(lengths) != 1 or (name == "acceptance" and all(v == 1 for run in found for v in run.series[name])):
-        return
-    table = [[value for value in run.series[name] if value is not None] for run in found]
-    ends = [step for step, _ in found[0].evaluations]
+    table = [[value for value in run.series[name] if value is not None] for run in runs]
+    ends = [step for step, _ in runs[0].evaluations]
     middles = [(low + high) / 2 for low, high in itertools.pairwise(ends)]
-    axis.plot(middles[: lengths.pop()], np.mean(table, axis=0), **style)
+    axis.plot(middles[: len(table[0])], np.mean(table, axis=0), **style)
 
 
 def _save(figure: Any, path: Path) -> None:

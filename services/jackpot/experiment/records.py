@@ -86,17 +86,17 @@ def read_results(directory: Path) -> dict[str, Result]:
 
 
 def write_collection(path: Path, results: Iterable[Result]) -> None:
-    """Write results into one file, each set of settings once."""
+    """Write results into one file, each set of settings once: the first one whole, the others as what differs."""
     distinct: list[Mapping[str, Any]] = []
     runs = []
     for result in sorted(results, key=lambda result: (result.seed, result.key)):
         if result.settings not in distinct:
             distinct.append(result.settings)
         runs.append({**asdict(result), "settings": distinct.index(result.settings)})
-    lines = ",\n  ".join(json.dumps(run) for run in runs)
-    settings = ",\n  ".join(json.dumps(each) for each in distinct)
+    written = [distinct[0], *(_changes(distinct[0], each) for each in distinct[1:])] if distinct else []
+    blocks = [",\n  ".join(json.dumps(each) for each in part) for part in (written, runs)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_aside(path, f'{{"settings": [\n  {settings}\n], "runs": [\n  {lines}\n]}}\n')
+    _write_aside(path, f'{{"settings": [\n  {blocks[0]}\n], "runs": [\n  {blocks[1]}\n]}}\n')
 
 
 def read_collection(path: Path) -> dict[str, Result]:
@@ -109,7 +109,9 @@ def read_collection(path: Path) -> dict[str, Result]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        found = [_result({**run, "settings": data["settings"][run["settings"]]}) for run in data["runs"]]
+        first, *others = data["settings"] or [{}]
+        settings = [first, *(_changed(first, changes) for changes in others)]
+        found = [_result({**run, "settings": settings[run["settings"]]}) for run in data["runs"]]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         problem = f"is damaged ({type(error).__name__}: {error})"
         raise ConfigError("results", str(path), problem, "Restore it, or delete it to run the study again.") from None
@@ -125,6 +127,34 @@ def find(results: Mapping[str, Result], run: Run) -> Result | None:
 def _result(data: Mapping[str, Any]) -> Result:
     points = tuple((int(step), float(accuracy)) for step, accuracy in data["evaluations"])
     return Result(**{**data, "evaluations": points})
+
+
+def _changes(base: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What differs, by dotted path. Mappings whose keys differ are replaced as a whole; the path "" is everything."""
+    if base.keys() != other.keys():
+        return {prefix.removesuffix("."): other}
+    found: dict[str, Any] = {}
+    for name, value in other.items():
+        mine = base[name]
+        if isinstance(mine, Mapping) and isinstance(value, Mapping):
+            found |= _changes(mine, value, f"{prefix}{name}.")
+        elif mine != value:
+            found[prefix + name] = value
+    return found
+
+
+def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`_changes`."""
+    whole: dict[str, Any] = json.loads(json.dumps(base))
+    for path, value in changes.items():
+        if not path:
+            return dict(value)
+        *parents, leaf = path.split(".")
+        node = whole
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return whole
 
 
 def _rounded(value: float) -> float:

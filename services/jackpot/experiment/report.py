@@ -157,11 +157,11 @@ def _table(study: Study, summaries: Mapping[str, Summary], phase: str) -> str:
 
 def _search_table(study: Study, found: Mapping[str, tuple[Summary, Sequence[Result]]]) -> str:
     """Seed by seed: intervals of two or three runs say nothing."""
-    headings = ["arm", "area under curve", "of each seed", "final accuracy of each seed"]
+    headings = ["arm", "area under curve", "seed: area", "seed: final accuracy"]
     rows = []
     for arm, (summary, results) in found.items():
-        areas = " ".join(f"{area(result):.2f}" for result in results)
-        finals = " ".join(f"{final(result):.2f}" for result in results)
+        areas = ", ".join(f"{result.seed}: {area(result):.2f}" for result in results)
+        finals = ", ".join(f"{result.seed}: {final(result):.2f}" for result in results)
         rows.append([arm, f"{summary.area.mean:.3f}", areas, finals])
     return _markdown(headings, rows)
 

@@ -24,7 +24,7 @@ def results_at(directory: Path) -> dict[str, Result]:
 
 
 def stored_study(study: Study, directory: Path) -> dict[Cell, list[Result]]:
-    """What there is of a study, cell by cell, in the order of the file.
+    """What there is of a study, cell by cell, in the order of the file; single runs are collected into one file.
 
     Args:
         study: the study.
@@ -33,7 +33,10 @@ def stored_study(study: Study, directory: Path) -> dict[Cell, list[Result]]:
     Raises:
         ConfigError: a setting of an arm cannot work, or stored results are damaged.
     """
-    return _by_cell(runs_of(study), results_at(directory))
+    cells, known = runs_of(study), results_at(directory)
+    if (directory / RUNS_DIRECTORY).is_dir():  # left by a study that was cut short
+        write_collection(directory / RESULTS_FILE, _used(cells, known))
+    return _by_cell(cells, known)
 
 
 def run_study(

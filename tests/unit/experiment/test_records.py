@@ -67,14 +67,24 @@ def test_a_result_is_written_and_read_back(tmp_path: Path) -> None:
 
 def test_a_collection_keeps_each_set_of_settings_once(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    runs = [run_of("seed=1"), run_of("seed=2"), run_of("seed=1", "algorithm.correction=tis")]
+    tis = run_of("seed=1", "algorithm.correction=tis", "learner.lr=1e-3", "actor=policy")
+    runs = [run_of("seed=1"), run_of("seed=2"), tis, run_of("seed=1", "learner.lr=1e-3")]
     results = [result_of(run, 0.1, 0.2) for run in runs]
     write_collection(path, results)
     assert read_collection(path) == {result.key: result for result in results}
-    assert len(json.loads(path.read_text())["settings"]) == 2
+    assert len(json.loads(path.read_text())["settings"]) == 3
     first = path.read_bytes()
     write_collection(path, reversed(results))
     assert path.read_bytes() == first
+
+
+def test_a_collection_holds_settings_of_other_versions(tmp_path: Path) -> None:
+    path, result = tmp_path / "results.json", result_of(run_of("seed=1"), 0.1, 0.2)
+    later = json.loads(json.dumps(result.settings))
+    later["job"]["learner"]["packing"] = True
+    results = [result, replace(result, key="b", settings=later), replace(result, key="c", settings={**later, "new": 1})]
+    write_collection(path, results)
+    assert read_collection(path) == {each.key: each for each in results}
 
 
 def test_a_damaged_collection_is_refused(tmp_path: Path) -> None:

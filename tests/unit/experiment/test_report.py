@@ -69,7 +69,7 @@ def test_tables(tmp_path: Path) -> None:
     )
     assert rows["arm"].count("|") == 3  # the last table's: arm and settings
     assert "KL(policy‖actor)" not in report  # nobody has it
-    assert "| TIS | 0.500 | 0.50 | 1.00 |" in report  # the search's, seed by seed
+    assert "| TIS | 0.500 | 1: 0.50 | 1: 1.00 |" in report  # the search's, seed by seed
     assert "`learner.lr=1e-3`" in report and "## Later\n\nNot run." in report
     assert "5 runs, 5 CPU minutes in all (60.0 s a run)" in report
 
