@@ -112,8 +112,8 @@ class JackpotCorrection(Section):
     target: Literal["reference", "policy"] = "reference"
     """What OBRS aligns to. ``policy`` is for many optimizer steps per rollout batch; it keeps top-k on the bus."""
     mask: Literal["bernoulli", "expected"] = "bernoulli"
-    """``bernoulli`` draws acceptance; ``expected`` multiplies by its probability: same mean, less noise. The paper draws,
-    and so does the default: 32 pairs of runs do not separate the two, though they lean to the other (docs/experiments)."""
+    """``bernoulli`` draws acceptance; ``expected`` multiplies by its probability: same mean, less noise. The default
+    is the paper's: 32 pairs of runs do not separate the two, though they lean to the other (docs/experiments)."""
     normalizer: Literal["tail", "union_tail", "union_kappa", "full"] = "tail"
     """Estimator of Z. ``tail`` needs nothing but the actor's returned top-k. The other three run the actor's forward
     pass in the scorer; ``full`` looks at the whole vocabulary (tests, small models)."""
