@@ -53,16 +53,26 @@ def serve(
     root: Annotated[
         list[Path] | None, typer.Option(help="Directory that models and data may lie in; anywhere if only local.")
     ] = None,
+    launcher: Annotated[
+        str, typer.Option(help="Where jobs run: local (processes on this machine) or kubernetes (a JobSet per job).")
+    ] = "local",
+    cluster: Annotated[
+        Path | None, typer.Option(help="Settings of the cluster, for --launcher kubernetes; the Helm chart makes them.")
+    ] = None,
     rate_limit: Annotated[float, typer.Option(min=0, help="Requests per second and client; 0 is no limit.")] = 100.0,
 ) -> None:
     """Serve the REST API and the web page. Jobs survive a restart of the server."""
     from jackpot.config.environment import redis_url_over_tls
     from jackpot.control_plane.jobs.admission import DEFAULT_TASKS, Admission
     from jackpot.control_plane.jobs.scheduler import SchedulingPolicy
+    from jackpot.control_plane.launch.launchers import Launchers
     from jackpot.control_plane.serve import serve as serve_until_stopped
     from jackpot.control_plane.settings import ServeSettings
     from jackpot.control_plane.tokens import TokenFile
+    from jackpot.errors import ConfigError
 
+    if (launcher == "kubernetes") != (cluster is not None) or launcher not in ("local", "kubernetes"):
+        raise ConfigError("--launcher", launcher, "does not go with --cluster", "Give both, or neither.")
     directory = data_dir.expanduser().resolve()
     settings = ServeSettings(
         data_dir=directory,
@@ -77,6 +87,7 @@ def serve(
         tls_elsewhere=tls_elsewhere,
         allowed_hosts=tuple(allowed_host or ()),
         admission=Admission(tasks=(*DEFAULT_TASKS, *(allow_task or ()))),
+        launchers=Launchers(cluster.resolve() if cluster else None, store if cluster else None),
         policy=SchedulingPolicy(slots=slots, max_losses=max_losses),
         requests_per_second=rate_limit,
         burst=max(1, int(rate_limit * 3)),

@@ -99,6 +99,18 @@ class JobStore(Protocol):
         """How many jobs are in each state."""
         ...
 
+    async def lead(self, server: str, seconds: float) -> bool:
+        """Take or keep the lead among the servers on this store for so long; 0 gives it up.
+
+        Args:
+            server: who asks; no other server has the same name.
+            seconds: how long the lead lasts unless it is taken again.
+
+        Returns:
+            Whether ``server`` leads now.
+        """
+        ...
+
     async def ping(self) -> None:
         """Ask for an answer.
 

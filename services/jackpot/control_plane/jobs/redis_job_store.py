@@ -46,8 +46,8 @@ class RedisJobStore:
             socket_connect_timeout=TIMEOUT_SECONDS,
             retry=Retry(EqualJitterBackoff(cap=1.0, base=0.05), RETRIES),
         )
-        self._create, self._transition, self._delete, self._page = (
-            self._redis.register_script(_source(name)) for name in ("create", "transition", "delete", "page")
+        self._create, self._transition, self._delete, self._page, self._lead = (
+            self._redis.register_script(_source(name)) for name in ("create", "transition", "delete", "page", "lead")
         )
 
     async def check_server(self) -> None:
@@ -205,6 +205,11 @@ class RedisJobStore:
         """See :class:`JobStore`."""
         async with self._translated():
             return {state: int(await self._redis.zcard(self._state(state))) for state in JobState}
+
+    async def lead(self, server: str, seconds: float) -> bool:
+        """See :class:`JobStore`."""
+        async with self._translated():
+            return bool(await self._lead([self._prefix + "leader"], [server, int(seconds * 1000)]))
 
     async def ping(self) -> None:
         """See :class:`JobStore`."""

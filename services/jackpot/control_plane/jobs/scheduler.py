@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import shutil
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from jackpot.config import parse_job
 from jackpot.control_plane.jobs.job_store import JobStore
 from jackpot.control_plane.jobs.records import JobRecord, Progress, is_job_id, now
 from jackpot.control_plane.jobs.states import JobState
+from jackpot.control_plane.launch.launchers import Launchers
 from jackpot.control_plane.observing.jsonl_tail import JsonlTail
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.sessions.session import Session
@@ -24,6 +27,7 @@ from jackpot.errors import JackpotError, JobNotFoundError, JobStateError
 LOG = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
+LEAD_SECONDS = 15.0  # after which another server takes the lead from one that fell silent
 TROUBLE_SECONDS = 1.0
 
 
@@ -62,18 +66,23 @@ class Scheduler:
     """The one writer of what happens to jobs by itself; requests come in through :meth:`cancel` and :meth:`resume`.
 
     Everything it needs to know is in the store and in the run directories, so that another one takes over where this
-    one ended.
+    one ended. Of several servers on one store and one volume, one leads; the others only watch how far jobs are. What
+    keeps two from acting on one job, should both think that they lead, are the store's own checks of each transition
+    and the lock on the run directory.
 
     Args:
         store: the jobs.
         runs: parent of the run directories; each bears its job's id.
         policy: slots and losses.
+        launchers: where jobs run.
     """
 
-    def __init__(self, store: JobStore, runs: Path, policy: SchedulingPolicy) -> None:
+    def __init__(self, store: JobStore, runs: Path, policy: SchedulingPolicy, launchers: Launchers) -> None:
         self._store = store
         self._runs = runs
         self._policy = policy
+        self._launchers = launchers
+        self._server = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._watched: dict[str, _Watch] = {}
         self._wake = asyncio.Event()
         self._stopped = False
@@ -83,7 +92,10 @@ class Scheduler:
         """Look after the jobs until :meth:`stop`. Jobs keep running then; the next scheduler finds them."""
         while not self._stopped:
             try:
-                await self.look()
+                if await self._store.lead(self._server, LEAD_SECONDS):
+                    await self.look()
+                else:
+                    await self._watch_only()
                 pause = LOOK_SECONDS
                 self._looked_at = time.monotonic()
             except (JackpotError, OSError) as error:
@@ -92,6 +104,8 @@ class Scheduler:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause)
             self._wake.clear()
+        with contextlib.suppress(JackpotError):
+            await self._store.lead(self._server, 0)  # so that the next need not wait
 
     def stop(self) -> None:
         """End :meth:`run` after what it is doing. Not by cancelling it: a cancelled look would be half a look, and
@@ -173,6 +187,18 @@ class Scheduler:
         await self._store.delete(job_id)
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
+    async def _watch_only(self) -> None:
+        """How far the jobs are that another server looks after."""
+        active = await self._store.in_states(JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
+        directories = {record: self.run_dir(record.id) for record in active}
+        self._watched = {
+            record.id: self._watched.get(record.id) or _Watch(Session(directory, record.session), directory)
+            for record, directory in directories.items()
+            if directory.is_dir()
+        }
+        for watch in self._watched.values():
+            watch.look()
+
     async def look(self) -> None:
         """Look after every job once, and give free slots to the first of the queue.
 
@@ -205,7 +231,9 @@ class Scheduler:
     async def _launch(self, record: JobRecord) -> None:
         try:
             directory = await self._prepare_directory(record)
-            self._watched[record.id] = _Watch(Session.start(directory, record.session), directory)
+            self._watched[record.id] = _Watch(
+                Session.start(directory, record.session, self._launchers.to_env()), directory
+            )
         except (JackpotError, OSError, ValueError) as error:
             await self._store.transition(
                 record.id, JobState.FAILED, "could not be started", error=str(error), finished=now()
@@ -254,13 +282,15 @@ class Scheduler:
             await self._transition(record, JobState.FAILED, "its processes gave up", error=error, **ended)
         elif record.state is JobState.STOPPING:
             await self._transition(record, JobState.CANCELLED, record.reason, **ended)
+        elif state == "stopped":
+            await self._lost(record, progress, "stopped from outside")
         else:
-            await self._lost(
-                record, progress, "stopped from outside" if state == "stopped" else "its processes vanished"
-            )
+            # A session that was not ours ended with the server that it belonged to, and what it followed did not.
+            goes_on = self._launchers.jobs_outlive_sessions and not watch.session.ours
+            await self._lost(record, progress, "its processes vanished", goes_on=goes_on)
 
-    async def _lost(self, record: JobRecord, progress: Progress, how: str) -> None:
-        losses = record.losses + 1
+    async def _lost(self, record: JobRecord, progress: Progress, how: str, *, goes_on: bool = False) -> None:
+        losses = record.losses + (0 if goes_on else 1)
         if record.state is JobState.STOPPING:
             await self._transition(record, JobState.CANCELLED, record.reason, finished=now())
         elif losses > self._policy.max_losses:
@@ -268,6 +298,8 @@ class Scheduler:
             await self._transition(
                 record, JobState.FAILED, "lost too often", error=error, finished=now(), progress=progress, losses=losses
             )
+        elif goes_on:
+            await self._transition(record, JobState.QUEUED, "to be followed anew: it goes on where it runs")
         else:
             reason = f"lost ({how}); resumes by itself, {losses} of {self._policy.max_losses}"
             await self._transition(record, JobState.QUEUED, reason, losses=losses, progress=progress)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jackpot.config import JobSpec
 from jackpot.control_plane.launch.launcher import Launcher
-from jackpot.control_plane.launch.local_launcher import LocalLauncher
+from jackpot.control_plane.launch.launchers import Launchers
 from jackpot.control_plane.observing.bus_observer import BusObserver
 from jackpot.control_plane.observing.curves import draw_run
 from jackpot.control_plane.observing.jsonl_tail import StepRows
@@ -48,6 +48,7 @@ def run_job(
     resumed: bool,
     view: View | None = None,
     on_started: Callable[[], None] | None = None,
+    launchers: Launchers = Launchers(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """Run a job in its directory until it has succeeded, failed or been stopped; the summary.
 
@@ -60,6 +61,7 @@ def run_job(
         resumed: whether this session continues an earlier one.
         view: shows the run instead of the console's own view.
         on_started: called once every process has been started.
+        launchers: where processes run; on this machine unless told otherwise.
 
     Raises:
         JackpotError: another launcher holds the run, or its processes could not be started at all.
@@ -67,7 +69,7 @@ def run_job(
     with run.locked():
         started = time.monotonic()
         with TrackerFeed(run, job):
-            outcome = asyncio.run(_session(run, job, view or open_view(console), started, on_started))
+            outcome = asyncio.run(_session(run, job, view or open_view(console), launchers, on_started))
         summary = build_summary(
             run,
             state=outcome.state,
@@ -86,16 +88,16 @@ def run_job(
 
 
 async def _session(
-    run: RunDirectory, job: JobSpec, view: View, started: float, on_started: Callable[[], None] | None
+    run: RunDirectory, job: JobSpec, view: View, launchers: Launchers, on_started: Callable[[], None] | None
 ) -> _Outcome:
     outcome = _Outcome()
-    launcher: Launcher = LocalLauncher(run, job)
+    launcher = launchers.launcher(run, job)
     observer = BusObserver(run.job_id, job.bus, run.path / "payloads")
     try:
         with _stop_signals() as stop:
             try:
                 if await _unless_stopped(_start(launcher, on_started), stop):
-                    await _follow(run, job, launcher, observer, view, stop, started, outcome)
+                    await _follow(run, job, launcher, observer, view, stop, outcome)
                 else:
                     outcome.state = "stopped"
             finally:
@@ -125,7 +127,6 @@ async def _follow(
     observer: BusObserver,
     view: View,
     stop: asyncio.Event,
-    started: float,
     outcome: _Outcome,
 ) -> None:
     """Look after the processes until the job is over; fills in the outcome.
@@ -134,7 +135,7 @@ async def _follow(
         DeadlineError: no first step within the start-up deadline and the batch deadline.
     """
     steps, evaluations = StepRows(run.path / "metrics.jsonl"), StepRows(run.path / "evaluations.jsonl")
-    shown_at = 0.0
+    shown_at, started = 0.0, time.monotonic()
     timeout = job.run.startup_timeout_seconds + job.learner.batch_timeout_seconds
     while True:
         # Not asked once a stop was: Ctrl-C reaches the processes, too, and ending then is no death.

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
+from jackpot.control_plane.launch.launchers import Launchers
 from jackpot.control_plane.observing.live_view import PlainLines
 from jackpot.control_plane.observing.recorder import Recorder
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.sessions.job_run import run_job
 from jackpot.control_plane.sessions.preparation import prepare_job
-from jackpot.control_plane.sessions.session import SessionStatus
+from jackpot.control_plane.sessions.session import STOP_REQUEST, Phase, SessionStatus
 from jackpot.errors import JackpotError
 from jackpot.runtime.logs import redact_url
+
+REQUEST_SECONDS = 1.0
 
 
 def main(arguments: list[str]) -> int:
@@ -25,20 +32,33 @@ def main(arguments: list[str]) -> int:
     run_dir, session = Path(arguments[0]), int(arguments[1])
     # Until the job itself runs, a request to stop ends this process at once; there is nothing to finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    SessionStatus(session, os.getpid(), "preparing").write(run_dir)
+    (run_dir / STOP_REQUEST).unlink(missing_ok=True)
+    threading.Thread(target=_heed_requests, args=(run_dir / STOP_REQUEST,), daemon=True).start()
+
+    def tell(phase: Phase, state: str | None = None, error: str | None = None) -> None:
+        SessionStatus(session, os.getpid(), socket.gethostname(), phase, state, error).write(run_dir)
+
+    tell("preparing")
     try:
-        state, error = _run(RunDirectory.open(run_dir), session)
+        state, error = _run(RunDirectory.open(run_dir), session, lambda: tell("running"))
     except JackpotError as problem:
         state, error = "failed", redact_url(str(problem))
         print(f"error: {error}", flush=True)
     except Exception:
         traceback.print_exc()
         state, error = "failed", f"an unexpected error; the end of {run_dir / 'logs' / 'launcher.log'} tells more"
-    SessionStatus(session, os.getpid(), "finished", state, error).write(run_dir)
+    tell("finished", state, error)
     return 0 if state == "succeeded" else 1
 
 
-def _run(run: RunDirectory, session: int) -> tuple[str, str | None]:
+def _heed_requests(path: Path) -> None:
+    """End this process, as a SIGTERM would, when a server on another host asks for it."""
+    while not path.exists():
+        time.sleep(REQUEST_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(run: RunDirectory, session: int, on_started: Callable[[], None]) -> tuple[str, str | None]:
     job = prepare_job(run.load_job())
     aside = run.path / ".job.json"
     aside.write_text(job.model_dump_json(indent=2), encoding="utf-8")
@@ -51,7 +71,8 @@ def _run(run: RunDirectory, session: int) -> tuple[str, str | None]:
             console,
             resumed=session > 1,
             view=recorder,
-            on_started=lambda: SessionStatus(session, os.getpid(), "running").write(run.path),
+            on_started=on_started,
+            launchers=Launchers.from_env(),
         )
     return summary["state"], summary.get("error")
 

@@ -12,9 +12,11 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +28,9 @@ Phase = Literal["preparing", "running", "finished"]
 LAUNCHER = "launcher"
 """The session's own log is ``logs/launcher.log``."""
 
+STOP_REQUEST = ".stop"
+"""A file in the run directory that asks a session on another host to stop."""
+
 
 @dataclass(frozen=True, slots=True)
 class SessionStatus:
@@ -33,6 +38,7 @@ class SessionStatus:
 
     session: int
     pid: int
+    host: str
     phase: Phase
     state: str | None = None  # how it finished: succeeded, failed, stopped
     error: str | None = None
@@ -63,8 +69,13 @@ class Session:
         self._asked_at: float | None = None
 
     @classmethod
-    def start(cls, run_dir: Path, number: int) -> Session:
+    def start(cls, run_dir: Path, number: int, variables: Mapping[str, str]) -> Session:
         """Start a session.
+
+        Args:
+            run_dir: the job's run directory.
+            number: the session's, from 1.
+            variables: of its environment, beside our own.
 
         Raises:
             JackpotError: another session of this job still runs, or no process could be started.
@@ -81,6 +92,7 @@ class Session:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     pass_fds=[lock],
+                    env=os.environ | variables,
                     start_new_session=True,
                 )
         except OSError as error:
@@ -94,6 +106,11 @@ class Session:
         """What the session says about itself."""
         return SessionStatus.read(self._run_dir, self._number)
 
+    @property
+    def ours(self) -> bool:
+        """Whether this process started it."""
+        return self._popen is not None
+
     def alive(self) -> bool:
         """Whether its process runs."""
         if self._popen is not None and self._popen.poll() is not None:
@@ -105,7 +122,14 @@ class Session:
         return False
 
     def ask_to_stop(self, timeout_seconds: float) -> None:
-        """SIGTERM the first time, SIGKILL once ``timeout_seconds`` have passed; call it until the session has ended."""
+        """SIGTERM the first time, SIGKILL once ``timeout_seconds`` have passed; call it until the session has ended.
+
+        A session on another host, which shares the run directory, is asked by a file that it looks for.
+        """
+        status = self.status
+        if status is not None and status.host != socket.gethostname():
+            (self._run_dir / STOP_REQUEST).touch()
+            return
         if self._asked_at is None:
             if self._signal(signal.SIGTERM):
                 self._asked_at = time.monotonic()

@@ -20,11 +20,11 @@ def wait_for_end(session: Session) -> None:
 
 def test_a_session_without_a_job_fails_with_its_reason_and_lets_go_of_the_lock(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    session = Session.start(tmp_path, 1)
+    session = Session.start(tmp_path, 1, {})
     again = Session(tmp_path, 1)  # as a control plane sees it that was started since
     assert session.alive() and again.alive()
     with pytest.raises(JackpotError, match="still runs"):
-        Session.start(tmp_path, 2)
+        Session.start(tmp_path, 2, {})
     wait_for_end(session)
     assert not again.alive()
     status = again.status
@@ -35,7 +35,7 @@ def test_a_session_without_a_job_fails_with_its_reason_and_lets_go_of_the_lock(t
 
 def test_a_session_that_is_asked_to_stop_ends(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    session = Session.start(tmp_path, 1)
+    session = Session.start(tmp_path, 1, {})
     Session(tmp_path, 2).ask_to_stop(0.0)  # nothing is known of session 2: nobody is hit
     assert session.alive()
     session.ask_to_stop(5.0)

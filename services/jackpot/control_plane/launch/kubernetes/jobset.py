@@ -1,0 +1,135 @@
+"""A job as a JobSet (``jobset.x-k8s.io/v1alpha2``). A pure function: job and settings in, manifest out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jackpot.config import JobSpec
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.control_plane.launch.kubernetes.naming import (
+    GRPC_PORT,
+    HEALTH_PORT,
+    METRICS_PORT,
+    ROLES,
+    host,
+    jobset_name,
+    labels,
+)
+from jackpot.control_plane.launch.kubernetes.pod import pod_template
+from jackpot.control_plane.launch.kubernetes.settings import DATA_DIR, TLS_DIR, ClusterSettings
+from jackpot.trajectory import Role
+
+Manifest = dict[str, Any]
+
+API_VERSION = "jobset.x-k8s.io/v1alpha2"
+MUST_FINISH = ("learner", "orchestrator")
+
+FINAL_EXIT_CODES = (2, 70, 78)
+"""Configuration that cannot work, and alarms that stop a job: no restart would help."""
+
+ENDLESS = 10_000  # restarts of a service that others only use: as many as it takes
+
+
+def replicas(job: JobSpec) -> dict[str, int]:
+    """Pods of each role."""
+    return {
+        "orchestrator": 1,
+        "rollout": job.rollout.replicas,
+        "evaluator": 1,
+        "scorer": job.scorer.replicas,
+        "learner": 1,
+    }
+
+
+def jobset(job_id: str, job: JobSpec, cluster: ClusterSettings) -> Manifest:
+    """The JobSet of a job.
+
+    Args:
+        job_id: the job's id.
+        job: the job as resolved; its model paths are those of the volumes.
+        cluster: the cluster's settings.
+    """
+    counts = replicas(job)
+    metadata: Manifest = {
+        "name": jobset_name(job_id),
+        "namespace": cluster.namespace,
+        "labels": labels(job_id, None, cluster.labels),
+        "annotations": {"jackpot/job-name": job.name},
+    }
+    spec: Manifest = {
+        "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+        "successPolicy": {"operator": "All", "targetReplicatedJobs": list(MUST_FINISH)},
+        "failurePolicy": {
+            "maxRestarts": 0,
+            "rules": [
+                {"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
+            ],
+        },
+        "ttlSecondsAfterFinished": int(cluster.keep_seconds),
+        "replicatedJobs": [_replicated_job(role, counts[role], job_id, job, cluster) for role in ROLES],
+    }
+    if cluster.queue is not None:
+        metadata["labels"]["kueue.x-k8s.io/queue-name"] = cluster.queue
+        if cluster.priority_class is not None:
+            metadata["labels"]["kueue.x-k8s.io/priority-class"] = cluster.priority_class
+        spec["suspend"] = True  # until Kueue admits it
+    return {"apiVersion": API_VERSION, "kind": "JobSet", "metadata": metadata, "spec": spec}
+
+
+def _replicated_job(role: str, count: int, job_id: str, job: JobSpec, cluster: ClusterSettings) -> Manifest:
+    """Pods are replaced one by one, so that a lost one costs no more than itself."""
+    restarts = job.run.max_restarts if role in MUST_FINISH else ENDLESS
+    spec: Manifest = {
+        "completionMode": "Indexed",
+        "completions": count,
+        "parallelism": count,
+        "backoffLimit": restarts,
+        "podReplacementPolicy": "Failed",  # never two learners at a time
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"containerName": role, "operator": "In", "values": list(FINAL_EXIT_CODES)},
+                },
+            ]
+        },
+        "template": pod_template(role, job_id, variables(role, job_id, job, cluster), job, cluster),
+    }
+    template = {"metadata": {"labels": labels(job_id, role, cluster.labels)}, "spec": spec}
+    return {"name": role, "replicas": 1, "template": template}
+
+
+def variables(role: str, job_id: str, job: JobSpec, cluster: ClusterSettings) -> dict[str, str]:
+    """What the process of a role is told. Its instance, its number among its like, Kubernetes adds."""
+    serves = role in ("rollout", "evaluator", "scorer")
+    model_role: Role = "policy" if role == "evaluator" else job.rollout_role
+    orchestrates = role == "orchestrator"
+    environment = ServiceEnvironment(
+        run_dir=f"{DATA_DIR}/runs/{job_id}",  # type: ignore[arg-type]
+        job_id=job_id,
+        instance="evaluator" if role == "evaluator" else "0",
+        listen=f"0.0.0.0:{GRPC_PORT}" if serves else "",
+        health_listen=f"0.0.0.0:{HEALTH_PORT}" if serves else "",
+        tls_dir=TLS_DIR if cluster.tls_secret else "",
+        tls_peer_name=cluster.tls_peer_name if cluster.tls_secret else "",
+        role=model_role if role in ("rollout", "evaluator") else "actor",
+        rollout_addresses=tuple(
+            f"{host(job_id, 'rollout', index)}:{GRPC_PORT}" for index in range(job.rollout.replicas)
+        )
+        if orchestrates
+        else (),
+        evaluator_address=f"{host(job_id, 'evaluator')}:{GRPC_PORT}" if orchestrates else "",
+        metrics_address=f"0.0.0.0:{METRICS_PORT}",
+    )
+    given = environment.to_env()
+    told = {name: value for name, value in given.items() if value and name != "JACKPOT_REDIS_URL"}
+    if role in ("rollout", "scorer"):
+        del told["JACKPOT_INSTANCE"]  # the pod's index
+    return told
+
+
+def command(role: str) -> list[str]:
+    """The container's command."""
+    service = "rollout" if role == "evaluator" else role
+    return ["python", "-m", f"jackpot.{service}"]

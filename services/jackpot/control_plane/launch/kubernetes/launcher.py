@@ -1,0 +1,152 @@
+"""Runs a job as a JobSet. The JobSet is the truth: a launcher that comes after this one takes it over as it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from jackpot.config import JobSpec
+from jackpot.control_plane.launch.kubernetes.cluster_api import ClusterApi
+from jackpot.control_plane.launch.kubernetes.jobset import jobset, replicas
+from jackpot.control_plane.launch.kubernetes.naming import METRICS_PORT, host, jobset_name
+from jackpot.control_plane.launch.kubernetes.pod_logs import ONE_OF_A_KIND, PodLogs
+from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
+from jackpot.control_plane.launch.kubernetes.status import Phase, Status
+from jackpot.control_plane.launch.launcher import LaunchStatus
+from jackpot.control_plane.run_directory import RunDirectory
+from jackpot.control_plane.scrape_targets import write_targets
+from jackpot.errors import JackpotError
+
+GONE_SECONDS = 180.0  # pods get a minute of grace, and nodes are slow at times
+POLL_SECONDS = 0.2
+TAIL_SECONDS = 5.0  # for the last lines of logs to arrive
+
+
+class KubernetesLauncher:
+    """One job on the cluster.
+
+    Args:
+        run: the run directory, held by the caller, on the volume that the pods mount.
+        job: the job as resolved.
+        cluster: the cluster's settings.
+        bus_url: the bus as seen from here; None leaves queue depths untold.
+    """
+
+    def __init__(self, run: RunDirectory, job: JobSpec, cluster: ClusterSettings, bus_url: str | None) -> None:
+        self._run = run
+        self._job = job
+        self._cluster = cluster
+        self._bus_url = bus_url
+        self._name = jobset_name(run.job_id)
+        self._api = ClusterApi(cluster.namespace)
+        self._logs = PodLogs(self._api, run)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._seen: Mapping[str, Any] | None = None
+        self._missing = False
+
+    @property
+    def redis_url(self) -> str | None:
+        """Where the job's bus is, if that is known here."""
+        return self._bus_url
+
+    async def start(self) -> None:
+        """Make the JobSet, or take over the one that is there, and wait until its pods run.
+
+        Waits as long as the queue does: admission may take hours.
+
+        Raises:
+            ConfigError: there is no cluster.
+            JackpotError: the API server refuses the JobSet, or it failed before its pods ran.
+        """
+        await self._api.connect()
+        await self._make()
+        write_targets(self._run.path, self._run.job_id, self._served())
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._logs.run())]
+        while True:
+            status = self._status()
+            if status is not None and status.phase in (Phase.RUNNING, Phase.COMPLETED):
+                return
+            if status is not None and status.phase is Phase.FAILED:
+                raise JackpotError(await self._why(status))
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def check(self) -> LaunchStatus:
+        """How the JobSet is doing. Its restarts are Kubernetes' own affair."""
+        for task in self._tasks:
+            if task.done():
+                task.result()  # an error of ours: neither ends by itself
+        status = self._status()
+        error = None
+        if self._missing:
+            error = f"the JobSet {self._name} was deleted from outside"
+        elif status is not None and status.phase is Phase.FAILED:
+            error = await self._why(status)
+        finished = status is not None and status.phase is Phase.COMPLETED
+        if finished:
+            await asyncio.sleep(TAIL_SECONDS)
+        return LaunchStatus(finished=finished, error=error, restarts=dict(self._logs.restarts))
+
+    async def stop(self) -> None:
+        """Delete the JobSet; its pods finish their unit of work."""
+        try:
+            await self._delete(TAIL_SECONDS)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._api.close()
+
+    async def _make(self) -> None:
+        """Create it; wait for one that is being deleted, and replace one that has failed: this is a new attempt."""
+        manifest = jobset(self._run.job_id, self._job, self._cluster)
+        deadline = time.monotonic() + GONE_SECONDS
+        while not await self._api.create(manifest):
+            found = await self._api.get(self._name)
+            if found is None:
+                continue
+            if not found["metadata"].get("deletionTimestamp"):
+                if Status.of(found).phase is not Phase.FAILED:
+                    return
+                await self._api.delete(self._name)
+            if time.monotonic() > deadline:
+                raise JackpotError(f"the JobSet {self._name} of an earlier session does not go away; delete it first")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _delete(self, patience_seconds: float) -> None:
+        with contextlib.suppress(JackpotError):  # not connected, or out of reach: the JobSet's own end takes it down
+            await self._api.connect()
+            await self._api.delete(self._name)
+            deadline = time.monotonic() + patience_seconds
+            while time.monotonic() < deadline and await self._api.get(self._name) is not None:
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def _watch(self) -> None:
+        async for found in self._api.follow(self._run.job_id):
+            if found is None:
+                self._missing = self._missing or self._seen is not None
+            else:
+                self._seen, self._missing = found, bool(found["metadata"].get("deletionTimestamp"))
+
+    def _status(self) -> Status | None:
+        return None if self._seen is None else Status.of(self._seen)
+
+    async def _why(self, status: Status) -> str:
+        """The reason, and the last lines of a process that failed."""
+        await asyncio.sleep(TAIL_SECONDS)
+        failed = next(iter(self._logs.restarts), None)
+        tail = f"; the end of {self._run.log(failed)}:\n{self._run.last_lines(failed)}" if failed else ""
+        return f"its JobSet failed ({status.message or 'no reason given'}){tail}"
+
+    def _served(self) -> list[tuple[str, str, str]]:
+        return [
+            (
+                "rollout" if role == "evaluator" else role,
+                role if role in ONE_OF_A_KIND else f"{role}-{index}",
+                f"{host(self._run.job_id, role, index)}:{METRICS_PORT}",
+            )
+            for role, count in replicas(self._job).items()
+            for index in range(count)
+        ]

@@ -1,0 +1,33 @@
+"""Names of a job's objects. Deterministic, so that making them twice makes them once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+ROLES = ("orchestrator", "rollout", "evaluator", "scorer", "learner")
+JOB_LABEL = "jackpot/job-id"
+GRPC_PORT, HEALTH_PORT, METRICS_PORT = 50051, 50052, 9090
+
+# A pod's host name is <JobSet>-<role>-0-<index>, and has at most 63 characters.
+MAX_NAME = 63 - len("-orchestrator-0-9999")
+
+
+def jobset_name(job_id: str) -> str:
+    """The JobSet of a job: its id, or where that is too long the start of it and a hash of the whole."""
+    if len(job_id) <= MAX_NAME:
+        return job_id
+    digest = hashlib.sha256(job_id.encode()).hexdigest()[:8]
+    return f"{job_id[: MAX_NAME - 9].rstrip('-')}-{digest}"
+
+
+def host(job_id: str, role: str, index: int = 0) -> str:
+    """DNS name of a pod, within its namespace."""
+    jobset = jobset_name(job_id)
+    return f"{jobset}-{role}-0-{index}.{jobset}"
+
+
+def labels(job_id: str, role: str | None, extra: Mapping[str, str]) -> dict[str, str]:
+    """Labels of a job's objects; ``role`` is None for the JobSet itself."""
+    own = {"app.kubernetes.io/name": "jackpot", JOB_LABEL: job_id}
+    return {**extra, **own, **({"app.kubernetes.io/component": role} if role else {})}

@@ -1,0 +1,77 @@
+"""Which launcher jobs get. Decided once, when the server starts; sessions are told by their environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jackpot.config import JobSpec
+from jackpot.control_plane.launch.launcher import Launcher
+from jackpot.control_plane.launch.local_launcher import LocalLauncher
+from jackpot.control_plane.run_directory import RunDirectory
+from jackpot.errors import ConfigError
+
+CLUSTER_VARIABLE = "JACKPOT_CLUSTER_SETTINGS"
+BUS_VARIABLE = "JACKPOT_BUS_URL"
+
+
+@dataclass(frozen=True, slots=True)
+class Launchers:
+    """Makes a launcher for each session of a job.
+
+    Args:
+        cluster: settings of the cluster that jobs run on; None runs them on this machine.
+        bus_url: the cluster's bus as seen from here.
+    """
+
+    cluster: Path | None = None
+    bus_url: str | None = None
+
+    @property
+    def jobs_outlive_sessions(self) -> bool:
+        """Whether a job goes on when the process that follows it dies."""
+        return self.cluster is not None
+
+    def check(self) -> None:
+        """Refuse settings that cannot work before the first job does.
+
+        Raises:
+            ConfigError: the cluster's settings cannot be read, or the client library is not installed.
+        """
+        if self.cluster is None:
+            return
+        from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
+
+        ClusterSettings.load(self.cluster)
+        try:
+            import kubernetes_asyncio  # noqa: F401
+        except ImportError:
+            remedy = "Install it: pip install 'jackpot[kubernetes]'."
+            raise ConfigError("--launcher", "kubernetes", "needs the Kubernetes client", remedy) from None
+
+    def to_env(self) -> dict[str, str]:
+        """The variables that :meth:`from_env` reads back."""
+        given = {CLUSTER_VARIABLE: self.cluster, BUS_VARIABLE: self.bus_url}
+        return {name: str(value) for name, value in given.items() if value is not None}
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Launchers:
+        """What the server has told a session."""
+        variables = os.environ if environ is None else environ
+        cluster = variables.get(CLUSTER_VARIABLE)
+        return cls(Path(cluster) if cluster else None, variables.get(BUS_VARIABLE) or None)
+
+    def launcher(self, run: RunDirectory, job: JobSpec) -> Launcher:
+        """The launcher of one session.
+
+        Raises:
+            ConfigError: the cluster's settings cannot be read.
+        """
+        if self.cluster is None:
+            return LocalLauncher(run, job)
+        from jackpot.control_plane.launch.kubernetes.launcher import KubernetesLauncher
+        from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
+
+        return KubernetesLauncher(run, job, ClusterSettings.load(self.cluster), self.bus_url)
