@@ -92,7 +92,7 @@ def locked() -> dict[str, str]:
     return {name: version for name, version in pins}
 
 
-@pytest.mark.parametrize("extra", ["local", "vllm"])
+@pytest.mark.parametrize("extra", ["local", "kubernetes", "vllm"])
 def test_the_lock_has_a_version_of_everything_that_the_images_install(extra: str) -> None:
     versions = locked()
     for requirement in requirements_of(extra):
@@ -163,7 +163,7 @@ def installed_with(extra: str) -> set[str]:
 @pytest.mark.parametrize(
     ("extra", "packages"),
     [
-        ("control-plane", ["jackpot.control_plane", "jackpot.cli", "jackpot.runtime.bus"]),
+        ("kubernetes", ["jackpot.control_plane", "jackpot.cli", "jackpot.runtime.bus"]),
         ("orchestrator", ["jackpot.orchestrator", "jackpot.demo.task"]),
     ],
 )
