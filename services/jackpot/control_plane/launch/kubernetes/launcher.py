@@ -10,14 +10,14 @@ from typing import Any
 
 from jackpot.config import JobSpec
 from jackpot.control_plane.launch.kubernetes.cluster_api import ClusterApi
-from jackpot.control_plane.launch.kubernetes.jobset import jobset, replicas
-from jackpot.control_plane.launch.kubernetes.naming import METRICS_PORT, host, jobset_name
-from jackpot.control_plane.launch.kubernetes.pod_logs import ONE_OF_A_KIND, PodLogs
+from jackpot.control_plane.launch.kubernetes.jobset import jobset
+from jackpot.control_plane.launch.kubernetes.naming import jobset_name
+from jackpot.control_plane.launch.kubernetes.pod_logs import PodLogs
 from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
 from jackpot.control_plane.launch.kubernetes.status import Phase, Status
 from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.run_directory import RunDirectory
-from jackpot.control_plane.scrape_targets import write_targets
+from jackpot.control_plane.scrape_targets import forget_targets
 from jackpot.errors import JackpotError
 
 GONE_SECONDS = 180.0  # pods get a minute of grace, and nodes are slow at times
@@ -63,7 +63,6 @@ class KubernetesLauncher:
         """
         await self._api.connect()
         await self._make()
-        write_targets(self._run.path, self._run.job_id, self._served())
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._logs.run())]
         while True:
             status = self._status()
@@ -109,11 +108,12 @@ class KubernetesLauncher:
                 continue
             if not found["metadata"].get("deletionTimestamp"):
                 if Status.of(found).phase is not Phase.FAILED:
-                    return
+                    return  # taken over as it stands
                 await self._api.delete(self._name)
             if time.monotonic() > deadline:
                 raise JackpotError(f"the JobSet {self._name} of an earlier session does not go away; delete it first")
             await asyncio.sleep(POLL_SECONDS)
+        forget_targets(self._run.path)
 
     async def _delete(self, patience_seconds: float) -> None:
         with contextlib.suppress(JackpotError):  # not connected, or out of reach: the JobSet's own end takes it down
@@ -139,14 +139,3 @@ class KubernetesLauncher:
         failed = next(iter(self._logs.restarts), None)
         tail = f"; the end of {self._run.log(failed)}:\n{self._run.last_lines(failed)}" if failed else ""
         return f"its JobSet failed ({status.message or 'no reason given'}){tail}"
-
-    def _served(self) -> list[tuple[str, str, str]]:
-        return [
-            (
-                "rollout" if role == "evaluator" else role,
-                role if role in ONE_OF_A_KIND else f"{role}-{index}",
-                f"{host(self._run.job_id, role, index)}:{METRICS_PORT}",
-            )
-            for role, count in replicas(self._job).items()
-            for index in range(count)
-        ]
