@@ -132,11 +132,11 @@ def test_every_pod_fits_a_restricted_namespace(job: str, cluster: str) -> None:
 
 
 def test_names_fit_into_host_names() -> None:
-    assert jobset_name("short-1") == "short-1"
+    assert jobset_name("7b-1") == "j-7b-1"
     long = "a" * 40 + "-" + "b" * 22
     name = jobset_name(long)
     assert len(name) <= MAX_NAME and name != jobset_name(long[:-1] + "c")
-    assert len(f"{name}-orchestrator-0-9999") <= 63
+    assert len(f"{name}-orchestrator-0-9999-abcde") <= 63
 
 
 ready = {"replicatedJobsStatus": [{"name": "learner", "ready": 1}]}

@@ -73,6 +73,7 @@ def serve(
 
     if (launcher == "kubernetes") != (cluster is not None) or launcher not in ("local", "kubernetes"):
         raise ConfigError("--launcher", launcher, "does not go with --cluster", "Give both, or neither.")
+    launchers = Launchers(cluster.resolve() if cluster else None, store if cluster else None)
     directory = data_dir.expanduser().resolve()
     settings = ServeSettings(
         data_dir=directory,
@@ -87,8 +88,8 @@ def serve(
         tls_elsewhere=tls_elsewhere,
         allowed_hosts=tuple(allowed_host or ()),
         admission=Admission(tasks=(*DEFAULT_TASKS, *(allow_task or ()))),
-        launchers=Launchers(cluster.resolve() if cluster else None, store if cluster else None),
-        policy=SchedulingPolicy(slots=slots, max_losses=max_losses),
+        launchers=launchers,
+        policy=SchedulingPolicy(slots=slots, max_losses=max_losses, stop_seconds=launchers.stop_seconds),
         requests_per_second=rate_limit,
         burst=max(1, int(rate_limit * 3)),
     ).with_roots(root)

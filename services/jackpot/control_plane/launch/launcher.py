@@ -12,6 +12,7 @@ class LaunchStatus:
     """How a job's processes are doing."""
 
     finished: bool = False  # learner and orchestrator have done all their work
+    waiting: bool = False  # for machines: nothing runs, and that is as it should be
     error: str | None = None  # the job cannot go on, and why
     restarts: Mapping[str, int] = field(default_factory=dict)  # by process
 

@@ -15,6 +15,7 @@ from jackpot.errors import ConfigError
 
 CLUSTER_VARIABLE = "JACKPOT_CLUSTER_SETTINGS"
 BUS_VARIABLE = "JACKPOT_BUS_URL"
+BUILTIN = "builtin:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,25 @@ class Launchers:
     def jobs_outlive_sessions(self) -> bool:
         """Whether a job goes on when the process that follows it dies."""
         return self.cluster is not None
+
+    @property
+    def stop_seconds(self) -> float:
+        """How long a session may take to take its job down, before it is killed."""
+        return 45.0 if self.cluster is None else 360.0
+
+    def check_job(self, job: JobSpec) -> None:
+        """Refuse a job that cannot run where jobs run.
+
+        Raises:
+            ConfigError: it names built-in models, and jobs run on a cluster.
+        """
+        models = {"policy.model": job.policy.model} | (
+            {} if isinstance(job.actor, str) else {"actor.model": job.actor.model}
+        )
+        for field, model in models.items():
+            if self.cluster is not None and model.startswith(BUILTIN):
+                remedy = "Put models on the model volume and name their directories under /var/lib/jackpot/models."
+                raise ConfigError(field, model, "is made with torch, which the control plane does not have", remedy)
 
     def check(self) -> None:
         """Refuse settings that cannot work before the first job does.

@@ -158,6 +158,7 @@ async def _follow(
                 elapsed_seconds=now - started,
             )
             view.show(snapshot)
+            started = now if status.waiting else started
             if not over and not snapshot.steps and now - started > timeout:
                 raise DeadlineError("the first optimizer step", timeout, f"Look at the logs in {run.path / 'logs'}.")
         if over:

@@ -59,7 +59,10 @@ def _heed_requests(path: Path) -> None:
 
 
 def _run(run: RunDirectory, session: int, on_started: Callable[[], None]) -> tuple[str, str | None]:
-    job = prepare_job(run.load_job())
+    launchers = Launchers.from_env()
+    job = run.load_job()
+    launchers.check_job(job)
+    job = prepare_job(job)
     aside = run.path / ".job.json"
     aside.write_text(job.model_dump_json(indent=2), encoding="utf-8")
     aside.replace(run.path / "job.json")
@@ -72,7 +75,7 @@ def _run(run: RunDirectory, session: int, on_started: Callable[[], None]) -> tup
             resumed=session > 1,
             view=recorder,
             on_started=on_started,
-            launchers=Launchers.from_env(),
+            launchers=launchers,
         )
     return summary["state"], summary.get("error")
 

@@ -159,7 +159,9 @@ class ClusterApi:
     async def events(self, name: str) -> list[Object]:
         """Events about objects whose names begin with ``name``; none if the API server cannot be asked now."""
         try:
-            listing = await self._core.list_namespaced_event(self._namespace, _request_timeout=TIMEOUT_SECONDS)
+            listing = await self._core.list_namespaced_event(
+                self._namespace, field_selector="type=Warning", _request_timeout=TIMEOUT_SECONDS
+            )
         except TROUBLES as error:
             LOG.warning("events cannot be listed: %s", error)
             return []

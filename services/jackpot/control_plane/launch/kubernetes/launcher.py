@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +17,10 @@ from jackpot.control_plane.launch.kubernetes.status import Phase, Status
 from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.scrape_targets import forget_targets
-from jackpot.errors import JackpotError
+from jackpot.errors import ConfigError, JackpotError
 
 GONE_SECONDS = 180.0  # pods get a minute of grace, and nodes are slow at times
+STOP_SECONDS = 120.0  # how long an API server that does not answer is asked to delete a JobSet
 POLL_SECONDS = 0.2
 TAIL_SECONDS = 5.0  # for the last lines of logs to arrive
 
@@ -64,34 +64,29 @@ class KubernetesLauncher:
         await self._api.connect()
         await self._make()
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._logs.run())]
-        while True:
-            status = self._status()
-            if status is not None and status.phase in (Phase.RUNNING, Phase.COMPLETED):
-                return
-            if status is not None and status.phase is Phase.FAILED:
-                raise JackpotError(await self._why(status))
+        while (status := self._status()) is None or status.phase not in (Phase.RUNNING, Phase.COMPLETED):
+            if error := await self._error(status):
+                raise JackpotError(error)
             await asyncio.sleep(POLL_SECONDS)
 
     async def check(self) -> LaunchStatus:
         """How the JobSet is doing. Its restarts are Kubernetes' own affair."""
-        for task in self._tasks:
-            if task.done():
-                task.result()  # an error of ours: neither ends by itself
         status = self._status()
-        error = None
-        if self._missing:
-            error = f"the JobSet {self._name} was deleted from outside"
-        elif status is not None and status.phase is Phase.FAILED:
-            error = await self._why(status)
+        error = await self._error(status)
         finished = status is not None and status.phase is Phase.COMPLETED
         if finished:
             await asyncio.sleep(TAIL_SECONDS)
-        return LaunchStatus(finished=finished, error=error, restarts=dict(self._logs.restarts))
+        waiting = status is not None and status.phase is Phase.WAITING
+        return LaunchStatus(finished=finished, waiting=waiting, error=error, restarts=dict(self._logs.restarts))
 
     async def stop(self) -> None:
-        """Delete the JobSet; its pods finish their unit of work."""
+        """Delete the JobSet and wait until its pods have finished their unit of work and are gone.
+
+        Raises:
+            JackpotError: the API server does not let it be deleted; it may run on.
+        """
         try:
-            await self._delete(TAIL_SECONDS)
+            await self._delete()
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -115,13 +110,24 @@ class KubernetesLauncher:
             await asyncio.sleep(POLL_SECONDS)
         forget_targets(self._run.path)
 
-    async def _delete(self, patience_seconds: float) -> None:
-        with contextlib.suppress(JackpotError):  # not connected, or out of reach: the JobSet's own end takes it down
-            await self._api.connect()
-            await self._api.delete(self._name)
-            deadline = time.monotonic() + patience_seconds
-            while time.monotonic() < deadline and await self._api.get(self._name) is not None:
-                await asyncio.sleep(POLL_SECONDS)
+    async def _delete(self) -> None:
+        """Ask until it is done: a job that was cancelled must not hold GPUs because a request got lost."""
+        deadline = time.monotonic() + STOP_SECONDS
+        while True:
+            try:
+                await self._api.connect()
+                await self._api.delete(self._name)
+                gone_by = time.monotonic() + GONE_SECONDS
+                while await self._api.get(self._name) is not None and time.monotonic() < gone_by:
+                    await asyncio.sleep(POLL_SECONDS)
+                return
+            except ConfigError:
+                return  # there is no cluster, and so nothing on it
+            except JackpotError as error:
+                if time.monotonic() > deadline:
+                    remedy = f"Delete it by hand: kubectl -n {self._cluster.namespace} delete jobset {self._name}"
+                    raise JackpotError(f"the JobSet {self._name} may run on ({error}). {remedy}") from error
+                await asyncio.sleep(1.0)
 
     async def _watch(self) -> None:
         async for found in self._api.follow(self._run.job_id):
@@ -132,6 +138,15 @@ class KubernetesLauncher:
 
     def _status(self) -> Status | None:
         return None if self._seen is None else Status.of(self._seen)
+
+    async def _error(self, status: Status | None) -> str | None:
+        """Why the job cannot go on, or None."""
+        for task in self._tasks:
+            if task.done():
+                task.result()  # an error of ours: neither ends by itself
+        if self._missing:
+            return f"the JobSet {self._name} was deleted from outside"
+        return await self._why(status) if status is not None and status.phase is Phase.FAILED else None
 
     async def _why(self, status: Status) -> str:
         """The reason, and the last lines of a process that failed."""

@@ -9,16 +9,18 @@ ROLES = ("orchestrator", "rollout", "evaluator", "scorer", "learner")
 JOB_LABEL = "jackpot/job-id"
 GRPC_PORT, HEALTH_PORT, METRICS_PORT = 50051, 50052, 9090
 
-# A pod's host name is <JobSet>-<role>-0-<index>, and has at most 63 characters.
-MAX_NAME = 63 - len("-orchestrator-0-9999")
+# A pod is called <JobSet>-<role>-0-<index>-<5 random>; JobSet asks for a DNS label of RFC 1035: at most 63 characters,
+# of which the first is a letter.
+MAX_NAME = 63 - len("-orchestrator-0-9999-abcde")
 
 
 def jobset_name(job_id: str) -> str:
-    """The JobSet of a job: its id, or where that is too long the start of it and a hash of the whole."""
-    if len(job_id) <= MAX_NAME:
-        return job_id
+    """The JobSet of a job: ``j-`` and its id, or where that is too long the start of it and a hash of the whole."""
+    name = f"j-{job_id}"
+    if len(name) <= MAX_NAME:
+        return name
     digest = hashlib.sha256(job_id.encode()).hexdigest()[:8]
-    return f"{job_id[: MAX_NAME - 9].rstrip('-')}-{digest}"
+    return f"{name[: MAX_NAME - 9].rstrip('-')}-{digest}"
 
 
 def host(job_id: str, role: str, index: int = 0) -> str:

@@ -108,7 +108,12 @@ def _probes(job: JobSpec) -> Manifest:
 def _environment(
     role: str, variables: Mapping[str, str], cluster: ClusterSettings, settings: RoleSettings
 ) -> list[Manifest]:
-    fixed = {"HOME": "/tmp", "XDG_CACHE_HOME": "/tmp/cache", "HF_HOME": f"{DATA_DIR}/models", "HF_HUB_OFFLINE": "1"}
+    fixed = {
+        "HOME": "/tmp",
+        "XDG_CACHE_HOME": "/tmp/cache",
+        "HF_HOME": f"{DATA_DIR}/models" if cluster.model_claim else "/tmp/hf",
+        "HF_HUB_OFFLINE": "1",
+    }
     if cluster.hf_token_secret is not None:
         del fixed["HF_HUB_OFFLINE"]
     found: list[Manifest] = [

@@ -13,6 +13,7 @@ from jackpot.control_plane.launch.kubernetes.naming import jobset_name
 from jackpot.control_plane.run_directory import RunDirectory
 
 LOOK_SECONDS = 3.0
+EVENT_LOOKS = 5  # a namespace has many events: they are asked for every so many looks
 INDEX = "batch.kubernetes.io/job-completion-index"
 COMPONENT = "app.kubernetes.io/component"
 ONE_OF_A_KIND = ("orchestrator", "evaluator", "learner")
@@ -29,9 +30,10 @@ class PodLogs:
     def __init__(self, api: ClusterApi, run: RunDirectory) -> None:
         self._api = api
         self._run = run
-        self._since = time.time()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._copied: set[str] = set()  # uids of pods that had ended before their logs were copied
         self._failed: dict[str, str] = {}  # by uid: the process
+        self._looks = 0
         self._told: set[tuple[str, str]] = set()
 
     @property
@@ -58,11 +60,15 @@ class PodLogs:
             return
         if phase == "Failed":
             self._failed[uid] = name
-        if uid not in self._tasks and phase in ("Running", "Succeeded", "Failed"):
-            self._tasks[uid] = asyncio.create_task(self._copy(pod["metadata"]["name"], name, phase))
+        if uid in self._copied or phase not in ("Running", "Succeeded", "Failed"):
+            return
+        if uid not in self._tasks or self._tasks[uid].done():  # a connection may drop while the pod runs
+            self._tasks[uid] = asyncio.create_task(self._copy(pod["metadata"]["name"], name))
+            if phase != "Running":
+                self._copied.add(uid)
 
-    async def _copy(self, pod: str, name: str, phase: str) -> None:
-        """A session that takes a job over goes on where the one before has ended, give or take a line."""
+    async def _copy(self, pod: str, name: str) -> None:
+        """Goes on where this session, or the one before, has ended, give or take a line."""
         path = self._run.log(name)
         since = int(time.time() - path.stat().st_mtime) + 1 if path.exists() and path.stat().st_size else None
         with path.open("ab") as file:
@@ -72,6 +78,9 @@ class PodLogs:
 
     async def _tell_events(self) -> None:
         """Warnings, each once: images that cannot be pulled, pods that fit on no node."""
+        self._looks += 1
+        if self._looks % EVENT_LOOKS != 1:
+            return
         for event in await self._api.events(jobset_name(self._run.job_id)):
             key = (event["involvedObject"].get("name", ""), str(event.get("reason")))
             if event.get("type") == "Warning" and key not in self._told:
