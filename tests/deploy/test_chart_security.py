@@ -55,13 +55,10 @@ def test_the_control_planes_role_is_exactly_this() -> None:
         {
             "apiGroups": ["jobset.x-k8s.io"],
             "resources": ["jobsets"],
-            "verbs": ["get", "list", "watch", "create", "patch", "delete"],
+            "verbs": ["get", "list", "watch", "create", "delete"],
         },
-        {"apiGroups": ["kueue.x-k8s.io"], "resources": ["workloads", "localqueues"], "verbs": ["get", "list", "watch"]},
-        {"apiGroups": [""], "resources": ["pods", "events"], "verbs": ["get", "list", "watch"]},
+        {"apiGroups": [""], "resources": ["pods", "events"], "verbs": ["list"]},
         {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
-        {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]},
-        {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]},
     ]
     binding = named(objects, "RoleBinding", "jp-jackpot-control-plane")
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "jp-jackpot-control-plane", "namespace": "ml"}]
