@@ -12,8 +12,8 @@ ERRORS = ((None, GREEN), (0.01, ORANGE), (0.05, RED))
 
 
 def quantile(fraction: str, metric: str, by: str) -> str:
-    """A quantile of a histogram, by labels."""
-    return f"histogram_quantile({fraction}, sum by (le, {by}) (rate({metric}_bucket{{{JOB}}}{RATE})))"
+    """A quantile of a histogram, by labels; without those that saw nothing, whose quantile is no number."""
+    return f"histogram_quantile({fraction}, sum by (le, {by}) (rate({metric}_bucket{{{JOB}}}{RATE}))) >= 0"
 
 
 UP = Row(
@@ -111,7 +111,7 @@ WEIGHTS = Row(
             "Mean, by service: reading, verifying and swapping in.",
             Query(
                 f"sum by (service, role) (rate(jackpot_weight_load_seconds_sum{{{JOB}}}{RATE}))"
-                f" / sum by (service, role) (rate(jackpot_weight_load_seconds_count{{{JOB}}}{RATE}))",
+                f" / (sum by (service, role) (rate(jackpot_weight_load_seconds_count{{{JOB}}}{RATE})) > 0)",
                 "{{service}} {{role}}",
             ),
             unit="s",
@@ -181,7 +181,7 @@ VLLM = Row(
             "Share of prompt tokens found: a group's siblings share their prompt.",
             Query(
                 f"sum by (instance) (rate(vllm:prefix_cache_hits_total{{{JOB}}}{RATE}))"
-                f" / sum by (instance) (rate(vllm:prefix_cache_queries_total{{{JOB}}}{RATE}))",
+                f" / (sum by (instance) (rate(vllm:prefix_cache_queries_total{{{JOB}}}{RATE})) > 0)",
                 "{{instance}}",
             ),
             unit="percentunit",
@@ -228,7 +228,7 @@ REST = Row(
             "99th percentile by route, to the last byte. Streams of events and logs last as long as they are read.",
             Query(
                 "histogram_quantile(0.99, sum by (le, route) "
-                f"(rate(jackpot_api_request_duration_seconds_bucket{{{NAMESPACE}}}{RATE})))",
+                f"(rate(jackpot_api_request_duration_seconds_bucket{{{NAMESPACE}}}{RATE}))) >= 0",
                 "{{route}}",
             ),
             unit="s",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from jackpot.errors import ConfigError
@@ -142,6 +142,18 @@ def test_the_endpoint_speaks_prometheus_with_our_names_and_label(registry: Colle
         assert sample.name.startswith("jackpot_")
         assert sample.labels["job_id"] == "job-1"
         assert "job" not in sample.labels
+
+
+def test_names_are_the_same_whoever_asks(registry: CollectorRegistry) -> None:
+    """Prometheus 2 asks for OpenMetrics, and must get vLLM's names with their colon."""
+    Counter("vllm:generation_tokens", "as vLLM names it", registry=registry).inc(3)
+    port = serve_metrics("127.0.0.1:0", registry)
+    for accept in ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5", "*/*"):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": accept})
+        with urllib.request.urlopen(request, timeout=5) as response:
+            assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
+        assert lines == ["vllm:generation_tokens_total 3.0"]
 
 
 @pytest.mark.parametrize("address", ["9100", "localhost:", "localhost:http", "127.0.0.1:70000"])

@@ -15,8 +15,6 @@ from jackpot.runtime.metrics.catalogue import CATALOGUE
 
 LOG = logging.getLogger(__name__)
 
-_NAMES = ("jackpot_gpu_busy_ratio", "jackpot_gpu_memory_used_bytes", "jackpot_gpu_memory_size_bytes")
-
 
 class GpuCollector(Collector):
     """Utilization and memory of the GPUs in ``CUDA_VISIBLE_DEVICES``, or of all.
@@ -28,6 +26,8 @@ class GpuCollector(Collector):
         registry: where it registers itself.
     """
 
+    NAMES = ("jackpot_gpu_busy_ratio", "jackpot_gpu_memory_used_bytes", "jackpot_gpu_memory_size_bytes")
+
     def __init__(self, job_id: str, registry: CollectorRegistry) -> None:
         self._job_id = job_id
         self._nvml: Any = None
@@ -36,7 +36,7 @@ class GpuCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Part of the client library's interface."""
-        families = [_family(name) for name in _NAMES]
+        families = [_family(name) for name in self.NAMES]
         if self._handles is None:
             self._handles = self._open()
         for index, handle in self._handles:
@@ -51,7 +51,7 @@ class GpuCollector(Collector):
 
     def describe(self) -> Iterable[Metric]:
         """Part of the client library's interface."""
-        return [_family(name) for name in _NAMES]
+        return [_family(name) for name in self.NAMES]
 
     def _open(self) -> Sequence[tuple[str, Any]]:
         try:

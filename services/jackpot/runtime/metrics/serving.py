@@ -5,14 +5,55 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 
-from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, disable_created_metrics, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from jackpot.errors import ConfigError
 
 ADDRESSES = "metrics"
+IDLE_SECONDS = 60.0  # a connection that stays silent for so long is closed
 _EVERYWHERE = ("0.0.0.0", "::")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers every GET with the metrics, in Prometheus's own text format whatever is asked for.
+
+    The client library's server would, to a Prometheus that asks for OpenMetrics, write vLLM's names with ``_`` in place
+    of ``:``; which names there are would hang on who asks.
+    """
+
+    registry: CollectorRegistry
+    timeout = IDLE_SECONDS
+
+    def do_GET(self) -> None:
+        """Part of the standard library's interface."""
+        body = generate_latest(self.registry)
+        self.send_response(200)
+        self.send_header("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Scrapes are no news."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        """Without the standard library's look-up of this machine's full name, which may take seconds."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
 
 
 def serve_metrics(address: str, registry: CollectorRegistry = REGISTRY) -> int:
@@ -25,15 +66,19 @@ def serve_metrics(address: str, registry: CollectorRegistry = REGISTRY) -> int:
         ConfigError: the address is not of that form or cannot be bound.
     """
     host, colon, port = address.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
     if not colon or not port.isdecimal():
         raise ConfigError("JACKPOT_METRICS_ADDRESS", address, "is not host:port", "Write e.g. 127.0.0.1:9100.")
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody asks for
+    handler = type("Handler", (_Handler,), {"registry": registry})
     try:
-        server, _ = start_http_server(int(port), host.strip("[]") or "127.0.0.1", registry)
+        server = (_Server6 if ":" in host else _Server)((host, int(port)), handler)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             "JACKPOT_METRICS_ADDRESS", address, f"cannot be bound ({error})", "Use a free port."
         ) from None
-    return int(server.server_port)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server.server_port
 
 
 def reachable_host(address: str, name: str = "") -> str:
