@@ -39,6 +39,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> 
             },
             {
                 "job_name": "jobs",
+                "honor_labels": True,
                 "http_sd_configs": [{"url": f"{server.url}/v1/metrics-targets", "refresh_interval": "1s"}],
             },
         ]
