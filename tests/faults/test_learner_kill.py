@@ -1,4 +1,4 @@
-"""The learner process, killed between its checkpoints: what it trains in the end is what it would have trained."""
+"""The learner, killed between its checkpoints or in one of its ranks: it trains what it would have trained."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -29,7 +31,7 @@ async def fill(url: str, job: JobSpec, job_id: str, run_dir: Path) -> Trajectory
     """Put all groups of the job on the bus, scored."""
     bus = await TrajectoryBus.connect(url, job_id, job.bus, "test", run_dir / "payloads")
     await bus.open()
-    for slot in range(STEPS * GROUPS_PER_BATCH):
+    for slot in range(job.num_groups):
         scored = scored_group(GroupKey(slot, 0, slot).group_id(job_id), np.random.default_rng(slot))
         assert await bus.reserve(scored.group_id, 10_000)
         assert await bus.publish(scored.group) == "published"
@@ -168,3 +170,47 @@ async def test_a_killed_learner_ends_with_the_very_weights_of_an_undisturbed_one
     assert str(STEPS) in newest
     seconds = json.loads((undisturbed.run_dir / "activity" / "learner-0.json").read_text())["seconds"]
     assert {"train", "publish", "checkpoint", "wait_groups"} <= seconds.keys()
+
+
+def rank_process(process: subprocess.Popen[bytes], rank: int) -> psutil.Process:
+    """The process of one rank, among those that torchrun started."""
+    (found,) = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == str(rank)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_two_ranks_end_together_and_go_on_together(
+    tmp_path: Path, valkey_url: str, make_model: Callable[..., Path]
+) -> None:
+    """A rank killed ends the other at once; SIGTERM stops both in order; both resume from the checkpoint."""
+    environment, job = new_run(tmp_path, "ranks", valkey_url, make_model, "learner.processes=2", "learner.steps=40")
+    run_dir = environment.run_dir
+    bus = await fill(valkey_url, job, environment.job_id, run_dir)
+    process = start_learner(environment)
+    try:
+        await wait_until(lambda: len(rows(run_dir)) >= 5, "step 5")
+        rank_process(process, 1).kill()
+        await wait_until(lambda: process.poll() is not None, "rank 0 to follow rank 1")
+        assert process.returncode not in (0, 75)
+
+        seen = len(rows(run_dir))
+        process = start_learner(environment)
+        await wait_until(lambda: len(rows(run_dir)) >= seen + 2, "two more steps")
+        process.send_signal(signal.SIGTERM)
+        await wait_until(lambda: process.poll() is not None, "both ranks to stop")
+        assert process.returncode == 75, (run_dir / "learner.log").read_text()
+        assert json.loads((run_dir / "resumed.json").read_text())["resumed_from_step"] >= CHECKPOINT_EVERY
+
+        process = start_learner(environment)
+        await wait_until(lambda: process.poll() is not None, "the learner to finish")
+        assert process.returncode == 0, (run_dir / "learner.log").read_text()
+        ledger = await bus.ledger()
+        assert (ledger.dispatched, ledger.trained, ledger.dropped, ledger.open) == (80, 80, {}, 0)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+        await bus.close()
+    assert len(list((run_dir / "checkpoints" / "00000040").glob("*.safetensors"))) == 2
+    policy = AutoModelForCausalLM.from_pretrained(run_dir / "export" / "policy")
+    assert all(bool(parameter.isfinite().all()) for parameter in policy.parameters())
