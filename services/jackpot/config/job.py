@@ -204,6 +204,9 @@ class LearnerConfig(Section):
     max_sequence_tokens: PositiveInt | None = None
     """Longest sequence (prompt and completion) that is trained on; what lies beyond is left out of the loss and
     counted as ``response/cut_tokens``. null is no bound: ``sampling.max_tokens`` already bounds completions."""
+    profile_steps: NonNegativeInt = 0
+    """Optimizer steps to record with torch's profiler, once per process and after its first batch: ``profile/`` of the
+    run directory gets a trace per process for Perfetto. 0 records nothing; recording slows a step down."""
     collective_timeout_seconds: PositiveFloat = 600.0
     """How long a process waits for the others in one exchange before all of them start again from the last
     checkpoint. One that died is noticed at once; this is for one that hangs."""

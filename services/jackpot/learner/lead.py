@@ -20,6 +20,7 @@ from jackpot.errors import JackpotError
 from jackpot.learner.batch import Batch
 from jackpot.learner.batch_wire import batch_from_bytes, batch_to_bytes
 from jackpot.learner.checkpoint import CheckpointStore, PendingCheckpoint, Progress
+from jackpot.learner.profiling import StepProfiler
 from jackpot.learner.ranks import RankLostError, Ranks
 from jackpot.learner.trainer import Trainer
 from jackpot.trajectory import Role
@@ -37,10 +38,18 @@ class LeadTrainer(Trainer):
         policy: θ.
         actor: ω, or None.
         ranks: all of them.
+        profiler: records what the job asks for.
     """
 
-    def __init__(self, job: JobSpec, policy: PreTrainedModel, actor: PreTrainedModel | None, ranks: Ranks) -> None:
-        super().__init__(job, policy, actor, ranks)
+    def __init__(
+        self,
+        job: JobSpec,
+        policy: PreTrainedModel,
+        actor: PreTrainedModel | None,
+        ranks: Ranks,
+        profiler: StepProfiler | None = None,
+    ) -> None:
+        super().__init__(job, policy, actor, ranks, profiler)
         self._turn = threading.Lock()
         self._dismissed = threading.Event()
         threading.Thread(target=self._keep_in_touch, name="ranks", daemon=True).start()

@@ -12,6 +12,7 @@ from jackpot.config import JobSpec, ModelConfig
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.learner.lead import LeadTrainer
+from jackpot.learner.profiling import StepProfiler
 from jackpot.learner.ranks import SOLO, Ranks, join_ranks
 from jackpot.learner.trainer import Trainer
 from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
@@ -38,9 +39,9 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
     actor = None
     if not isinstance(job.actor, str) and job.actor.weights == "own" and (job.actor.train or ranks.rank == 0):
         actor = _load(job.actor, place, learns=job.actor.train, field="actor.model")
-    if ranks.size > 1 and ranks.rank == 0:
-        return LeadTrainer(job, policy, actor, ranks), ranks
-    return Trainer(job, policy, actor, ranks), ranks
+    profiler = StepProfiler(environment.run_dir / "profile", job.learner.profile_steps, ranks.rank)
+    kind = LeadTrainer if ranks.size > 1 and ranks.rank == 0 else Trainer
+    return kind(job, policy, actor, ranks, profiler), ranks
 
 
 def is_sharded(job: JobSpec) -> bool:

@@ -25,6 +25,7 @@ from jackpot.learner.optimizer import build_optimizer, clip_gradients
 from jackpot.learner.packing import states_of
 from jackpot.learner.partition import MicroRows, plan_passes
 from jackpot.learner.policy_target import ScoringPass, policy_target_weights
+from jackpot.learner.profiling import StepProfiler
 from jackpot.learner.ranks import SOLO, Ranks
 from jackpot.learner.reused_reference import OwnReference, own_reference
 from jackpot.learner.schedule import learning_rate_factor
@@ -54,10 +55,16 @@ class Trainer:
         policy: θ.
         actor: ω, or None when the policy samples for itself.
         ranks: the processes that train together; with a mesh, models that learn are sharded over it.
+        profiler: records what the job asks for; None records nothing.
     """
 
     def __init__(
-        self, job: JobSpec, policy: PreTrainedModel, actor: PreTrainedModel | None, ranks: Ranks = SOLO
+        self,
+        job: JobSpec,
+        policy: PreTrainedModel,
+        actor: PreTrainedModel | None,
+        ranks: Ranks = SOLO,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self._job = job
         self._ranks = ranks
@@ -87,6 +94,7 @@ class Trainer:
             for role, lr in self._peak_lr.items()
         }
         self.controls = Controls(job.algorithm)
+        self.profiler = profiler or StepProfiler(Path(), steps=0)
 
     def _prepare(self) -> None:
         """Compile, checkpoint and shard what the job asks for; before there are optimizers."""
@@ -124,6 +132,10 @@ class Trainer:
 
     def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
         """Train on one batch, in ``updates_per_batch`` optimizer steps; the figures of each step."""
+        with self.profiler.batch(first_step, self._job.learner.updates_per_batch):
+            return self._train_parts(batch, first_step)
+
+    def _train_parts(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
         parts = batch.split(self._job.learner.updates_per_batch)
         weights = self._reference_weights(batch, parts)
         references = [self._actor_reference(part) if len(parts) > 1 else None for part in parts]
