@@ -205,6 +205,8 @@ async def test_each_role_can_do_its_work_on_the_bundled_server_and_no_more(tmp_p
         store = RedisJobStore(user_url(socket, made, "control-plane"))
         await store.check_server()
         assert sum((await store.counts()).values()) == 0
+        assert await store.lead("one", 10.0) and not await store.lead("another", 10.0)
+        await store.lead("one", 0)
         await store.close()
         await carry_a_group(
             {user: user_url(socket, made, user) for user in ("orchestrator", "scorer", "learner")}, tmp_path

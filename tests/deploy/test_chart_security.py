@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chart_world import CHART, VALUES_FILES, Object, containers, named, of_kind, pods, render, values_id
+from chart_world import CHART, ROOT, VALUES_FILES, Object, containers, named, of_kind, pods, render, values_id
 
 WORKERS = {"orchestrator", "rollout", "evaluator", "scorer", "learner"}
 COMPONENTS = {"control-plane", "redis", "test", *WORKERS}
@@ -49,17 +49,33 @@ def test_only_the_control_plane_speaks_to_the_kubernetes_api(values: Path) -> No
     assert used <= accounts and "jp-jackpot-worker" in accounts
 
 
-def test_the_control_planes_role_is_exactly_this() -> None:
+# What a method of the client library asks of a Role: API group, resource, verb.
+ASKS = {
+    "create_namespaced_custom_object": ("jobset.x-k8s.io", "jobsets", "create"),
+    "get_namespaced_custom_object": ("jobset.x-k8s.io", "jobsets", "get"),
+    "list_namespaced_custom_object": ("jobset.x-k8s.io", "jobsets", "list"),
+    "delete_namespaced_custom_object": ("jobset.x-k8s.io", "jobsets", "delete"),
+    "list_namespaced_pod": ("", "pods", "list"),
+    "list_namespaced_event": ("", "events", "list"),
+    "read_namespaced_pod_log": ("", "pods/log", "get"),
+}
+
+
+def test_the_control_planes_role_is_exactly_what_the_launcher_calls() -> None:
     objects = render()
-    assert named(objects, "Role", "jp-jackpot-control-plane")["rules"] == [
-        {
-            "apiGroups": ["jobset.x-k8s.io"],
-            "resources": ["jobsets"],
-            "verbs": ["get", "list", "watch", "create", "delete"],
-        },
-        {"apiGroups": [""], "resources": ["pods", "events"], "verbs": ["list"]},
-        {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
-    ]
+    rules = named(objects, "Role", "jp-jackpot-control-plane")["rules"]
+    granted = {
+        (group, resource, verb)
+        for rule in rules
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    folder = ROOT / "services" / "jackpot" / "control_plane" / "launch" / "kubernetes"
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py")))
+    called = set(re.findall(r"\b[a-z]+_namespaced_[a-z_]+\b", source))
+    # A watch is a list that goes on.
+    assert granted == {ASKS[method] for method in called} | {("jobset.x-k8s.io", "jobsets", "watch")}
     binding = named(objects, "RoleBinding", "jp-jackpot-control-plane")
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "jp-jackpot-control-plane", "namespace": "ml"}]
     assert not of_kind(objects, "ClusterRole", "ClusterRoleBinding")
