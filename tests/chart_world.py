@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import os
 import subprocess
 import tarfile
+import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -15,6 +18,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from jackpot.runtime.bus.server import find_server_binary
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "helm" / "jackpot"
@@ -125,3 +130,27 @@ def containers(spec: Object) -> list[Object]:
 def values_id(path: Path) -> str:
     """The name of a values file, for the test's own."""
     return path.name.removesuffix("-values.yaml")
+
+
+def start_bus(objects: Sequence[Object], directory: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """The real server with the chart's configuration and users; its process and its socket. Without TLS, which the
+    binary at hand does not speak."""
+    conf = named(objects, "ConfigMap", "jp-jackpot-redis")["data"]["redis.conf"]
+    secret = named(objects, "Secret", "jp-jackpot-redis")["data"]
+    (directory / "users.acl").write_bytes(base64.b64decode(secret["users.acl"]))
+    socket = f"{tempfile.mkdtemp(prefix='jackpot-')}/bus.sock"  # pytest's own directories are too long for one
+    lines = [
+        line.replace("/etc/redis/users", str(directory)).replace("/data", str(directory))
+        for line in conf.splitlines()
+        if not line.startswith(("port", "bind"))
+    ]
+    (directory / "redis.conf").write_text("\n".join([*lines, "port 0", f"unixsocket {socket}", ""]))
+    process = subprocess.Popen(
+        [find_server_binary(), str(directory / "redis.conf")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 20
+    while not Path(socket).exists():
+        assert process.poll() is None, process.communicate()[0].decode()
+        assert time.monotonic() < deadline, "the server does not answer"
+        time.sleep(0.02)
+    return process, socket

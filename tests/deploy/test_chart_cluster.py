@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from chart_world import CHART, ROOT, VALUES_FILES, Object, named, of_kind, render, values_id
 
 from jackpot.config import load_job
+from jackpot.control_plane.launch.kubernetes.jobset import jobset
+from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
 
-settings_module = pytest.importorskip("jackpot.control_plane.launch.kubernetes.settings")
 
-
-def cluster(values: Path | None, directory: Path, *settings: str) -> Any:
+def cluster(values: Path | None, directory: Path, *settings: str) -> ClusterSettings:
     """The settings as the control plane reads them."""
     path = directory / "cluster.yaml"
     path.write_text(named(render(values, *settings), "ConfigMap", "jp-jackpot-cluster")["data"]["cluster.yaml"])
-    return settings_module.ClusterSettings.load(path)
+    return ClusterSettings.load(path)
 
 
 @pytest.mark.parametrize("values", VALUES_FILES, ids=values_id)
@@ -71,10 +70,8 @@ def test_numbers_that_are_names_stay_names(tmp_path: Path) -> None:
     assert (found.queue, found.run_claim, found.image_pull_secrets) == ("13", "9", ["17"])
 
 
-def pods_of_a_job(found: Any) -> dict[str, tuple[Object, Object]]:
+def pods_of_a_job(found: ClusterSettings) -> dict[str, tuple[Object, Object]]:
     """Metadata and spec of each role's pods, as the launcher makes them."""
-    from jackpot.control_plane.launch.kubernetes.jobset import jobset
-
     manifest = jobset("qwen3-8b-1123-094051-1a2b", load_job(ROOT / "examples" / "qwen3_8b.yaml"), found)
     templates = {each["name"]: each["template"]["spec"]["template"] for each in manifest["spec"]["replicatedJobs"]}
     return {role: (template["metadata"], template["spec"]) for role, template in templates.items()}

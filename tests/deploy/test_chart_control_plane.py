@@ -16,11 +16,11 @@ from pathlib import Path
 import httpx
 import pytest
 from certificates import Authority
-from chart_world import Object, named, pods, render
+from chart_world import Object, named, pods, render, start_bus
 from job_world import JACKPOT
 
-# The launcher needs a cluster. Everything else is as in the pod.
-LEFT_OUT = ("--launcher=", "--cluster=", "--port=")
+# Everything else is as in the pod. A cluster is looked for only when a job starts.
+LEFT_OUT = ("--port=",)
 
 
 class Pod:
@@ -39,6 +39,8 @@ class Pod:
         (directory / "etc/jackpot/tokens/tokens.json").write_text(self.secret["tokens.json"])
         names = named(objects, "Certificate", "jp-jackpot-control-plane-tls")["spec"]["dnsNames"]
         Authority().issue(directory / "etc/jackpot/tls", *names)
+        cluster = named(objects, "ConfigMap", "jp-jackpot-cluster")["data"]["cluster.yaml"]
+        (directory / "etc/jackpot/cluster.yaml").write_text(cluster)
         self.process = self._start()
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], 60)[0]:
@@ -56,7 +58,12 @@ class Pod:
 
     def _start(self) -> subprocess.Popen[str]:
         arguments = [self.inside(each) for each in self.container["args"] if not each.startswith(LEFT_OUT)]
-        variables = {
+        (self.directory / "bus").mkdir()
+        self.bus, socket = start_bus(self.objects, self.directory / "bus")
+        password = base64.b64decode(
+            named(self.objects, "Secret", "jp-jackpot-redis")["data"]["control-plane-password"]
+        ).decode()
+        variables = {"JACKPOT_STORE_URL": f"unix://control-plane:{password}@{socket}"} | {
             each["name"]: self.inside(each["value"]) for each in self.container["env"] if each.get("value") is not None
         }
         return subprocess.Popen(
@@ -74,12 +81,14 @@ class Pod:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.communicate(timeout=30)
+        self.bus.terminate()
+        self.bus.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")
 def pod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
     """One for all tests of this file."""
-    running = Pod(tuple(render()), tmp_path_factory.mktemp("pod"))
+    running = Pod(tuple(render(None, "redis.tls.enabled=false")), tmp_path_factory.mktemp("pod"))
     try:
         yield running
     finally:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import json
-import os
-import subprocess
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from bus_world import make_group, make_scored
-from chart_world import CHART, ROOT, Object, named, parse, render, render_text
+from chart_world import CHART, ROOT, Object, named, parse, render, render_text, start_bus
 from redis import exceptions
 from redis.asyncio import Redis
 
@@ -26,7 +23,6 @@ from jackpot.config import BusConfig
 from jackpot.control_plane.jobs.redis_job_store import RedisJobStore
 from jackpot.control_plane.tokens import Scope, TokenFile
 from jackpot.runtime.bus import TrajectoryBus
-from jackpot.runtime.bus.server import find_server_binary
 
 OWNED = {"annotations": {"meta.helm.sh/release-name": "jp", "meta.helm.sh/release-namespace": "ml"}}
 JOB_ID = "demo-1123-094051-1a2b3c4d"
@@ -138,32 +134,6 @@ def test_the_tokens_that_the_chart_makes_are_taken_by_the_server(tmp_path: Path)
     assert made["admin-token"].split("_")[2] not in made["tokens.json"]
 
 
-@asynccontextmanager
-async def server(directory: Path, conf: str, acl: str) -> AsyncIterator[str]:
-    """The real server with the chart's configuration, on a socket; its path."""
-    socket = f"/tmp/jackpot-chart-{os.getpid()}.sock"
-    (directory / "users.acl").write_text(acl)
-    lines = [
-        line.replace("/etc/redis/users", str(directory)).replace("/data", str(directory))
-        for line in conf.splitlines()
-        if not line.startswith(("port", "bind"))
-    ]
-    (directory / "redis.conf").write_text("\n".join([*lines, "port 0", f"unixsocket {socket}", ""]))
-    process = subprocess.Popen(
-        [find_server_binary(), str(directory / "redis.conf")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    try:
-        async with asyncio.timeout(20):
-            while not Path(socket).exists():
-                assert process.poll() is None, process.stdout and process.stdout.read().decode()
-                await asyncio.sleep(0.02)
-        yield socket
-    finally:
-        process.terminate()
-        process.communicate(timeout=20)
-        Path(socket).unlink(missing_ok=True)
-
-
 def user_url(socket: str, secrets: dict[str, str], user: str) -> str:
     return f"unix://{user}:{secrets[f'{user}-password']}@{socket}"
 
@@ -200,8 +170,10 @@ async def carry_a_group(urls: dict[str, str], directory: Path) -> None:
 async def test_each_role_can_do_its_work_on_the_bundled_server_and_no_more(tmp_path: Path) -> None:
     objects = render(None, "redis.tls.enabled=false")
     made = content(named(objects, "Secret", "jp-jackpot-redis"))
-    conf = named(objects, "ConfigMap", "jp-jackpot-redis")["data"]["redis.conf"]
-    async with server(tmp_path, conf, made["users.acl"]) as socket:
+    process, socket = start_bus(tuple(objects), tmp_path)
+    async with AsyncExitStack() as stack:
+        stack.callback(process.communicate, timeout=20)
+        stack.callback(process.terminate)
         store = RedisJobStore(user_url(socket, made, "control-plane"))
         await store.check_server()
         assert sum((await store.counts()).values()) == 0
