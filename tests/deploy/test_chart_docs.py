@@ -61,7 +61,7 @@ def test_its_manifests_are_what_kubernetes_takes_and_fit_a_restricted_namespace(
     assert flavors[0]["name"] == queues[0]["metadata"]["name"]
     assert queues[2]["spec"]["clusterQueue"] == queues[1]["metadata"]["name"]
     assert yaml.safe_load(file_of("values.yaml"))["workers"]["queue"] == queues[2]["metadata"]["name"]
-    job = yaml.safe_load(file_of("download.yaml"))
+    job = yaml.safe_load(file_of("models.yaml"))
     validate(job, "1.34", strict=True)
     ((_, _, spec),) = pods([job])
     assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["seccompProfile"]
