@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,15 @@ FORMAT = 1
 
 SECTIONS = ("policy", "actor", "task", "sampling", "algorithm", "rollout", "learner", "evaluation")
 """What of a job decides about its result. The rest is where it runs and what it keeps."""
+
+
+INERT: Mapping[str, tuple[str, ...]] = {
+    "rollout": ("engine", "replicas", "device", "max_batch_size", "max_queue", "weight_poll_seconds", "vllm"),
+    "learner": ("device", "max_batch_tokens", "checkpoint_every", "keep_checkpoints", "batch_timeout_seconds"),
+    "evaluation": ("timeout_seconds",),
+    "task": ("reward_timeout_seconds", "reward_attempts"),
+}
+"""Settings of the deciding sections that only say where, how fast and how patiently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +114,31 @@ def agrees(stored: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
         elif mine != theirs:
             return False
     return True
+
+
+def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """:meth:`Run.settings` without those that change nothing: a new default of one makes no run another run."""
+    copy: dict[str, Any] = json.loads(json.dumps(settings))
+    job = copy.get("job", {})
+    algorithm = job.get("algorithm", {})
+    correction, distillation = algorithm.get("correction", {}), algorithm.get("distillation", {})
+    _without(distillation, ["chunk_tokens"])
+    if distillation.get("kl_target") is None:
+        _without(distillation, ["weight_min", "weight_max", "proportional_gain", "integral_gain", "kl_smoothing"])
+    if correction.get("acceptance_rate") is None:
+        _without(correction, ["lambda_smoothing", "lambda_min", "lambda_max"])
+    if correction.get("target") != "policy":
+        _without(correction, ["c2"])
+    if not algorithm.get("kl_penalty", {}).get("weight"):
+        algorithm.pop("kl_penalty", None)
+    for section, names in INERT.items():
+        _without(job.get(section, {}), names)
+    return copy
+
+
+def _without(section: dict[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        section.pop(name, None)
 
 
 def _cells(study: Study, name: str, phase: PhaseConfig) -> list[Cell]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jackpot.errors import ConfigError
-from jackpot.experiment.grid import Run, agrees
+from jackpot.experiment.grid import Run, agrees, effective
 
 SERIES: Mapping[str, str] = {
     "reward": "reward/mean",
@@ -121,7 +121,9 @@ def read_collection(path: Path) -> dict[str, Result]:
 def find(results: Mapping[str, Result], run: Run) -> Result | None:
     """The run's result, if it has been made with exactly these settings."""
     result = results.get(run.key)
-    return result if result is not None and agrees(result.settings, run.settings()) else None
+    if result is None or not agrees(effective(result.settings), effective(run.settings())):
+        return None
+    return result
 
 
 def _result(data: Mapping[str, Any]) -> Result:

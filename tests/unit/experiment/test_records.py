@@ -101,6 +101,14 @@ def test_a_result_made_under_another_default_is_not_taken() -> None:
     before = json.loads(json.dumps(result.settings))
     before["job"]["learner"]["max_grad_norm"] = 0.5
     assert find({result.key: replace(result, settings=before)}, run) is None
+    before["job"]["learner"]["max_grad_norm"] = result.settings["job"]["learner"]["max_grad_norm"]
+    before["job"]["algorithm"]["distillation"]["weight_min"] = 0.4  # nothing follows a KL: it has no effect
+    before["job"]["algorithm"]["correction"]["lambda_max"] = 4.0
+    before["job"]["rollout"]["replicas"] = 3
+    assert find({result.key: replace(result, settings=before)}, run) is not None
+    before["job"]["algorithm"]["distillation"]["kl_target"] = 0.1
+    assert find({result.key: replace(result, settings=before)}, run) is None
+    before["job"]["algorithm"]["distillation"]["kl_target"] = None
     del before["job"]["learner"]["max_grad_norm"]  # a setting that did not exist then
     assert find({result.key: replace(result, settings=before)}, run) is not None
     assert find({}, run) is None
