@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 # vLLM pins other versions of some packages than the rest would take: it gets an environment of its own.
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo compare test test-vllm vllm-cpu check format protos lock clean
+.PHONY: demo compare test test-vllm vllm-cpu check format monitoring protos lock clean
 
 demo: $(VENV)/.local ## Train the demo end to end: tiny models, embedded server, no download of weights
 	$(BIN)/jackpot demo
@@ -35,6 +35,10 @@ check: $(VENV)/.dev ## Format, lint, types, layers, protos
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+monitoring: $(VENV)/.dev ## Regenerate the dashboards and docs/metrics.md
+	$(BIN)/python deploy/grafana/generate.py
+	$(BIN)/python deploy/prometheus/metrics_table.py
 
 protos: $(VENV)/.dev ## Regenerate the committed gRPC stubs
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=services --pyi_out=services --grpc_python_out=services protos/jackpot/v1/*.proto

@@ -134,7 +134,7 @@ GPU = Row(
     (
         curves(
             "Busy fraction",
-            "Share of time in which a kernel runs, as NVML sees it. Needs the extra `gpu`.",
+            "Share of time in which a kernel runs, as NVML sees it.",
             Query(f"jackpot_gpu_busy_ratio{{{JOB}}}", "{{instance}} {{gpu}}"),
             unit="percentunit",
             high=1,

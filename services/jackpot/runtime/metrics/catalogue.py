@@ -43,6 +43,7 @@ LABELS: Mapping[str, str] = {
     "method": "`estimate` or `exact`; of a request: the HTTP method",
     "model": "`policy` or `actor`",
     "obrs": "`before` or `after` rejection",
+    "outcome": "what became of a broadcast: `sent`, `failed` or `skipped`",
     "phase": "a phase of the learner's batch, see `metrics.jsonl`",
     "python": "version of Python; one per process",
     "quantile": "`p01`, `p10`, `p50`, `p90` or `p99`",

@@ -19,7 +19,7 @@ LOG = logging.getLogger(__name__)
 class GpuCollector(Collector):
     """Utilization and memory of the GPUs in ``CUDA_VISIBLE_DEVICES``, or of all.
 
-    Without the package ``nvidia-ml-py`` (extra ``gpu``), a driver or a GPU there are no figures.
+    Without the package ``nvidia-ml-py``, a driver or a GPU there are no figures.
 
     Args:
         job_id: label of every series.
