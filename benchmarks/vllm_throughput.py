@@ -22,7 +22,7 @@ from vllm_models import random_model
 from jackpot.config import ModelConfig, RolloutConfig
 from jackpot.rollout.vllm_launch import is_cpu_build, prepare_environment, start_vllm
 
-PROMPT_TOKENS, N = 16, 8
+PROMPT_TOKENS, N, BURST = 16, 8, 16
 
 
 def prompt(index: int, vocabulary: int) -> np.ndarray:
@@ -31,7 +31,7 @@ def prompt(index: int, vocabulary: int) -> np.ndarray:
 
 
 async def directly(
-    llm: Any, num_groups: int, max_tokens: int, k: int | None, *, flat: bool = True, split: bool = False
+    llm: Any, num_groups: int, max_tokens: int, k: int | None, *, flat: bool = True, split: bool = False, n: int = N
 ) -> float:
     """Tokens per second of AsyncLLM itself; ``split`` sends n requests instead of one with n."""
     from vllm import SamplingParams
@@ -43,7 +43,7 @@ async def directly(
 
     async def one(index: int, part: int) -> int:
         params = SamplingParams(
-            n=1 if split else N,
+            n=1 if split else n,
             seed=1000 * index + part,
             max_tokens=max_tokens,
             ignore_eos=True,
@@ -58,7 +58,7 @@ async def directly(
             total = sum(len(completion.token_ids) for completion in output.outputs)
         return total
 
-    parts = range(N if split else 1)
+    parts = range(n if split else 1)
     totals = await asyncio.gather(*(one(index, part) for index in range(num_groups) for part in parts))
     return sum(totals) / (time.monotonic() - started)
 
@@ -110,6 +110,8 @@ async def client(address: str, vocabulary: int, num_groups: int, max_tokens: int
 
 async def through_grpc(engine: Any, num_groups: int, max_tokens: int, k: int) -> float:
     """Tokens per second through our server, from a client in a process of its own."""
+    from prometheus_client import CollectorRegistry
+
     from jackpot.rollout.servicer import SERVICE_NAME, RolloutServicer
     from jackpot.rollout.weight_follower import WeightFollower
     from jackpot.runtime.activity import Activity
@@ -122,7 +124,7 @@ async def through_grpc(engine: Any, num_groups: int, max_tokens: int, k: int) ->
         follower = WeightFollower(engine, WeightStore(Path(directory)), "actor", 1.0)
 
         def register(server: Any) -> None:
-            activity = Activity(Metrics("benchmark"), "rollout", "0")
+            activity = Activity(Metrics("benchmark", CollectorRegistry()), "rollout", "0")
             servicer = RolloutServicer(engine, follower, "actor", activity)
             rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
@@ -138,7 +140,7 @@ async def through_grpc(engine: Any, num_groups: int, max_tokens: int, k: int) ->
         return float(output)
 
 
-async def measure(llm: Any, counts: Any, model: Path, quick: bool) -> dict[str, Any]:
+async def measure(llm: Any, counts: Any, model: Path, quick: bool, batches: list[int]) -> dict[str, Any]:
     """All figures."""
     from jackpot.rollout.vllm_engine import VllmEngine
 
@@ -155,26 +157,35 @@ async def measure(llm: Any, counts: Any, model: Path, quick: bool) -> dict[str, 
                 "direct": await directly(llm, groups, tokens, 20),
                 "engine": await through_engine(engine, groups, tokens, 20),
                 "grpc": await through_grpc(engine, groups, tokens, 20),
+                # All of one size and running at once: they end together, and so do the answers.
+                "burst_direct": await directly(llm, BURST, tokens, 20),
+                "burst_grpc": await through_grpc(engine, BURST, tokens, 20),
             }
         )
     figures["grpc_tax"] = rounds
     medians = {name: float(np.median([r[name] for r in rounds])) for name in rounds[0]}
     best = {name: max(r[name] for r in rounds) for name in rounds[0]}
-    shares = [{name: r[name] / r["direct"] for name in ("engine", "grpc")} for r in rounds]
+    shares = {
+        "grpc": [r["grpc"] / r["direct"] for r in rounds],
+        "burst": [r["burst_grpc"] / r["burst_direct"] for r in rounds],
+    }
     figures["medians"] = medians | {
         "best_grpc_share": best["grpc"] / best["direct"],
-        "median_grpc_share": float(np.median([share["grpc"] for share in shares])),
+        "median_grpc_share": float(np.median(shares["grpc"])),
+        "median_burst_share": float(np.median(shares["burst"])),
+        "best_burst_share": best["burst_grpc"] / best["burst_direct"],
     }
     print(json.dumps(figures["medians"]), file=sys.stderr, flush=True)
     figures["table"] = []
-    for batch in (8, 64) if quick else (8, 32, 64, 128, 256):
+    for batch in batches:
         for k in (None, 0, 8, 20):
             for flat in (True, False):
                 for split in (False, True):
                     if (k is None and not flat) or (split and not flat):
                         continue
                     # The best of three: a neighbour on the machine only ever takes away.
-                    rates = [await directly(llm, batch // N, tokens, k, flat=flat, split=split) for _ in range(3)]
+                    n, groups = min(N, batch), max(1, batch // N)
+                    rates = [await directly(llm, groups, tokens, k, flat=flat, split=split, n=n) for _ in range(3)]
                     rate = max(rates)
                     row = {"batch": batch, "k": k, "flat": flat, "split": split, "tokens_per_second": rate}
                     figures["table"].append(row)
@@ -188,6 +199,7 @@ def main() -> None:
     parser.add_argument("--shape", default="1m")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "jackpot-benchmark-models")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 32, 64, 128, 256])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--client", nargs=5)
     arguments = parser.parse_args()
@@ -203,7 +215,7 @@ def main() -> None:
     llm = start_vllm(
         ModelConfig(model=str(model)), RolloutConfig(max_batch_size=256, max_queue=4096), counts, on_cpu=is_cpu_build()
     )
-    figures = asyncio.run(measure(llm, counts, model, arguments.quick))
+    figures = asyncio.run(measure(llm, counts, model, arguments.quick, arguments.batches))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -61,3 +61,23 @@ def test_an_actor_that_is_the_policy_in_eight_bits_stays_close_to_it(
     assert (directory / "export" / "actor" / "model.safetensors").read_bytes() == (
         directory / "export" / "policy" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.timeout(300)
+def test_a_job_whose_weights_are_broadcast(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    steps = 12
+    job_file = write_job(tmp_path, make_model, steps=steps, checkpoint_every=5)
+    directory = tmp_path / "run"
+    arguments = [str(job_file), "rollout.engine=vllm", "weights.transport=gloo", "--run-dir", str(directory)]
+    with jackpot_run(*arguments, directory=directory) as run:
+        code, _, stderr = run.finish(250)
+    assert code == 0, stderr
+    assert_ledger_adds_up(run.summary, trained=2 * steps)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["staleness/max"] for row in rows) <= 1
+    learner, rollout = ((directory / "logs" / f"{name}.log").read_text() for name in ("learner", "rollout-0"))
+    sent = [line.split("version=")[1].split()[0] for line in learner.splitlines() if "weights broadcast" in line]
+    received = [line.split("version=")[1].split()[0] for line in rollout.splitlines() if "weights received" in line]
+    assert len(sent) >= steps - 2  # all but those before the replica was there
+    assert received == sent
+    assert "was not broadcast" not in learner
