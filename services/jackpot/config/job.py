@@ -196,8 +196,8 @@ class LearnerConfig(Section):
     """torch.compile each block: faster steps on GPUs, after a first step that takes minutes."""
     packing: Literal["auto", "always", "never"] = "auto"
     """Lay sequences one after the other instead of padding them to rows of similar length. ``auto`` does where
-    attention takes lengths as they are (flash attention on a GPU); elsewhere the mask that keeps them apart costs
-    memory and time with the square of ``max_batch_tokens``, and rows are cheaper."""
+    attention takes lengths as they are (flash attention: bfloat16 on a GPU); elsewhere the mask that keeps them apart
+    costs memory and time with the square of ``max_batch_tokens``, and rows are cheaper."""
     max_batch_tokens: PositiveInt = 16384
     """Tokens in one forward and backward pass of one process; larger batches accumulate gradients. The split changes
     nothing: losses are divided by what the whole batch holds."""

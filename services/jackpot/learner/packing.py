@@ -20,20 +20,24 @@ LOG = logging.getLogger(__name__)
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-def states_of(config: LearnerConfig, models: Sequence[PreTrainedModel]) -> tuple[bool, CompletionStates]:
+def states_of(
+    config: LearnerConfig, models: Sequence[tuple[PreTrainedModel, str]], device: torch.device
+) -> tuple[bool, CompletionStates]:
     """Whether passes are packed, and the function that makes hidden states of them.
 
     Args:
         config: the job's ``packing``.
-        models: what learns, not yet sharded; gets flash attention where it is packed and that is there.
+        models: what learns, not yet sharded, and what each computes in; gets flash attention where that is there.
+        device: where they will compute.
 
     Raises:
         ConfigError: packing is asked for, and a model lets packed sequences see each other.
     """
-    varlen = all(model.device.type == "cuda" for model in models) and is_flash_attn_2_available()
+    half = all(dtype == "bfloat16" for _, dtype in models)  # flash attention knows nothing wider
+    varlen = half and device.type == "cuda" and is_flash_attn_2_available()
     if config.packing == "never" or (config.packing == "auto" and not varlen):
         return False, completion_hidden
-    for model in models:
+    for model, _ in models:
         if varlen:
             model.set_attn_implementation("flash_attention_2")
         elif not packs_exactly(model):

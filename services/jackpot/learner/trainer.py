@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -19,19 +18,17 @@ from jackpot.algorithm.output_head import OutputHead
 from jackpot.algorithm.vocabulary import VocabularyScores, differentiable_token_logprobs, token_logprobs
 from jackpot.config import JobSpec
 from jackpot.learner.batch import Batch, TokenArrays
-from jackpot.learner.checkpoint import CheckpointStore, Learnable, PendingCheckpoint, Progress
-from jackpot.learner.controls import Controls
-from jackpot.learner.optimizer import build_optimizer, clip_gradients
-from jackpot.learner.packing import states_of
+from jackpot.learner.optimizer import clip_gradients
 from jackpot.learner.partition import MicroRows, plan_passes
 from jackpot.learner.policy_target import ScoringPass, policy_target_weights
 from jackpot.learner.profiling import StepProfiler
 from jackpot.learner.ranks import SOLO, Ranks
 from jackpot.learner.reused_reference import OwnReference, own_reference
 from jackpot.learner.schedule import learning_rate_factor
-from jackpot.learner.sharding import DTYPES, prepare_blocks, release, shard, whole_tensors
+from jackpot.learner.sharding import release
 from jackpot.learner.step_metrics import StepMeter
 from jackpot.learner.token_weights import TokenWeights, reference_target_weights
+from jackpot.learner.trained_models import TrainedModels
 from jackpot.runtime.models import output_head
 from jackpot.trajectory import Role
 
@@ -47,8 +44,8 @@ class _MicroBatch:
     temperature: float
 
 
-class Trainer:
-    """Policy, actor and their optimizers.
+class Trainer(TrainedModels):
+    """Trains policy and actor on batches.
 
     Args:
         job: the job as resolved.
@@ -66,69 +63,10 @@ class Trainer:
         ranks: Ranks = SOLO,
         profiler: StepProfiler | None = None,
     ) -> None:
-        self._job = job
-        self._ranks = ranks
-        self.device = ranks.device or policy.device
+        super().__init__(job, policy, actor, ranks)
+        self.profiler = profiler or StepProfiler(Path(), steps=0)
         self.show_tokens: Callable[[Tensor, Tensor, Tensor], None] | None = None
         """Given each step's acceptance probabilities, p_target/p_inf and Z, [N] each, for the metrics."""
-        self.models: dict[Role, PreTrainedModel] = {"policy": policy}
-        if actor is not None:
-            self.models["actor"] = actor
-        # What a checkpoint restores later goes into the policy alone: this stays the job's initial model.
-        self._initial = copy.deepcopy(policy) if job.algorithm.kl_penalty.weight > 0 else None
-        if self._initial is not None:
-            self._initial.eval()  # type: ignore[no-untyped-call]
-            self._initial.requires_grad_(False)
-        self._actor_learns = actor is not None and not isinstance(job.actor, str) and job.actor.train
-        self._peak_lr: dict[Role, float] = {"policy": job.learner.lr}
-        if self._actor_learns:
-            self._peak_lr["actor"] = job.learner.actor_lr or job.learner.lr
-        for role, model in self.models.items():
-            # Dropout would make the policy differ from its own reference.
-            model.eval()  # type: ignore[no-untyped-call]
-            model.requires_grad_(role in self._peak_lr)
-        self._packed, self._states = states_of(job.learner, [self.models[role] for role in self._peak_lr])
-        self._prepare()
-        self.learnables: dict[Role, Learnable] = {
-            role: Learnable(self.models[role], build_optimizer(self.models[role], lr, job.learner))
-            for role, lr in self._peak_lr.items()
-        }
-        self.controls = Controls(job.algorithm)
-        self.profiler = profiler or StepProfiler(Path(), steps=0)
-
-    def _prepare(self) -> None:
-        """Compile, checkpoint and shard what the job asks for; before there are optimizers."""
-        dtypes = {"policy": self._job.policy.dtype, "actor": self._job.rollout_model.dtype}
-        models = [(self.models[role], dtypes[role]) for role in self._peak_lr]
-        if self._initial is not None:
-            models.append((self._initial, dtypes["policy"]))
-        for model, dtype in models:
-            prepare_blocks(model, self._job.learner)
-            if self._ranks.mesh is not None:
-                shard(model, self._ranks.mesh, dtype, self._job.learner)
-
-    def weights(self, role: Role) -> dict[str, Tensor]:
-        """A copy of a role's weights on the CPU, in the number format that they are published in; a collective.
-
-        Rank 0 gets all of them, the others nothing.
-        """
-        model = self._job.policy if role == "policy" else self._job.rollout_model
-        copied = {}
-        for name, tensor in whole_tensors(self.models[role]):
-            if self._ranks.rank == 0:
-                dtype = DTYPES.get(model.dtype) if tensor.is_floating_point() and role in self._peak_lr else None
-                copied[name] = tensor.to("cpu", dtype or tensor.dtype, copy=True)
-        return copied
-
-    def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
-        """Start to write a checkpoint of everything as it is now; a collective. Errors as ``store.begin``."""
-        return store.begin(progress, self.learnables)
-
-    def restore(self, store: CheckpointStore, path: Path) -> Progress:
-        """Take up a checkpoint, the controls' memory included; a collective. Errors as ``store.load``."""
-        progress = store.load(path, self.learnables)
-        self.controls.restore(progress.obrs_lambda, progress.controls)
-        return progress
 
     def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
         """Train on one batch, in ``updates_per_batch`` optimizer steps; the figures of each step."""

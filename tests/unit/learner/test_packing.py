@@ -54,7 +54,7 @@ def test_a_model_that_lets_packed_sequences_see_each_other_is_refused(
     # As an architecture that counts positions by itself would.
     model.base_model.forward = lambda **given: trunk(**{**given, "position_ids": None})
     with pytest.raises(ConfigError, match=r"learner\.packing = 'always'.*see each other.*Set it to never"):
-        packing.states_of(job.learner, [model])
+        packing.states_of(job.learner, [(model, "float32")], torch.device("cpu"))
 
 
 @pytest.mark.gpu
@@ -65,6 +65,8 @@ def test_flash_attention_packs_as_padded_rows_do(make_model: Any, make_job: Make
     random = np.random.default_rng(0)
     sequences = [random.integers(3, 40, length) for length in (2, 9, 4, 30)]
     padded = completion_hidden(model, sequences, [1, 5, 3, 10]).float()
-    packed, states = packing.states_of(make_job("learner.packing=auto").learner, [model])
+    packed, states = packing.states_of(
+        make_job("learner.packing=auto").learner, [(model, "bfloat16")], torch.device("cuda")
+    )
     assert packed
     torch.testing.assert_close(states(model, sequences, [1, 5, 3, 10]).float(), padded, rtol=0.05, atol=0.05)

@@ -1,0 +1,96 @@
+"""The models that a learner holds and their optimizers: made ready for training, copied out, saved and restored."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from jackpot.config import JobSpec
+from jackpot.learner.checkpoint import CheckpointStore, Learnable, PendingCheckpoint, Progress
+from jackpot.learner.controls import Controls
+from jackpot.learner.optimizer import build_optimizer
+from jackpot.learner.packing import states_of
+from jackpot.learner.ranks import SOLO, Ranks
+from jackpot.learner.sharding import DTYPES, prepare_blocks, shard, whole_tensors
+from jackpot.trajectory import Role
+
+
+class TrainedModels:
+    """Policy, actor and their optimizers, and what follows measurements.
+
+    Args:
+        job: the job as resolved.
+        policy: θ.
+        actor: ω, or None when the policy samples for itself.
+        ranks: the processes that train together; with a mesh, models that learn are sharded over it.
+    """
+
+    def __init__(
+        self,
+        job: JobSpec,
+        policy: PreTrainedModel,
+        actor: PreTrainedModel | None,
+        ranks: Ranks = SOLO,
+    ) -> None:
+        self._job = job
+        self._ranks = ranks
+        self.device = ranks.device or policy.device
+        self.models: dict[Role, PreTrainedModel] = {"policy": policy}
+        if actor is not None:
+            self.models["actor"] = actor
+        # What a checkpoint restores later goes into the policy alone: this stays the job's initial model.
+        self._initial = copy.deepcopy(policy) if job.algorithm.kl_penalty.weight > 0 else None
+        if self._initial is not None:
+            self._initial.eval()  # type: ignore[no-untyped-call]
+            self._initial.requires_grad_(False)
+        self._actor_learns = actor is not None and not isinstance(job.actor, str) and job.actor.train
+        self._peak_lr: dict[Role, float] = {"policy": job.learner.lr}
+        if self._actor_learns:
+            self._peak_lr["actor"] = job.learner.actor_lr or job.learner.lr
+        for role, model in self.models.items():
+            # Dropout would make the policy differ from its own reference.
+            model.eval()  # type: ignore[no-untyped-call]
+            model.requires_grad_(role in self._peak_lr)
+        self._dtypes: dict[Role, str] = {"policy": job.policy.dtype, "actor": job.rollout_model.dtype}
+        learning = [(self.models[role], self._dtypes[role]) for role in self._peak_lr]
+        self._packed, self._states = states_of(job.learner, learning, self.device)
+        self._prepare(learning)
+        self.learnables: dict[Role, Learnable] = {
+            role: Learnable(self.models[role], build_optimizer(self.models[role], lr, job.learner))
+            for role, lr in self._peak_lr.items()
+        }
+        self.controls = Controls(job.algorithm)
+
+    def _prepare(self, learning: Sequence[tuple[PreTrainedModel, str]]) -> None:
+        """Compile, checkpoint and shard what the job asks for; before there are optimizers."""
+        initial = [] if self._initial is None else [(self._initial, self._dtypes["policy"])]
+        for model, dtype in [*learning, *initial]:
+            prepare_blocks(model, self._job.learner)
+            if self._ranks.mesh is not None:
+                shard(model, self._ranks.mesh, dtype, self._job.learner)
+
+    def weights(self, role: Role) -> dict[str, Tensor]:
+        """A copy of a role's weights on the CPU, in the number format that they are published in; a collective.
+
+        Rank 0 gets all of them, the others nothing.
+        """
+        copied = {}
+        for name, tensor in whole_tensors(self.models[role]):
+            if self._ranks.rank == 0:
+                dtype = DTYPES.get(self._dtypes[role]) if tensor.is_floating_point() and role in self._peak_lr else None
+                copied[name] = tensor.to("cpu", dtype or tensor.dtype, copy=True)
+        return copied
+
+    def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
+        """Start to write a checkpoint of everything as it is now; a collective. Errors as ``store.begin``."""
+        return store.begin(progress, self.learnables)
+
+    def restore(self, store: CheckpointStore, path: Path) -> Progress:
+        """Take up a checkpoint, the controls' memory included; a collective. Errors as ``store.load``."""
+        progress = store.load(path, self.learnables)
+        self.controls.restore(progress.obrs_lambda, progress.controls)
+        return progress
