@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 
 import torch
-from jackpot.control_plane.preparation import prepare_job
 
 from jackpot.config import load_job
+from jackpot.control_plane.sessions.preparation import prepare_job
 from jackpot.errors import JackpotError
 from jackpot.experiment.inline import InlineLoop, run_inline
 

@@ -1,14 +1,14 @@
 """Samples per second end to end, against TRL's GRPOTrainer on the same models, task, batch and machine.
 
-    python -m venv /tmp/trl && /tmp/trl/bin/pip install trl torch transformers && …
+    python -m venv /tmp/trl && /tmp/trl/bin/pip install trl && /tmp/trl/bin/pip install -e '.[local]'
     python benchmarks/trl_grpo.py --trl-python /tmp/trl/bin/python [--steps 40] [--rounds 3]
 
 TRL needs an environment of its own, in which this package can be imported, too (PYTHONPATH=services). Both sides train
 the demo's policy on the demo's prompts and rewards, 16 prompts × 8 completions of at most 16 tokens a step, one update
 a batch, AdamW, temperature 1, clip 0.2, no KL penalty, float32, evaluation only before and after. TRL samples with the
-policy itself through transformers' generate, as it does by default on a CPU, with both cores for every phase. Jackpot
-runs once on-policy (``actor: policy``), the like-for-like comparison, and once with the demo's cheaper actor, which is
-then trained as well. The three alternate. The rate is taken from the second step's end to the last one's.
+policy itself through transformers' generate, as it does by default on a CPU; more than one thread (--threads) helps it
+on an idle machine and harms it badly on a busy one. Jackpot runs once on-policy (``actor: policy``), the like-for-like
+comparison, and once with the demo's cheaper actor, which is then trained as well. The three alternate. The rate is taken from the second step's end to the last one's.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--trl-python", default=sys.executable, help="python of an environment with trl")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads of TRL")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of TRL (default 1)")
     parser.add_argument("--side", choices=("trl",), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side == "trl":
