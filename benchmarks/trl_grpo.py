@@ -8,7 +8,8 @@ the demo's policy on the demo's prompts and rewards, 16 prompts × 8 completions
 a batch, AdamW, temperature 1, clip 0.2, no KL penalty, float32, evaluation only before and after. TRL samples with the
 policy itself through transformers' generate, as it does by default on a CPU; more than one thread (--threads) helps it
 on an idle machine and harms it badly on a busy one. Jackpot runs once on-policy (``actor: policy``), the like-for-like
-comparison, and once with the demo's cheaper actor, which is then trained as well. The three alternate. The rate is taken from the second step's end to the last one's.
+comparison, and once with the demo's cheaper actor, which is then trained as well.
+The three alternate. The rate is taken from the second step's end to the last one's.
 """
 
 from __future__ import annotations
