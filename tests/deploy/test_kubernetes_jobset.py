@@ -14,7 +14,7 @@ from kubernetes_world import CLUSTER
 
 from jackpot.config import parse_job
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.control_plane.launch.kubernetes.jobset import jobset
+from jackpot.control_plane.launch.kubernetes.jobset import jobset, variables
 from jackpot.control_plane.launch.kubernetes.naming import MAX_NAME, ROLES, jobset_name
 from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
 from jackpot.control_plane.launch.kubernetes.status import Phase, Status
@@ -115,6 +115,20 @@ def test_every_process_reads_its_variables_and_finds_the_others(job: str, cluste
             served = replicated["name"] in ("rollout", "evaluator", "scorer")
             assert environment.listen == ("0.0.0.0:50051" if served else "")
         assert bool(environment.tls_dir) == (cluster == "gpu")
+
+
+@pytest.mark.parametrize("transport", ["store", "nccl"])
+def test_a_learner_that_broadcasts_is_told_where_the_replicas_are(transport: str) -> None:
+    content = {
+        "policy": {"model": "/models/policy"},
+        "actor": {"model": "/models/actor"},
+        "task": {"name": "complement"},
+        "rollout": {"replicas": 2},
+        "weights": {"transport": transport},
+    }
+    made = variables("learner", "chain-sum-1123-1", parse_job(content), ClusterSettings.model_validate(CLUSTER))
+    addresses = ServiceEnvironment.from_env(made).rollout_addresses
+    assert len(addresses) == (2 if transport == "nccl" else 0)
 
 
 @pytest.mark.parametrize(("job", "cluster"), CASES)

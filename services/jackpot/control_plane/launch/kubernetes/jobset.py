@@ -105,6 +105,7 @@ def variables(role: str, job_id: str, job: JobSpec, cluster: ClusterSettings) ->
     serves = role in ("rollout", "evaluator", "scorer")
     model_role: Role = "policy" if role == "evaluator" else job.rollout_role
     orchestrates = role == "orchestrator"
+    broadcasts = role == "learner" and job.weights.transport != "store"
     environment = ServiceEnvironment(
         run_dir=f"{DATA_DIR}/runs/{job_id}",  # type: ignore[arg-type]
         job_id=job_id,
@@ -117,7 +118,7 @@ def variables(role: str, job_id: str, job: JobSpec, cluster: ClusterSettings) ->
         rollout_addresses=tuple(
             f"{host(job_id, 'rollout', index)}:{GRPC_PORT}" for index in range(job.rollout.replicas)
         )
-        if orchestrates
+        if orchestrates or broadcasts
         else (),
         evaluator_address=f"{host(job_id, 'evaluator')}:{GRPC_PORT}" if orchestrates else "",
         metrics_address=f"0.0.0.0:{METRICS_PORT}",
