@@ -111,12 +111,14 @@ class Server:
 
     def close(self) -> None:
         """Stop it, and the jobs that it leaves behind."""
-        self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(20)
+            if self.process.returncode is None:  # not killed by the test already
+                self.process.send_signal(signal.SIGTERM)
+                self.process.wait(20)
         finally:
-            self.process.kill()
-            self.process.communicate()
+            if self.process.stdout is not None and not self.process.stdout.closed:
+                self.process.kill()
+                self.process.communicate()
             for process in self.sessions():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from kubernetes_world import CLUSTER, Cluster, running_cluster
 from server_world import Server, running_server, tiny_job
+
+from jackpot.runtime.bus.server import EmbeddedServer
 
 MakeModel = Callable[..., Path]
 
@@ -23,8 +26,17 @@ def cluster_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def options(cluster_file: Path, monkeypatch: pytest.MonkeyPatch, valkey_url: str) -> tuple[str, ...]:
-    monkeypatch.setenv("JACKPOT_STORE_URL", valkey_url)
+def store_url(tmp_path: Path) -> Iterator[str]:
+    """A store of one test alone: servers on one store share its jobs."""
+    server = EmbeddedServer(tmp_path / "store", appendfsync="always")
+    asyncio.run(server.start())
+    yield server.url
+    asyncio.run(server.stop())
+
+
+@pytest.fixture
+def options(cluster_file: Path, monkeypatch: pytest.MonkeyPatch, store_url: str) -> tuple[str, ...]:
+    monkeypatch.setenv("JACKPOT_STORE_URL", store_url)
     return ("--launcher", "kubernetes", "--cluster", str(cluster_file))
 
 
@@ -42,10 +54,10 @@ def jobset_is_up(cluster: Cluster, count: int = 1) -> Callable[[], bool]:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_job_trains_as_a_jobset_while_the_server_is_killed_and_a_pod_dies(
-    tmp_path: Path, make_model: MakeModel, options: tuple[str, ...], valkey_url: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_model: MakeModel, options: tuple[str, ...], store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = volume(tmp_path)
-    with running_cluster(data, {("jackpot-redis", "url"): valkey_url}) as cluster:
+    with running_cluster(data, {("jackpot-redis", "url"): store_url}) as cluster:
         monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
         with running_server(data, *options) as server:
             with server.client() as client:

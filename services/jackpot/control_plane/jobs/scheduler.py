@@ -190,10 +190,10 @@ class Scheduler:
     async def _watch_only(self) -> None:
         """How far the jobs are that another server looks after."""
         active = await self._store.in_states(JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
-        directories = {record: self.run_dir(record.id) for record in active}
+        directories = [(record, self.run_dir(record.id)) for record in active]
         self._watched = {
             record.id: self._watched.get(record.id) or _Watch(Session(directory, record.session), directory)
-            for record, directory in directories.items()
+            for record, directory in directories
             if directory.is_dir()
         }
         for watch in self._watched.values():
