@@ -92,7 +92,7 @@ def locked() -> dict[str, str]:
     return {name: version for name, version in pins}
 
 
-@pytest.mark.parametrize("extra", ["local", "kubernetes", "gpu", "vllm"])
+@pytest.mark.parametrize("extra", ["local", "kubernetes", "vllm"])
 def test_the_lock_has_a_version_of_everything_that_the_images_install(extra: str) -> None:
     versions = locked()
     for requirement in requirements_of(extra):

@@ -58,6 +58,13 @@ def scraped(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> 
             # Two more looks at everything, so that each rate has its points.
             step = watcher.query(f'jackpot_step{{job_id="{job_id}"}}')[0][1]
             watcher.wait_for(f'jackpot_step{{job_id="{job_id}"}} > {step + 2}')
+            own = f'job_id="{job_id}"'
+            for series in (
+                f"jackpot_tokens_trained_total{{{own}}}",
+                f"jackpot_token_acceptance_ratio_bucket{{{own}}}",
+                f'jackpot_activity_seconds_total{{{own},service="learner",activity="wait_groups"}}',
+            ):
+                watcher.wait_for(f"rate({series}[{WINDOW}])")
             moment = time.time() - 0.5
             client.cancel(job_id)
             yield watcher, job_id, moment

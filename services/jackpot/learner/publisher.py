@@ -63,6 +63,7 @@ class WeightPublisher:
         self._store = store
         self._broadcast = broadcast
         self._export_dir = run_dir / "export"
+        self._checkpoints = run_dir / "checkpoints"
 
     def snapshot(self, trainer: Trainer, version: int) -> Snapshot:
         """A copy of every role's weights as they are, for :meth:`publish` beside the next step; a collective."""
@@ -87,7 +88,12 @@ class WeightPublisher:
                 write_state(state, directory)
 
             self._store.publish(role, snapshot.version, write, snapshot.metadata)
-            self._store.prune(role, self._job.weights.keep_versions)
+            self._store.prune(role, self._job.weights.keep_versions, self._checkpointed())
+
+    def _checkpointed(self) -> list[int]:
+        """Versions that a checkpoint, whole or on its way, will be downloaded with: they stay as long as it does."""
+        names = [path.name.removeprefix(".") for path in self._checkpoints.glob("*")]
+        return [int(name) for name in names if name.isdigit()]
 
     def export(self, trainer: Trainer) -> None:
         """Write both models as Hugging Face directories under ``export/``, atomically each."""

@@ -1,4 +1,8 @@
-"""Checkpoints of a job as Hugging Face directories, packed into a tar stream while it is sent."""
+"""Checkpoints of a job as Hugging Face directories, packed into a tar stream while it is sent.
+
+A checkpoint itself is for going on with training, in as many shards as there were processes. The model of its step lies
+whole in the weight store, as the version of that number, which stays there as long as the checkpoint does.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +32,20 @@ _COMPANIONS = re.compile(
 def checkpoints(run_dir: Path) -> list[dict[str, Any]]:
     """What can be downloaded: the checkpoints that are kept, oldest first, and the export if the job has one."""
     names = [path.name for path in (run_dir / "checkpoints").glob("*") if re.fullmatch(r"[0-9]{8}", path.name)]
-    found = [_describe(run_dir / "checkpoints" / name, name, int(name)) for name in sorted(names)]
+    found = [_describe(run_dir, name, int(name)) for name in sorted(names)]
     if (run_dir / EXPORT).is_dir():
-        found.append(_describe(run_dir / EXPORT, EXPORT, None))
+        found.append(_describe(run_dir, EXPORT, None))
     return [checkpoint for checkpoint in found if checkpoint["roles"]]
 
 
-def _describe(directory: Path, name: str, step: int | None) -> dict[str, Any]:
-    weights = {role: list((directory / role).glob("model*.safetensors")) for role in ROLES}
+def _model(run_dir: Path, name: str, role: str) -> Path:
+    """Where the weights of a role are, as of a checkpoint."""
+    return run_dir / EXPORT / role if name == EXPORT else run_dir / "weights" / role / name
+
+
+def _describe(run_dir: Path, name: str, step: int | None) -> dict[str, Any]:
+    directory = run_dir / (EXPORT if name == EXPORT else f"checkpoints/{name}")
+    weights = {role: list(_model(run_dir, name, role).glob("model*.safetensors")) for role in ROLES}
     try:
         sizes = {role: sum(path.stat().st_size for path in paths) for role, paths in weights.items() if paths}
         modified = directory.stat().st_mtime
@@ -109,7 +119,7 @@ def _files(run_dir: Path, name: str, role: str) -> list[Path]:
     job = json.loads((run_dir / "job.json").read_text(encoding="utf-8"))
     model = Path(job[role]["model"])
     companions = [path for path in model.iterdir() if _COMPANIONS.fullmatch(path.name)]
-    weights = (run_dir / "checkpoints" / name / role).glob("model*")
+    weights = _model(run_dir, name, role).glob("model*")
     return sorted([*companions, *weights])
 
 

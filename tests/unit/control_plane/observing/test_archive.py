@@ -26,10 +26,12 @@ def run_dir(tmp_path: Path) -> Path:
     }.items():
         (model / name).write_text(content)
     run = tmp_path / "run"
-    for name in ("checkpoints/00000002/policy", "checkpoints/.00000004.7/policy", "export/policy"):
+    for name in ("weights/policy/00000002", "weights/policy/00000003", "export/policy"):
         (run / name).mkdir(parents=True)
         (run / name / "model.safetensors").write_bytes(b"w" * 700)
-    (run / "checkpoints/00000002/policy/optimizer.safetensors").write_bytes(b"o")
+    (run / "weights/policy/00000002/manifest.json").write_text("{}")
+    for name in ("00000002", ".00000003"):  # the second is not whole yet
+        (run / "checkpoints" / name).mkdir(parents=True)
     (run / "export/policy/config.json").write_text("{}")
     (run / "job.json").write_text(json.dumps({"policy": {"model": str(model)}}))
     return run
@@ -42,6 +44,7 @@ def test_a_checkpoint_becomes_a_whole_model_directory(run_dir: Path) -> None:
     ]
     packed = Archive(run_dir, "00000002", "policy", "job-2")
     shutil.rmtree(run_dir / "checkpoints")  # pruned while it is sent
+    shutil.rmtree(run_dir / "weights")
     data = b"".join(packed.chunks())
     assert len(data) == packed.size
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
