@@ -65,7 +65,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> 
                 f'jackpot_activity_seconds_total{{{own},service="learner",activity="wait_groups"}}',
             ):
                 watcher.wait_for(f"rate({series}[{WINDOW}])")
-            moment = time.time() - 0.5
+            moment = time.time()
             client.cancel(job_id)
             yield watcher, job_id, moment
 
