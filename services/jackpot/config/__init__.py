@@ -13,24 +13,19 @@ from jackpot.config.algorithm import (
     NoCorrection,
     TisCorrection,
 )
-from jackpot.config.job import (
-    ActorConfig,
-    AlarmsConfig,
+from jackpot.config.job import JobSpec
+from jackpot.config.learner import LearnerConfig, ScheduleConfig
+from jackpot.config.loading import InvalidJobError, job_json_schema, load_job, parse_job
+from jackpot.config.models import ActorConfig, ModelConfig
+from jackpot.config.run import AlarmsConfig, RunConfig
+from jackpot.config.sampling import EvaluationConfig, SamplingConfig, TaskConfig
+from jackpot.config.services import (
     BusConfig,
-    EvaluationConfig,
-    JobSpec,
-    LearnerConfig,
-    ModelConfig,
     OrchestratorConfig,
     RolloutConfig,
-    RunConfig,
-    SamplingConfig,
-    ScheduleConfig,
     ScorerConfig,
-    TaskConfig,
     WeightStoreConfig,
 )
-from jackpot.config.loading import InvalidJobError, job_json_schema, load_job, parse_job
 from jackpot.config.vllm import VllmConfig
 
 __all__ = [

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jackpot.config.job import ActorConfig, ModelConfig, RolloutConfig
+from jackpot.config import ActorConfig, ModelConfig, RolloutConfig
 from jackpot.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:

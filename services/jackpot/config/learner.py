@@ -1,0 +1,118 @@
+"""The learner: how it optimizes, over how many processes, and what it keeps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from jackpot.config.section import (
+    Device,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+
+class ScheduleConfig(Section):
+    """A learning-rate schedule."""
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; linear and cosine end at ``final_fraction`` of the peak."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up from zero."""
+    final_fraction: Fraction = 0.0
+    """Where linear and cosine end, as a fraction of the peak."""
+
+
+class LearnerConfig(Section):
+    """The learner service."""
+
+    steps: PositiveInt = 100
+    """Optimizer steps in all."""
+    groups_per_batch: PositiveInt = 16
+    """Groups that are trained on together."""
+    updates_per_batch: PositiveInt = 1
+    """Optimizer steps per batch; the batch's groups are split evenly among them. 1 is fully on-batch."""
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate of the policy. 1e-6 suits billions of parameters; tiny models want 1e-3."""
+    actor_lr: PositiveFloat | None = None
+    """Peak learning rate of the actor; null means the policy's. An actor that learns too slowly is left behind."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient norm clip, for policy and actor apart."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning-rate schedule of the policy."""
+    actor_schedule: ScheduleConfig | None = None
+    """Learning-rate schedule of the actor; null means the policy's. An actor that has to catch up wants no warm-up."""
+    device: Device = "auto"
+    """``auto`` is CUDA where there is one; with several processes each takes a GPU of its own."""
+    processes: PositiveInt = 1
+    """Processes that train together, under torchrun: policy and actor are sharded over them (FSDP2), and each passes
+    its part of the batch through them. The result is that of one process, up to rounding. One, until a model needs
+    more memory than a device has, or a step more time than it should take."""
+    cpu_offload: bool = False
+    """Keep parameters and optimizer state in the CPU's memory and bring a block to the GPU when it is its turn: a
+    larger model, far slower steps. Needs a GPU."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block and compute the rest again in the backward pass: a third more work, and memory
+    that hardly grows with depth. The numbers are the same."""
+    compile: bool = False
+    """torch.compile each block: faster steps on GPUs, after a first step that takes minutes."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Lay sequences one after the other instead of padding them to rows of similar length. ``auto`` does where
+    attention takes lengths as they are (flash attention: bfloat16 on a GPU); elsewhere the mask that keeps them apart
+    costs memory and time with the square of ``max_batch_tokens``, and rows are cheaper."""
+    max_batch_tokens: PositiveInt = 16384
+    """Tokens in one forward and backward pass of one process; larger batches accumulate gradients. The split changes
+    nothing: losses are divided by what the whole batch holds."""
+    max_sequence_tokens: PositiveInt | None = None
+    """Longest sequence (prompt and completion) that is trained on; what lies beyond is left out of the loss and
+    counted as ``response/cut_tokens``. null is no bound: ``sampling.max_tokens`` already bounds completions."""
+    profile_steps: NonNegativeInt = 0
+    """Optimizer steps to record with torch's profiler, once per process and after its first batch: ``profile/`` of the
+    run directory gets a trace per process for Perfetto. 0 records nothing; recording slows a step down."""
+    collective_timeout_seconds: PositiveFloat = 600.0
+    """How long a process waits for the others in one exchange before all of them start again from the last
+    checkpoint. One that died is noticed at once; this is for one that hangs."""
+    checkpoint_every: PositiveInt = 10
+    """Optimizer steps between checkpoints. Groups count as trained once a checkpoint holds their effect."""
+    keep_checkpoints: PositiveInt = 2
+    """The newest that stay; older checkpoints are deleted."""
+    keep_best_checkpoint: bool = True
+    """Keep, besides, the checkpoint of the greatest held-out accuracy: training may run past its best. Make
+    ``checkpoint_every`` and ``evaluation.every`` multiples of one another, so that checkpoints are evaluated."""
+    overlap: bool = True
+    """Whether the next batch is fetched and the new weights are written while the learner goes on. Off, everything
+    takes its turn; the weights trained are the same. Costs a copy of the weights in memory."""
+    batch_timeout_seconds: PositiveFloat = 600.0
+    """How long the learner waits for a full batch before it stops with an error."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> LearnerConfig:
+        if self.groups_per_batch % self.updates_per_batch:
+            raise ValueError(
+                f"groups_per_batch = {self.groups_per_batch} cannot be split evenly into "
+                f"updates_per_batch = {self.updates_per_batch}. Make one a multiple of the other"
+            )
+        if self.steps % self.updates_per_batch:
+            raise ValueError(
+                f"steps = {self.steps} is not a whole number of batches of {self.updates_per_batch} updates. "
+                f"Use a multiple of {self.updates_per_batch}"
+            )
+        if self.cpu_offload and self.device == "cpu":
+            raise ValueError(
+                "cpu_offload brings parameters to a GPU. Set device to auto or cuda, or cpu_offload to false"
+            )
+        if self.processes > 1 and self.device.startswith("cuda:"):
+            raise ValueError(
+                f"processes = {self.processes} cannot share device = {self.device!r}. "
+                "Set device to cuda: each process takes a GPU of its own"
+            )
+        return self

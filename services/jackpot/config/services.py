@@ -1,0 +1,101 @@
+"""Rollout, scorer, orchestrator, and what lies between the services: bus and weight store."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jackpot.config.section import Device, NonNegativeInt, Number, PositiveFloat, PositiveInt, Section
+from jackpot.config.vllm import VllmConfig
+
+
+class RolloutConfig(Section):
+    """The rollout service: the actor behind gRPC."""
+
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """``auto`` takes vLLM where it imports and a GPU is there, else transformers, and logs which and why."""
+    replicas: PositiveInt = 1
+    """Rollout processes. Each pulls new weights on its own."""
+    device: Device = "auto"
+    """``auto`` is CUDA where there is one."""
+    top_logprobs: Annotated[int, Field(ge=1, le=1024), Number] = 20
+    """k: how many of the actor's most probable tokens come back per position (paper §4.4 uses 20)."""
+    max_batch_size: PositiveInt = 256
+    """Trajectories decoded together."""
+    max_queue: PositiveInt = 1024
+    """Trajectories waiting or running before a server answers RESOURCE_EXHAUSTED."""
+    weight_poll_seconds: PositiveFloat = 0.05
+    """How often a replica looks for a newer weight version. Reading one small file: cheap."""
+    vllm: VllmConfig = VllmConfig()
+    """Settings of the vLLM engine."""
+
+
+class ScorerConfig(Section):
+    """The OBRS scoring service: the target policy's log-probabilities, acceptance and normalizer."""
+
+    replicas: PositiveInt = 1
+    """Scorer processes. They share the work through the bus."""
+    device: Device = "auto"
+    """``auto`` is CUDA where there is one."""
+    chunk_tokens: PositiveInt = 128
+    """Positions per slice of the vocabulary pass. 128 keeps [chunk, vocabulary] small at the same speed."""
+    max_batch_tokens: PositiveInt = 16384
+    """Tokens (prompt and completion) in one forward pass."""
+    max_groups_per_batch: PositiveInt = 16
+    """Groups taken from the bus at once."""
+    reuse_reference: bool = False
+    """Whether the learner's own forward pass gives the scores, so that the scorer runs no model and passes groups on.
+    For one update per batch and ``target: reference``; the reference is then the policy as the step begins. Off by
+    default, where the reference is the version that scored, up to ``max_staleness`` older: only an old reference lets
+    the PPO clip act in a batch's only update."""
+    weight_poll_seconds: PositiveFloat = 0.05
+    """How often the scorer looks for a newer policy version."""
+    version_timeout_seconds: PositiveFloat = 120.0
+    """How long a group waits in the scorer for the policy version it was dispatched with, before that counts as a
+    failed attempt. Versions are published before groups are dispatched with them, so waiting long means damage."""
+
+
+class OrchestratorConfig(Section):
+    """Dispatch of prompts to rollout replicas."""
+
+    max_staleness: NonNegativeInt = 1
+    """Greatest distance, in optimizer steps, between the version that sampled a token and the step that trains on it.
+    0 is synchronous; 1 overlaps sampling with training."""
+    max_in_flight_groups: PositiveInt = 64
+    """Generate calls under way at once, over all replicas."""
+    attempts: PositiveInt = 3
+    """How often a group is tried, each time on another replica, before it is dead-lettered."""
+    generate_timeout_seconds: PositiveFloat = 600.0
+    """Deadline of one Generate call."""
+
+
+class BusConfig(Section):
+    """The trajectory bus."""
+
+    url: str | None = None
+    """``redis://``, ``rediss://`` or ``unix://`` address of a Redis ≥ 7.0 or Valkey. null starts an embedded server."""
+    payload_store: Literal["redis", "file"] = "file"
+    """Where the arrays live; the stream carries only their ids. ``file`` is faster on one machine."""
+    max_bytes: PositiveInt = 1 << 30
+    """Budget for groups on the bus; dispatch holds when it is spent."""
+    max_payload_bytes: PositiveInt = 256 << 20
+    """Largest group accepted, after decompression."""
+    lease_seconds: PositiveFloat = 30.0
+    """How long a consumer may be silent before its groups go to another."""
+    max_attempts: PositiveInt = 3
+    """How often a group is taken up before it is dead-lettered."""
+
+
+class WeightStoreConfig(Section):
+    """Versioned weights between learner and replicas."""
+
+    keep_versions: Annotated[int, Field(ge=2), Number] = 8
+    """Versions kept per role; more lets slow replicas and evaluations find the version that they want."""
+    transport: Literal["store", "nccl", "gloo"] = "store"
+    """How the rollout replicas get new versions. ``store``: each reads them there, which works everywhere. ``nccl``:
+    the learner broadcasts them from GPU to GPU, by vLLM's weight transfer; needs the vLLM engine. ``gloo``: the same
+    over TCP without GPUs, to try it out. The store has every version in any case, for replicas that a broadcast
+    misses."""
+    transfer_timeout_seconds: PositiveFloat = 60.0
+    """Deadline of a broadcast; a version that takes longer comes from the store. Enough for 100 GB over 25 Gbit/s."""
