@@ -39,8 +39,8 @@ def main(directory: Path) -> int:
     from jackpot.config.environment import ServiceEnvironment
     from jackpot.learner.checkpoint import CheckpointStore
     from jackpot.learner.lead import LeadTrainer, follow
-    from jackpot.learner.ranks import leave_ranks
     from jackpot.learner.start import build_trainer
+    from jackpot.runtime.ranks.group import leave_ranks
 
     environment = ServiceEnvironment(run_dir=directory, job_id="job", threads=1)
     trainer, ranks = build_trainer(environment, environment.load_job())

@@ -25,8 +25,8 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     """Train to the last step: 0; stopped before that: 75."""
     from jackpot.learner.checkpoint import CheckpointStore
     from jackpot.learner.lead import LeadTrainer, follow
-    from jackpot.learner.ranks import leave_ranks
     from jackpot.learner.start import build_trainer
+    from jackpot.runtime.ranks.group import leave_ranks
 
     trainer, ranks = await asyncio.to_thread(build_trainer, environment, job)
     evaluations = environment.run_dir / "evaluations.jsonl" if job.learner.keep_best_checkpoint else None
@@ -100,7 +100,7 @@ async def lead(
 
 
 def _start() -> None:
-    from jackpot.learner.launch import is_rank, run_ranks
+    from jackpot.runtime.ranks.launch import is_rank, run_ranks
 
     if not is_rank():
         try:
@@ -108,7 +108,7 @@ def _start() -> None:
         except ConfigError:
             processes = 1  # run_service reports it
         if processes > 1:
-            sys.exit(run_ranks(processes))
+            sys.exit(run_ranks("learner", processes))
     environ = dict(os.environ)
     if int(environ.get("RANK", "0")) > 0:
         # Figures and health are rank 0's to tell.

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from jackpot.errors import JackpotError
 from jackpot.learner.best_step import best_step
-from jackpot.learner.ranks import SOLO, Ranks
 from jackpot.runtime.models import own_tensors
+from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.trajectory import Role
 
 STATE_FILE = "state.json"

@@ -21,8 +21,8 @@ from jackpot.learner.batch import Batch
 from jackpot.learner.batch_wire import batch_from_bytes, batch_to_bytes
 from jackpot.learner.checkpoint import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.profiling import StepProfiler
-from jackpot.learner.ranks import RankLostError, Ranks
 from jackpot.learner.trainer import Trainer
+from jackpot.runtime.ranks.group import RankLostError, Ranks
 from jackpot.trajectory import Role
 
 LOG = logging.getLogger(__name__)

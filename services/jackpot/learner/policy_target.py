@@ -18,12 +18,12 @@ from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance
 from jackpot.algorithm.vocabulary import VocabularyScores, token_logprobs
 from jackpot.config import JackpotCorrection
 from jackpot.learner.batch import Batch, TokenArrays
-from jackpot.learner.partition import MicroRows
-from jackpot.learner.ranks import SOLO, Ranks
-from jackpot.learner.sharding import release
 from jackpot.learner.token_weights import TokenWeights, obrs_weights
 from jackpot.runtime.forward import CompletionStates, completion_hidden
 from jackpot.runtime.models import output_head
+from jackpot.runtime.ranks.group import SOLO, Ranks
+from jackpot.runtime.ranks.partition import MicroRows
+from jackpot.runtime.ranks.sharding import release
 
 
 @dataclass(frozen=True, slots=True)

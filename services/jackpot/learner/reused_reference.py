@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from jackpot.algorithm.vocabulary import token_logprobs
 from jackpot.config import CorrectionConfig, JackpotCorrection
 from jackpot.learner.batch import Batch
-from jackpot.learner.partition import MicroRows
 from jackpot.learner.policy_target import ScoringPass, scored_tokens
-from jackpot.learner.sharding import release
 from jackpot.learner.token_weights import TokenWeights, obrs_weights, reference_target_weights
 from jackpot.runtime.models import output_head
+from jackpot.runtime.ranks.partition import MicroRows
+from jackpot.runtime.ranks.sharding import release
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,9 +13,9 @@ from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.learner.lead import LeadTrainer
 from jackpot.learner.profiling import StepProfiler
-from jackpot.learner.ranks import SOLO, Ranks, join_ranks
 from jackpot.learner.trainer import Trainer
 from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
+from jackpot.runtime.ranks.group import SOLO, Ranks, join_ranks
 
 
 def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Trainer, Ranks]:
@@ -32,7 +32,7 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
     device = resolve_device(job.learner.device, field="learner.device")
     if job.learner.cpu_offload and device.type != "cuda":
         raise ConfigError("learner.cpu_offload", True, "there is no GPU to bring parameters to", "Set it to false.")
-    ranks = join_ranks(job.learner, device) if is_sharded(job) else SOLO
+    ranks = join_ranks("learner", job.learner, device) if is_sharded(job) else SOLO
     # A sharded model is loaded on the CPU: its whole never has to fit a GPU.
     place = device if ranks.mesh is None else torch.device("cpu")
     policy = _load(job.policy, place, learns=True, field="policy.model")

@@ -8,8 +8,8 @@ from torch import Tensor
 from jackpot.algorithm.diagnostics import effective_sample_ratio, kl_before_and_after, ratio_quantiles
 from jackpot.algorithm.objective import TokenLoss
 from jackpot.learner.batch import Batch
-from jackpot.learner.ranks import Ranks
 from jackpot.learner.token_weights import TokenWeights
+from jackpot.runtime.ranks.group import Ranks
 from jackpot.trajectory import Role
 
 RATIO_QUANTILES = {"p01": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -33,7 +33,10 @@ class StepMeter:
         self._counted = True
 
     def begin_pass(self, counted: bool) -> None:
-        """Whether what the next pass finds is counted; it is not in a filler's (see :mod:`.partition`)."""
+        """Whether what the next pass finds is counted; it is not in a filler's.
+
+        See :mod:`jackpot.runtime.ranks.partition`.
+        """
         self._counted = counted
 
     def add_up(self, ranks: Ranks) -> None:

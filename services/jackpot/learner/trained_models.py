@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.config import JobSpec
+from jackpot.learner.blocks import prepare_blocks
 from jackpot.learner.checkpoint import CheckpointStore, Learnable, PendingCheckpoint, Progress
 from jackpot.learner.controls import Controls
 from jackpot.learner.optimizer import build_optimizer
 from jackpot.learner.packing import states_of
-from jackpot.learner.ranks import SOLO, Ranks
-from jackpot.learner.sharding import DTYPES, prepare_blocks, shard, whole_tensors
+from jackpot.runtime.ranks.group import SOLO, Ranks
+from jackpot.runtime.ranks.sharding import DTYPES, shard, whole_tensors
 from jackpot.trajectory import Role
 
 
@@ -71,7 +72,7 @@ class TrainedModels:
         for model, dtype in [*learning, *initial]:
             prepare_blocks(model, self._job.learner)
             if self._ranks.mesh is not None:
-                shard(model, self._ranks.mesh, dtype, self._job.learner)
+                shard(model, self._ranks.mesh, dtype, cpu_offload=self._job.learner.cpu_offload)
 
     def weights(self, role: Role) -> dict[str, Tensor]:
         """A copy of a role's weights on the CPU, in the number format that they are published in; a collective.

@@ -19,17 +19,17 @@ from jackpot.algorithm.vocabulary import VocabularyScores, differentiable_token_
 from jackpot.config import JobSpec
 from jackpot.learner.batch import Batch, TokenArrays
 from jackpot.learner.optimizer import clip_gradients
-from jackpot.learner.partition import MicroRows, plan_passes
 from jackpot.learner.policy_target import ScoringPass, policy_target_weights
 from jackpot.learner.profiling import StepProfiler
-from jackpot.learner.ranks import SOLO, Ranks
 from jackpot.learner.reused_reference import OwnReference, own_reference
 from jackpot.learner.schedule import learning_rate_factor
-from jackpot.learner.sharding import release
 from jackpot.learner.step_metrics import StepMeter
 from jackpot.learner.token_weights import TokenWeights, reference_target_weights
 from jackpot.learner.trained_models import TrainedModels
 from jackpot.runtime.models import output_head
+from jackpot.runtime.ranks.group import SOLO, Ranks
+from jackpot.runtime.ranks.partition import MicroRows, plan_passes
+from jackpot.runtime.ranks.sharding import release
 from jackpot.trajectory import Role
 
 LOG = logging.getLogger(__name__)

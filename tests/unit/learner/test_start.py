@@ -15,9 +15,9 @@ from jackpot.config import JobSpec, parse_job
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.learner.batch import build_batch
-from jackpot.learner.ranks import leave_ranks
 from jackpot.learner.start import build_trainer, is_sharded, seed_everything
 from jackpot.learner.trainer import Trainer
+from jackpot.runtime.ranks.group import leave_ranks
 
 from .conftest import MakeGroups, MakeJob, MakeTrainer
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jackpot.learner.partition import balanced_shares, packed_bins, plan_passes
+from jackpot.runtime.ranks.partition import balanced_shares, packed_bins, plan_passes
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 

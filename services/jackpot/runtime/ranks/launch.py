@@ -1,8 +1,8 @@
-"""The learner's processes under torchrun: started together, ended together, and one exit code for the launcher.
+"""A service's processes under torchrun: started together, ended together, and one exit code for the launcher.
 
 torchrun's own settings (``PET_NNODES``, ``PET_NPROC_PER_NODE``, ``PET_RDZV_ENDPOINT``, …) are heeded where they are
-set, for ranks on several machines; otherwise all ranks run on this one. A lost rank ends all of them: the launcher
-starts the learner again, which resumes from its last checkpoint.
+set, for ranks on several machines; otherwise all ranks run on this one. A lost rank ends all of them, and the launcher
+starts the service again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in environ and "RANK" in environ
 
 
-def run_ranks(processes: int, environ: Mapping[str, str] = os.environ) -> int:
-    """Run ``python -m jackpot.learner`` on this many ranks until all have ended.
+def run_ranks(service: str, processes: int, environ: Mapping[str, str] = os.environ) -> int:
+    """Run ``python -m jackpot.<service>`` on this many ranks until all have ended.
 
     Returns:
         0; the exit code of the rank that failed first; or 75 where a signal stopped them.
@@ -40,7 +40,7 @@ def run_ranks(processes: int, environ: Mapping[str, str] = os.environ) -> int:
     if "PET_NPROC_PER_NODE" not in environ:
         settings += ["--nproc-per-node", str(processes)]
     # Not even once: what failed is in the launcher's hands, with its back-off and its limit.
-    arguments = [*settings, "--max-restarts", "0", "-m", "jackpot.learner"]
+    arguments = [*settings, "--max-restarts", "0", "-m", f"jackpot.{service}"]
     config, command, command_arguments = config_from_args(parse_args(arguments))  # type: ignore[no-untyped-call]
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)
@@ -48,6 +48,6 @@ def run_ranks(processes: int, environ: Mapping[str, str] = os.environ) -> int:
         return STOPPED_EARLY
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"error: rank {rank} of the learner ended first", file=sys.stderr, flush=True)
+        print(f"error: rank {rank} of the {service} ended first", file=sys.stderr, flush=True)
         return failure.exitcode if failure.exitcode > 0 else _SIGNAL_BASE - failure.exitcode
     return 0

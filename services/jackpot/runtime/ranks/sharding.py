@@ -1,14 +1,14 @@
-"""How a model is made ready for training: compiled blocks, activation checkpointing, FSDP2, and whole tensors back.
+"""FSDP2: models sharded over ranks, and whole tensors back.
 
-Number formats: parameters, gradients sums and AdamW's moments are float32 wherever a model learns. A model whose
-``dtype`` is bfloat16 computes in bfloat16 on copies that FSDP makes for each pass; gradients are added up over ranks
-and passes in float32. AdamW on bfloat16 parameters would lose most steps at the learning rates of RL: 1e-6 of a weight
-is far below the 2⁻⁸ that bfloat16 resolves.
+Number formats of models that learn: parameters, gradients sums and AdamW's moments are float32. A model whose ``dtype``
+is bfloat16 computes in bfloat16 on copies that FSDP makes for each pass; gradients are added up over ranks and passes
+in float32. AdamW on bfloat16 parameters would lose most steps at the learning rates of RL: 1e-6 of a weight is far
+below the 2⁻⁸ that bfloat16 resolves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,51 +23,30 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from jackpot.config import LearnerConfig
 from jackpot.errors import ConfigError
 from jackpot.runtime.models import SHARDED_FORWARD, own_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def prepare_blocks(model: PreTrainedModel, config: LearnerConfig) -> None:
-    """Compile the model's blocks and have them forget their activations, as the job asks; in place.
-
-    Only ``forward`` is replaced, so that names of parameters stay and FSDP's hooks run outside of what is compiled.
-
-    Raises:
-        ConfigError: the model has no list of blocks to treat so.
-    """
-    if not config.compile and not config.activation_checkpointing:
-        return
-    for block in decoder_blocks(model):
-        forward: Callable[..., Any] = block.forward
-        if config.compile:
-            forward = torch.compile(forward, dynamic=True)
-        if config.activation_checkpointing:
-            forward = _forgetful(forward)
-        block.forward = forward
-
-
-def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: str, config: LearnerConfig) -> None:
+def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: str, *, cpu_offload: bool = False) -> None:
     """Shard a model over the mesh, block by block; in place. Its parameters are DTensors then.
 
     The embedding and the output layer stay gathered from a pass to the end of its backward pass: the vocabulary pass
     uses the output layer's weight outside of any module's forward.
 
     Args:
-        model: with float32 parameters.
+        model: with float32 parameters if it learns.
         mesh: all ranks.
         dtype: what it computes in.
-        config: whether parameters wait in the CPU's memory.
+        cpu_offload: whether parameters wait in the CPU's memory.
     """
     settings: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
     blocks = decoder_blocks(model)
     for block in blocks:
@@ -93,10 +72,10 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     layers = getattr(model.base_model, "layers", None) or getattr(model.base_model, "h", None)
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(
-            "learner",
+            "model",
             type(model).__name__,
             "its blocks are not in `layers`: it can be neither sharded, compiled nor checkpointed by the block",
-            "Train it with one process in float32, or use another architecture, such as Qwen3 or Llama.",
+            "Use it with one process in float32, or use another architecture, such as Qwen3 or Llama.",
         )
     return list(layers)
 
@@ -115,10 +94,3 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     own, _ = own_tensors(model)
     for name, tensor in own.items():
         yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run

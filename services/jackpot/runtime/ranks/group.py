@@ -1,4 +1,4 @@
-"""The ranks of a learner: the processes that train together. What they say to each other outside of FSDP's own traffic.
+"""The ranks of a service: the processes that compute as one. What they say to each other outside of FSDP's own traffic.
 
 Bytes and tensors only. Every call is a collective: all ranks make it, in the same order, or none returns. A rank that
 is gone shows at once as a broken connection, and one that hangs after ``timeout_seconds``.
@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,18 +19,33 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from jackpot.config import LearnerConfig
 from jackpot.errors import ConfigError, JackpotError
-from jackpot.learner.launch import is_rank
+from jackpot.runtime.ranks.launch import is_rank
+
+
+class RanksConfig(Protocol):
+    """The part of a service's settings that is about its ranks."""
+
+    @property
+    def processes(self) -> int:
+        """How many."""
+
+    @property
+    def device(self) -> str:
+        """``auto``, ``cpu`` or ``cuda[:n]``."""
+
+    @property
+    def collective_timeout_seconds(self) -> float:
+        """How long a rank waits for the others."""
 
 
 class RankLostError(JackpotError):
-    """Another rank of the learner is gone or hangs; all of them start again, from the last checkpoint."""
+    """Another rank of the service is gone or hangs; the launcher starts all of them again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranks:
-    """This process among those that train together.
+    """This process among those that compute as one.
 
     Without a ``mesh`` there is one process, and models are whole and plain.
     """
@@ -77,12 +93,15 @@ SOLO = Ranks()
 """One process with whole models."""
 
 
-def join_ranks(config: LearnerConfig, device: torch.device, environ: Mapping[str, str] = os.environ) -> Ranks:
+def join_ranks(
+    service: str, config: RanksConfig, device: torch.device, environ: Mapping[str, str] = os.environ
+) -> Ranks:
     """Meet the other ranks of torchrun; outside of it, be the only one, in a group of one.
 
     Args:
+        service: whose ranks these are; its section of the job file, for messages.
         config: how many are expected, and for how long a collective may wait.
-        device: of ``learner.device``; each rank of a machine takes the GPU of its local rank.
+        device: of ``<service>.device``; each rank of a machine takes the GPU of its local rank.
         environ: torchrun's variables.
 
     Raises:
@@ -92,10 +111,10 @@ def join_ranks(config: LearnerConfig, device: torch.device, environ: Mapping[str
     size = int(environ.get("WORLD_SIZE", "1"))
     if rank is not None and size != config.processes:
         problem = f"torchrun started {size} ranks"
-        raise ConfigError("learner.processes", config.processes, problem, "Make both the same.")
+        raise ConfigError(f"{service}.processes", config.processes, problem, "Make both the same.")
     timeout = timedelta(seconds=config.collective_timeout_seconds)
     if device.type == "cuda":
-        device = _own_gpu(config, int(environ.get("LOCAL_RANK", "0")))
+        device = _own_gpu(service, config, int(environ.get("LOCAL_RANK", "0")))
     # gloo also with GPUs: orders, figures and checkpoints travel between CPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if rank is None:
@@ -117,16 +136,17 @@ def leave_ranks() -> None:
         dist.destroy_process_group()
 
 
-def _own_gpu(config: LearnerConfig, local_rank: int) -> torch.device:
+def _own_gpu(service: str, config: RanksConfig, local_rank: int) -> torch.device:
     if config.processes == 1 and config.device not in ("auto", "cuda"):
         device = torch.device(config.device)
     elif local_rank < torch.cuda.device_count():
         device = torch.device("cuda", local_rank)
     else:
         problem = f"local rank {local_rank} has no GPU: this process sees {torch.cuda.device_count()}"
-        raise ConfigError("learner.processes", config.processes, problem, "Use as many processes as there are GPUs.")
+        remedy = "Use as many processes as there are GPUs."
+        raise ConfigError(f"{service}.processes", config.processes, problem, remedy)
     torch.cuda.set_device(device)
     return device
 
 
-_LOST = "another rank of the learner is gone or hangs ({}). Its end of the log says why; all ranks start again."
+_LOST = "another rank is gone or hangs ({}). Its end of the log says why; all ranks start again."
