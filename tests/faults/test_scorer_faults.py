@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from redis.asyncio import Redis
 from scoring_world import World, make_world, sample_group, until
@@ -21,6 +22,7 @@ from jackpot.config import JobSpec
 from jackpot.errors import BusError, DeadlineError
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.bus.server import EmbeddedServer
+from jackpot.runtime.process import STOPPED_EARLY
 from jackpot.runtime.rpc import open_channel, wait_ready
 from jackpot.scorer.worker import ScorerWorker
 from jackpot.trajectory import Group, GroupKey
@@ -224,3 +226,49 @@ async def test_a_damaged_version_next_to_good_ones_does_not_stop_the_scoring(
         stop.set()
         await asyncio.wait_for(worker, 5.0)
     engine.close()
+
+
+async def test_a_scorer_of_two_ranks_follows_the_weights_and_is_restarted_whole_when_one_is_killed(
+    world: World, server: EmbeddedServer, tmp_path: Path
+) -> None:
+    group = sample_group(world, lengths=(30,) * 4, prompt_length=10)
+    scorer = {"max_groups_per_batch": 2, "processes": 2, "device": "cpu"}
+    job = world.job(scorer=scorer, bus={"lease_seconds": 60.0}, orchestrator={"max_staleness": 2})
+    with tempfile.TemporaryDirectory() as directory:
+        processes = Processes(world, job, server.url, f"unix:{directory}/scorer.sock")
+        try:
+            first = processes.start()
+            async with connected(server, job, world, "test") as bus:
+                await publish(bus, copies(group, range(4)))
+                assert await scored(bus, 4) == {slot: 0 for slot in range(4)}
+                world.publish_policy(1)
+                await publish(bus, [replace(one, dispatch_version=1) for one in copies(group, range(4, 8))])
+                assert await scored(bus, 4) == {slot: 1 for slot in range(4, 8)}
+
+                os.kill(ranks_of(first)[1], signal.SIGKILL)
+                assert await asyncio.to_thread(first.wait, 40) == 128 + signal.SIGKILL, processes.log
+                await publish(bus, copies(group, range(8, 11)))
+                second = processes.start()
+                assert await scored(bus, 3) == {slot: 1 for slot in range(8, 11)}
+                second.send_signal(signal.SIGTERM)
+                assert await asyncio.to_thread(second.wait, 30) == STOPPED_EARLY, processes.log
+        finally:
+            processes.stop()
+
+
+async def scored(bus: TrajectoryBus, count: int) -> dict[int, int]:
+    """The policy version that scored each slot, once so many are."""
+    versions: dict[int, int] = {}
+
+    async def all_are() -> bool:
+        for delivery in await bus.take_scored(50, 0.5):
+            versions[delivery.value.group.prompt_index] = delivery.value.policy_version
+        return len(versions) >= count
+
+    await until(all_are, f"{count} scored groups", timeout_seconds=60)
+    return versions
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> dict[int, int]:
+    """The process ids of a scorer's ranks."""
+    return {int(child.environ()["RANK"]): child.pid for child in psutil.Process(process.pid).children()}

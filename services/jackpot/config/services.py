@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jackpot.config.section import Device, NonNegativeInt, Number, PositiveFloat, PositiveInt, Section
 from jackpot.config.vllm import VllmConfig
@@ -35,9 +35,16 @@ class ScorerConfig(Section):
     """The OBRS scoring service: the target policy's log-probabilities, acceptance and normalizer."""
 
     replicas: PositiveInt = 1
-    """Scorer processes. They share the work through the bus."""
+    """Scorers. They share the work through the bus."""
+    processes: PositiveInt = 1
+    """Processes of one scorer, under torchrun: the policy is sharded over them (FSDP2), and each passes its part of the
+    trajectories through it. The scores are those of one process, up to rounding. One, until the policy needs more
+    memory than a device has; more replicas are the faster way to use more devices."""
     device: Device = "auto"
-    """``auto`` is CUDA where there is one."""
+    """``auto`` is CUDA where there is one; with several processes each takes a GPU of its own."""
+    collective_timeout_seconds: PositiveFloat = 600.0
+    """How long a process waits for the others in one exchange before all of them start again. One that died is noticed
+    at once; this is for one that hangs."""
     chunk_tokens: PositiveInt = 128
     """Positions per slice of the vocabulary pass. 128 keeps [chunk, vocabulary] small at the same speed."""
     max_batch_tokens: PositiveInt = 16384
@@ -54,6 +61,20 @@ class ScorerConfig(Section):
     version_timeout_seconds: PositiveFloat = 120.0
     """How long a group waits in the scorer for the policy version it was dispatched with, before that counts as a
     failed attempt. Versions are published before groups are dispatched with them, so waiting long means damage."""
+
+    @model_validator(mode="after")
+    def _processes_fit(self) -> ScorerConfig:
+        if self.processes > 1 and self.reuse_reference:
+            raise ValueError(
+                f"processes = {self.processes} share a model, and with reuse_reference the scorer holds none. "
+                "Set processes to 1"
+            )
+        if self.processes > 1 and self.device.startswith("cuda:"):
+            raise ValueError(
+                f"processes = {self.processes} cannot share device = {self.device!r}. "
+                "Set device to cuda: each process takes a GPU of its own"
+            )
+        return self
 
 
 class OrchestratorConfig(Section):

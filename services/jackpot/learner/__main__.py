@@ -7,14 +7,13 @@ hand is the same: ``torchrun --nproc-per-node 2 -m jackpot.learner``.
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from typing import TYPE_CHECKING
 
 from jackpot.config import JobSpec
-from jackpot.config.environment import PREFIX, ServiceEnvironment
-from jackpot.errors import ConfigError, JackpotError
-from jackpot.runtime.process import STOPPED_EARLY, announce_ready, run_service
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.errors import JackpotError
+from jackpot.runtime.process import STOPPED_EARLY, announce_ready
+from jackpot.runtime.ranks.launch import run_ranked_service
 
 if TYPE_CHECKING:
     from jackpot.learner.checkpoint import CheckpointStore
@@ -99,22 +98,5 @@ async def lead(
     return 0 if finished else STOPPED_EARLY
 
 
-def _start() -> None:
-    from jackpot.runtime.ranks.launch import is_rank, run_ranks
-
-    if not is_rank():
-        try:
-            processes = ServiceEnvironment.from_env().load_job().learner.processes
-        except ConfigError:
-            processes = 1  # run_service reports it
-        if processes > 1:
-            sys.exit(run_ranks("learner", processes))
-    environ = dict(os.environ)
-    if int(environ.get("RANK", "0")) > 0:
-        # Figures and health are rank 0's to tell.
-        environ |= {PREFIX + name: "" for name in ("METRICS_ADDRESS", "HEALTH_LISTEN")}
-    run_service("learner", main, environ)
-
-
 if __name__ == "__main__":
-    _start()
+    run_ranked_service("learner", main, lambda job: job.learner.processes)

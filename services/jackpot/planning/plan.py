@@ -130,7 +130,11 @@ def step_seconds(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load
     scoring = per_token.scoring if pays_for_scoring(job) else 0.0
     return StepSeconds(
         rollout=tokens * decoding / rollout_gpus,
-        scorer=read * scoring / (load.gpu.flops * load.utilization.scoring) / job.scorer.replicas,
+        scorer=read
+        * scoring
+        / (load.gpu.flops * load.utilization.scoring)
+        / job.scorer.replicas
+        / job.scorer.processes,
         learner=read * (per_token.policy_training + per_token.actor_training) / rate / _learner_processes(job),
     )
 
@@ -175,7 +179,8 @@ def memory_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load
             "attention_cache": load.concurrency * longest * actor.kv_bytes(kv) / tensor_parallel,
         },
         "scorer": {
-            "weights": float(policy.parameters * policy_bytes),
+            "weights": float(policy.parameters * policy_bytes) / job.scorer.processes,
+            "gathered": float(_gathered(policy) * policy_bytes) if job.scorer.processes > 1 else 0.0,
             "activations": float(scored * widest * policy_bytes),
             "vocabulary_slice": slice_bytes,
         }
@@ -194,7 +199,7 @@ def _learner_memory(job: JobSpec, policy: ModelShape, actor: ModelShape, load: L
     on_device = 0.0 if job.learner.cpu_offload else sharded
     gathered = 0.0
     if _learner_processes(job) > 1 or job.policy.dtype != "float32":
-        gathered = float(sum((shape.parameters - (shape.layers - 1) * shape.block) * size for shape, size in learning))
+        gathered = float(sum(_gathered(shape) * size for shape, size in learning))
     trained = min(job.learner.max_batch_tokens, _tokens_per_batch(job, load) / _learner_processes(job))
     if job.learner.activation_checkpointing:
         kept = [
@@ -209,6 +214,11 @@ def _learner_memory(job: JobSpec, policy: ModelShape, actor: ModelShape, load: L
         "gathered": gathered,
         "activations": sum(trained * elements * size for elements, size in kept),
     }
+
+
+def _gathered(shape: ModelShape) -> int:
+    """Parameters of a sharded model that a pass has whole: embeddings, output layer and one block."""
+    return shape.parameters - (shape.layers - 1) * shape.block
 
 
 def bus_bytes(job: JobSpec, tokens: float) -> dict[str, float]:

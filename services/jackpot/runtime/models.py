@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors
@@ -200,6 +201,27 @@ def read_state(model: nn.Module, weights_dir: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file (the version was pruned).
     """
     own, aliases = own_tensors(model)
+    return read_tensors(weights_dir, {name: list(tensor.shape) for name, tensor in own.items()}, aliases)
+
+
+def read_tensors(
+    weights_dir: Path,
+    shapes: Mapping[str, list[int]],
+    aliases: Mapping[str, str],
+    rows: Mapping[str, slice] = MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """Read tensors of a ``model.safetensors`` that must hold just those of a model.
+
+    Args:
+        weights_dir: a version's directory.
+        shapes: the model's own tensors.
+        aliases: the own name for every name of its state dict, see :func:`own_tensors`.
+        rows: what to read of a tensor along its first dimension; those not named here are read whole.
+
+    Raises:
+        WeightCorruptError: the file cannot be read, or its names or shapes are not the model's.
+        FileNotFoundError: there is no such file.
+    """
     path = weights_dir / WEIGHTS_FILE
     state: dict[str, Tensor] = {}
     try:
@@ -208,16 +230,18 @@ def read_state(model: nn.Module, weights_dir: Path) -> dict[str, Tensor]:
                 name = aliases.get(stored)
                 if name is None:
                     raise WeightCorruptError(f"{path}: tensor {stored!r} is not in the model. {_SAME_MODEL}")
-                shape, expected = list(file.get_slice(stored).get_shape()), list(own[name].shape)
-                if shape != expected:
+                content = file.get_slice(stored)
+                shape = list(content.get_shape())
+                if shape != shapes[name]:
                     raise WeightCorruptError(
-                        f"{path}: tensor {stored!r} has shape {shape}, the model's has {expected}. {_SAME_MODEL}"
+                        f"{path}: tensor {stored!r} has shape {shape}, the model's has {shapes[name]}. {_SAME_MODEL}"
                     )
+                part = rows.get(name)
                 # A copy: the file may be memory-mapped and cut short later.
-                state[name] = file.get_tensor(stored).clone()
+                state[name] = (file.get_tensor(stored) if part is None else content[part]).clone()
     except safetensors.SafetensorError as error:
         raise WeightCorruptError(f"{path} cannot be read ({error}). {_SAME_MODEL}") from None
-    if missing := sorted(own.keys() - state.keys()):
+    if missing := sorted(shapes.keys() - state.keys()):
         raise WeightCorruptError(f"{path} lacks {len(missing)} tensors ({', '.join(missing[:5])}). {_SAME_MODEL}")
     return state
 

@@ -1,4 +1,7 @@
-"""``python -m jackpot.scorer``: the OBRS scoring service, configured by the JACKPOT_* variables."""
+"""``python -m jackpot.scorer``: the OBRS scoring service, configured by the JACKPOT_* variables.
+
+With ``scorer.processes`` > 1 this process starts the ranks, by torchrun, and they come here again.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,35 @@ import asyncio
 
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.runtime.process import run_service
+from jackpot.errors import JackpotError
+from jackpot.runtime.ranks.launch import run_ranked_service
 
 
 async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
     """Import what is heavy only now that the settings have been read."""
+    from jackpot.runtime.ranks.group import leave_ranks
+    from jackpot.runtime.weights import WeightStore
+    from jackpot.scorer.members import meet_members
     from jackpot.scorer.service import serve
 
-    return await serve(environment, job, stop)
+    members = await asyncio.to_thread(meet_members, environment, job)
+    code = 1
+    try:
+        if members.ranks.rank == 0:
+            code = await serve(environment, job, stop, members=members)
+        else:
+            # A signal stops rank 0, which stops this one when it is done.
+            follower = await asyncio.to_thread(members.make_follower, job, WeightStore(environment.run_dir / "weights"))
+            code = await asyncio.to_thread(follower.run)
+    except JackpotError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if members.orders is not None:
+            await asyncio.to_thread(members.orders.dismiss, code)
+        leave_ranks()
+    return code
 
 
 if __name__ == "__main__":
-    run_service("scorer", main)
+    run_ranked_service("scorer", main, lambda job: job.scorer.processes)

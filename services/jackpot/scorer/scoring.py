@@ -18,8 +18,11 @@ from jackpot.algorithm.vocabulary import iterate_logprobs, token_logprobs
 from jackpot.config import JackpotCorrection, JobSpec
 from jackpot.errors import ScoringError
 from jackpot.runtime.models import output_head
+from jackpot.runtime.ranks.group import SOLO, Ranks
+from jackpot.runtime.ranks.sharding import release
 from jackpot.scorer.passes import LookedUp, PassSettings, flat_hidden, hidden_by_pass, look_up
-from jackpot.scorer.tokens import FlatTokens, check_group, flatten
+from jackpot.scorer.shares import Share, own_share
+from jackpot.scorer.tokens import FlatTokens, Run, by_version, check_group, flatten, lay_out
 from jackpot.trajectory import EXACT_KL, Group, ScoredGroup, TokenScores, Trajectory
 
 NO_NORMALIZER = "none"
@@ -78,9 +81,11 @@ class GroupScorer:
         job: the job as resolved.
         target: the target policy.
         actors: the actor at the versions that sampled; required where :func:`needs_actor`.
+        ranks: the processes that score together, over which the models are sharded. Each passes its share of the
+            trajectories; all of them are to be asked for the same groups at once, and all get all scores.
     """
 
-    def __init__(self, job: JobSpec, target: Target, actors: Actors | None = None) -> None:
+    def __init__(self, job: JobSpec, target: Target, actors: Actors | None = None, ranks: Ranks = SOLO) -> None:
         correction = job.algorithm.correction
         self._obrs = correction if isinstance(correction, JackpotCorrection) else None
         self._with_topk = self._obrs is not None and self._obrs.normalizer != "full"
@@ -89,8 +94,16 @@ class GroupScorer:
         self._job = job
         self._target = target
         self._actors = actors
+        self._ranks = ranks
 
-    @torch.inference_mode()
+    def check(self, groups: Sequence[Group]) -> None:
+        """Refuse what cannot be scored before anything is computed. Errors as :meth:`score_groups`."""
+        if self._target.version is None:
+            raise ScoringError("no version of the policy's weights is loaded yet. Wait until the scorer is ready.")
+        for group in groups:
+            check_group(group, self._target.vocabulary, with_topk=self._with_topk)
+
+    @torch.no_grad()  # not inference_mode: FSDP's bookkeeping does not know it
     def score_groups(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """Score groups, all with one version of the policy. A group's scores do not depend on its company.
 
@@ -100,12 +113,11 @@ class GroupScorer:
             WeightMissingError: an actor version that sampled is gone.
             WeightCorruptError: an actor version that sampled is damaged.
         """
+        self.check(groups)
         version, obrs_lambda = self._target.version, self._target.obrs_lambda
-        if version is None:
-            raise ScoringError("no version of the policy's weights is loaded yet. Wait until the scorer is ready.")
+        assert version is not None
         alike: dict[tuple[float, int], list[tuple[Group, Trajectory]]] = {}
         for group in groups:
-            check_group(group, self._target.vocabulary, with_topk=self._with_topk)
             for trajectory in group.trajectories:
                 k = trajectory.topk_ids.shape[1] if self._with_topk and trajectory.topk_ids is not None else 0
                 alike.setdefault((group.temperature, k), []).append((group, trajectory))
@@ -138,35 +150,63 @@ class GroupScorer:
         self, members: Sequence[tuple[Group, Trajectory]], temperature: float, obrs_lambda: float
     ) -> list[_Found]:
         settings = PassSettings(self._job.scorer.max_batch_tokens, self._job.scorer.chunk_tokens, temperature)
-        tokens = flatten(members, self._target.model.device, with_topk=self._with_topk)
+        share = own_share(members, settings, self._ranks)
+        runs = lay_out(members)
+        # Each token is scored on one rank and 0 on the others, so that a sum over ranks puts the call together.
+        found = torch.zeros(_NUM_FIGURES, sum(run.end for run in runs))
+        if share.members:
+            found[:, share.places] = self._score_share(share, settings, obrs_lambda)
+        else:
+            self._fill(share, settings)
+        release(self._target.model)
+        self._ranks.sum_(found)
+        return self._cut(runs, found)
+
+    def _score_share(self, share: Share, settings: PassSettings, obrs_lambda: float) -> Tensor:
+        """What is found of this rank's tokens, [_NUM_FIGURES, n] on the CPU: log p_t, acceptance, the three of
+        NormalizerParts, and with the full normalizer KL before and after OBRS."""
+        tokens = flatten(share.members, self._target.model.device, with_topk=self._with_topk)
         if self._obrs is None:
-            looked_up = look_up(self._target.model, tokens.runs, tokens.token_ids[:, None], settings)
+            ids = tokens.token_ids[:, None]
+            looked_up = look_up(self._target.model, tokens.runs, ids, settings, least_passes=share.policy_passes)
             target_logprobs = looked_up.logprobs[:, 0]
             acceptance = torch.ones_like(target_logprobs)
             no_tail = torch.zeros_like(acceptance)
             parts = NormalizerParts(head=acceptance, tail=no_tail, mass=target_logprobs.exp())
-            return self._cut(tokens, target_logprobs, acceptance, parts)
+            return _figures(target_logprobs, acceptance, parts)
         exact_kl: Tensor | None = None
         if self._obrs.normalizer == "full":
-            target_logprobs, parts, exact_kl = self._full(tokens, settings, obrs_lambda)
+            target_logprobs, parts, exact_kl = self._full(tokens, share, settings, obrs_lambda)
         else:
             ids = torch.cat([tokens.token_ids[:, None], tokens.topk_ids], dim=1)
-            target = look_up(self._target.model, tokens.runs, ids, settings, top_k=self._obrs.top_k)
+            top_k = self._obrs.top_k
+            target = look_up(
+                self._target.model, tokens.runs, ids, settings, top_k=top_k, least_passes=share.policy_passes
+            )
             target_logprobs = target.logprobs[:, 0]
-            candidates = self._candidates(tokens, target, settings)
+            candidates = self._candidates(tokens, target, share, settings)
             parts = estimate_normalizer(self._obrs.normalizer, candidates, obrs_lambda)
         acceptance = acceptance_probs(target_logprobs, tokens.actor_logprobs, obrs_lambda)
-        return self._cut(tokens, target_logprobs, acceptance, parts, exact_kl)
+        return _figures(target_logprobs, acceptance, parts, exact_kl)
 
-    def _candidates(self, tokens: FlatTokens, target: LookedUp, settings: PassSettings) -> Candidates:
+    def _fill(self, share: Share, settings: PassSettings) -> None:
+        """Be there for the passes of the other ranks, without any tokens of one's own."""
+        list(hidden_by_pass(self._target.model, [], settings, share.policy_passes))
+        if self._actors is not None:
+            for version, passes in share.actor_passes.items():
+                list(hidden_by_pass(self._actors.at(version), [], settings, passes))
+
+    def _candidates(self, tokens: FlatTokens, target: LookedUp, share: Share, settings: PassSettings) -> Candidates:
         """The actor's returned top-k and the target's own; with the actor's forward, p_inf is exact on both."""
         actor_logprobs, actor_logprobs_on_target = tokens.topk_logprobs, None
         if self._actors is not None:
             union = torch.cat([tokens.topk_ids, target.top_ids], dim=1)
             exact = torch.zeros(union.shape, device=union.device)
-            for version, runs in tokens.runs_by_version().items():
+            runs = by_version(tokens.runs)
+            for version, passes in share.actor_passes.items():
+                actor = self._actors.at(version)
                 # Runs do not overlap, and what lies outside of them is zero.
-                exact += look_up(self._actors.at(version), runs, union, settings).logprobs
+                exact += look_up(actor, runs.get(version, []), union, settings, least_passes=passes).logprobs
             actor_logprobs, actor_logprobs_on_target = exact.tensor_split([tokens.topk_ids.shape[1]], dim=1)
         return Candidates(
             actor_ids=tokens.topk_ids,
@@ -178,21 +218,22 @@ class GroupScorer:
         )
 
     def _full(
-        self, tokens: FlatTokens, settings: PassSettings, obrs_lambda: float
+        self, tokens: FlatTokens, share: Share, settings: PassSettings, obrs_lambda: float
     ) -> tuple[Tensor, NormalizerParts, Tensor]:
         """log p_t of the sampled tokens, and over the whole vocabulary Z and the KLs [N, 2]; by slices of tokens."""
         assert self._actors is not None
         policy = self._target.model
+        hidden = flat_hidden(policy, tokens.runs, len(tokens), settings, share.policy_passes)
         head, chunk = output_head(policy), settings.chunk_tokens
-        hidden = flat_hidden(policy, tokens.runs, len(tokens), settings)
         sampled = token_logprobs(
             hidden, head, tokens.token_ids, temperature=settings.temperature, chunk_tokens=chunk
         ).logprobs
         z = torch.zeros_like(sampled)
         exact_kl = z.new_zeros(len(z), 2)
-        for version, runs in tokens.runs_by_version().items():
+        runs = by_version(tokens.runs)
+        for version, passes in share.actor_passes.items():
             actor = self._actors.at(version)
-            for where, actor_hidden in hidden_by_pass(actor, runs, settings):
+            for where, actor_hidden in hidden_by_pass(actor, runs.get(version, []), settings, passes):
                 policy_rows = iterate_logprobs(
                     hidden[where], head, temperature=settings.temperature, chunk_tokens=chunk
                 )
@@ -204,20 +245,14 @@ class GroupScorer:
                     exact_kl[where[part]] = torch.stack(exact_kl_before_and_after(p_target, p_actor, obrs_lambda), 1)
         return sampled, NormalizerParts(head=z, tail=torch.zeros_like(z), mass=torch.ones_like(z)), exact_kl
 
-    def _cut(
-        self,
-        tokens: FlatTokens,
-        target_logprobs: Tensor,
-        acceptance: Tensor,
-        parts: NormalizerParts,
-        exact_kl: Tensor | None = None,
-    ) -> list[_Found]:
-        """The scores of each trajectory, with its mask."""
-        arrays = [t.float().cpu().numpy() for t in (target_logprobs, acceptance, parts.head, parts.tail, parts.mass)]
+    def _cut(self, runs: Sequence[Run], found: Tensor) -> list[_Found]:
+        """The scores of each trajectory, with its mask. ``found`` is [_NUM_FIGURES, N]."""
+        arrays = found.numpy()
         scores = []
-        for run in tokens.runs:
-            logprobs, accepted, head, tail, mass = (array[run.offset : run.offset + run.end] for array in arrays)
-            if not all(np.isfinite(array).all() for array in (logprobs, accepted, head, tail, mass)):
+        for run in runs:
+            own = arrays[:, run.offset : run.offset + run.end].copy()
+            logprobs, accepted, head, tail, mass, *exact_kl = own
+            if not np.isfinite(own[:5]).all():
                 raise ScoringError(
                     f"trajectory {run.trajectory.trajectory_id}: its scores under policy version "
                     f"{self._target.version} are not finite. Look for a diverged loss in the learner's log."
@@ -231,9 +266,21 @@ class GroupScorer:
                 normalizer_tail=tail,
                 topk_mass=mass,
             )
-            own = None if exact_kl is None else exact_kl[run.offset : run.offset + run.end].double().sum(0).tolist()
-            scores.append(_Found(one, own))
+            full = self._obrs is not None and self._obrs.normalizer == "full"
+            scores.append(_Found(one, [float(kl.sum(dtype=np.float64)) for kl in exact_kl] if full else None))
         return scores
+
+
+_NUM_FIGURES = 7  # of a token
+
+
+def _figures(
+    target_logprobs: Tensor, acceptance: Tensor, parts: NormalizerParts, exact_kl: Tensor | None = None
+) -> Tensor:
+    if exact_kl is None:
+        exact_kl = target_logprobs.new_zeros(len(target_logprobs), 2)
+    rows = [target_logprobs, acceptance, parts.head, parts.tail, parts.mass, *exact_kl.unbind(1)]
+    return torch.stack([row.float() for row in rows]).cpu()
 
 
 def _without_topk(group: Group) -> Group:

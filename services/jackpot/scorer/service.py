@@ -9,21 +9,19 @@ from typing import Any
 
 import grpc
 
-from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusError, ConfigError, DeadlineError
 from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.metrics import Metrics
-from jackpot.runtime.models import set_threads
 from jackpot.runtime.process import announce_ready
 from jackpot.runtime.rpc import create_server
 from jackpot.runtime.weights import WeightStore
 from jackpot.scorer.deferred import DeferredScorer, PolicyVersion
 from jackpot.scorer.engine import ScoringEngine
-from jackpot.scorer.scoring import GroupScorer, needs_actor
+from jackpot.scorer.members import ALONE, Members, initial_lambda
 from jackpot.scorer.servicer import SERVICE_NAME, ScoringServicer
-from jackpot.scorer.target import ActorVersions, TargetPolicy
 from jackpot.scorer.worker import ScorerWorker
 from jackpot.v1 import scoring_pb2_grpc
 
@@ -32,24 +30,28 @@ RPC_GRACE_SECONDS = 2.0
 
 
 async def serve(
-    environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event, metrics: Metrics | None = None
+    environment: ServiceEnvironment,
+    job: JobSpec,
+    stop: asyncio.Event,
+    metrics: Metrics | None = None,
+    members: Members = ALONE,
 ) -> int:
-    """Score until ``stop`` is set; the exit code.
+    """Score until ``stop`` is set; the exit code. With several ranks this is rank 0.
 
     Args:
         environment: the process's addresses and paths.
         job: the job as resolved.
         stop: set on SIGTERM.
         metrics: where to count; None is the process's registry.
+        members: who scores together.
 
     Raises:
         ConfigError: an address or a model that cannot work.
         DeadlineError: no policy version, or no bus, within ``run.startup_timeout_seconds``.
     """
     _require_addresses(environment)
-    set_threads(environment.threads)
     metrics = metrics or Metrics(environment.job_id)
-    engine = await asyncio.to_thread(make_engine, environment, job, metrics)
+    engine = await asyncio.to_thread(make_engine, environment, job, metrics, members)
     server = create_server(
         environment.listen,
         lambda grpc_server: _register(engine, grpc_server),
@@ -67,7 +69,7 @@ async def serve(
             return 0
         bus = await connect_bus(environment, job, timeout)
         await server.health.set_ready(True)
-        announce_ready(address=server.address, version=engine.version)
+        announce_ready(address=server.address, version=engine.version, processes=members.ranks.size)
         await _work(ScorerWorker(job, bus, engine, stop), engine)
     finally:
         await server.stop(RPC_GRACE_SECONDS)
@@ -78,33 +80,22 @@ async def serve(
     return 0
 
 
-def make_engine(environment: ServiceEnvironment, job: JobSpec, metrics: Metrics) -> ScoringEngine:
+def make_engine(
+    environment: ServiceEnvironment, job: JobSpec, metrics: Metrics, members: Members = ALONE
+) -> ScoringEngine:
     """Load the models. Slow.
 
     Raises:
         ConfigError: a model cannot be loaded or used.
     """
     store = WeightStore(environment.run_dir / "weights")
-    correction = job.algorithm.correction
-    obrs_lambda = correction.initial_lambda if isinstance(correction, JackpotCorrection) else 1.0
     activity = Activity(metrics, "scorer", environment.instance, environment.run_dir)
     poll_seconds = job.scorer.weight_poll_seconds
     if job.scorer.reuse_reference:
-        version = PolicyVersion(job.policy.model, store, obrs_lambda)
+        version = PolicyVersion(job.policy.model, store, initial_lambda(job))
         passing_on = DeferredScorer(job, version)
         return ScoringEngine(version, passing_on, metrics, environment.instance, poll_seconds, activity)
-    target = TargetPolicy(job.policy, store, job.scorer.device, obrs_lambda)
-    actors = None
-    if needs_actor(job):
-        actors = ActorVersions(job.rollout_model, job.rollout_role, store, job.scorer.device)
-        if actors.vocabulary != target.vocabulary:
-            raise ConfigError(
-                "actor.model",
-                job.rollout_model.model,
-                f"has {actors.vocabulary} tokens and the policy {target.vocabulary}",
-                "Both must share one vocabulary.",
-            )
-    scorer = GroupScorer(job, target, actors)
+    target, scorer = members.make_scorer(job, store)
     return ScoringEngine(target, scorer, metrics, environment.instance, poll_seconds, activity)
 
 

@@ -3,18 +3,24 @@ versions that sampled."""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.config import ModelConfig
-from jackpot.errors import WeightCorruptError, WeightMissingError
-from jackpot.runtime.models import apply_state, load_causal_lm, output_head, read_state, resolve_device
+from jackpot.errors import WeightCorruptError, WeightError, WeightMissingError
+from jackpot.runtime.models import load_causal_lm, output_head, resolve_device
+from jackpot.runtime.ranks.group import SOLO, Ranks
+from jackpot.runtime.ranks.held_tensors import HeldTensors
+from jackpot.runtime.ranks.sharding import release, shard
 from jackpot.runtime.weights import WeightStore
 from jackpot.trajectory import Role
 
@@ -36,7 +42,7 @@ class PendingWeights:
 
     version: int
     obrs_lambda: float
-    state: State
+    state: State  # what this process holds of it
     read_seconds: float
 
 
@@ -50,11 +56,14 @@ class TargetPolicy:
         store: the job's weight store.
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
         obrs_lambda: λ for versions that do not carry one.
+        ranks: the processes that the model is sharded over.
     """
 
-    def __init__(self, config: ModelConfig, store: WeightStore, device: str, obrs_lambda: float) -> None:
-        resolved = resolve_device(device, field="scorer.device")
-        self.model: PreTrainedModel = load_causal_lm(config.model, config.dtype, resolved, field="policy.model")
+    def __init__(
+        self, config: ModelConfig, store: WeightStore, device: str, obrs_lambda: float, ranks: Ranks = SOLO
+    ) -> None:
+        self.model: PreTrainedModel = _load(config, device, ranks, field="policy.model")
+        self._held = HeldTensors(self.model)
         self.version: int | None = None
         self.obrs_lambda = obrs_lambda
         self.num_refused = 0
@@ -79,7 +88,7 @@ class TargetPolicy:
             newest = self._store.latest("policy")
             if newest is None or (self.version is not None and newest.version <= self.version):
                 return None
-            state = read_state(self.model, self._store.open("policy", newest.version))
+            state = self.read(self._store.open("policy", newest.version))
         except WeightCorruptError as error:
             self.num_refused += 1
             self._retry_at = time.monotonic() + RETRY_SECONDS
@@ -92,9 +101,14 @@ class TargetPolicy:
         obrs_lambda = float(newest.metadata.get("obrs_lambda", self._default_lambda))
         return PendingWeights(newest.version, obrs_lambda, state, time.monotonic() - started)
 
+    def read(self, directory: Path) -> State:
+        """What this process holds of the version in a directory. Errors as :meth:`HeldTensors.read`."""
+        return self._held.read(directory)
+
     def apply(self, pending: PendingWeights) -> None:
         """Swap a version in. Nothing may be using the model."""
-        apply_state(self.model, pending.state)
+        release(self.model)
+        self._held.apply(pending.state)
         self.version = pending.version
         self.obrs_lambda = pending.obrs_lambda
 
@@ -110,13 +124,21 @@ class ActorVersions:
         store: the job's weight store.
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
         num_held: versions kept in memory; the least recently used gives way.
+        ranks: the processes that the model is sharded over; all of them are to call :meth:`at` alike.
     """
 
     def __init__(
-        self, config: ModelConfig, role: Role, store: WeightStore, device: str, num_held: int = ACTOR_VERSIONS_HELD
+        self,
+        config: ModelConfig,
+        role: Role,
+        store: WeightStore,
+        device: str,
+        num_held: int = ACTOR_VERSIONS_HELD,
+        ranks: Ranks = SOLO,
     ) -> None:
-        resolved = resolve_device(device, field="scorer.device")
-        self._model = load_causal_lm(config.model, config.dtype, resolved, field=f"{role}.model")
+        self._model = _load(config, device, ranks, field=f"{role}.model")
+        self._held_tensors = HeldTensors(self._model)
+        self._ranks = ranks
         self._role: Role = role
         self._store = store
         self._num_held = num_held
@@ -141,15 +163,57 @@ class ActorVersions:
                 self._states.popitem(last=False)
         self._states.move_to_end(version)
         if self._version != version:
-            apply_state(self._model, self._states[version])
+            release(self._model)
+            self._held_tensors.apply(self._states[version])
             self._version = version
         return self._model
 
     def _read(self, version: int) -> State:
-        directory = self._store.open(self._role, version)
+        """What all ranks could read of a version; the same error on all of them if one could not."""
+        directory = self._directory(version)
+        state: State = {}
+        problem: Exception | None = None
         try:
-            return read_state(self._model, directory)
-        except FileNotFoundError:
+            state = self._held_tensors.read(directory)
+        except (WeightCorruptError, FileNotFoundError) as error:
+            problem = error
+        all_read = agree(self._ranks, problem is None)
+        if isinstance(problem, WeightCorruptError):
+            raise problem
+        if not all_read:
             raise WeightMissingError(
                 f"version {version} of the {self._role}'s weights was pruned meanwhile. Raise weights.keep_versions."
-            ) from None
+            )
+        return state
+
+    def _directory(self, version: int) -> Path:
+        """Where a version lies; verified by rank 0, once for all ranks."""
+        told: dict[str, str] = {}
+        if self._ranks.rank == 0:
+            try:
+                told = {"path": str(self._store.open(self._role, version))}
+            except WeightError as error:
+                told = {"problem": str(error), "kind": type(error).__name__}
+        told = json.loads(self._ranks.broadcast(json.dumps(told).encode()))
+        if "path" in told:
+            return Path(told["path"])
+        kind = WeightCorruptError if told["kind"] == WeightCorruptError.__name__ else WeightMissingError
+        raise kind(told["problem"])
+
+
+def agree(ranks: Ranks, well: bool) -> bool:
+    """Whether it went well on all ranks; a collective."""
+    failures = torch.tensor([0 if well else 1])
+    ranks.sum_(failures)
+    return int(failures) == 0
+
+
+def _load(config: ModelConfig, device: str, ranks: Ranks, *, field: str) -> PreTrainedModel:
+    if ranks.mesh is None:
+        resolved = resolve_device(device, field="scorer.device")
+        return load_causal_lm(config.model, config.dtype, resolved, field=field)
+    # On the CPU first: its whole never has to fit a GPU.
+    model = load_causal_lm(config.model, config.dtype, "cpu", field=field)
+    model.requires_grad_(False)
+    shard(model, ranks.mesh, None)
+    return model

@@ -56,32 +56,38 @@ class FlatTokens:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def runs_by_version(self) -> dict[int, list[Run]]:
-        """What each weight version sampled, oldest version first."""
-        runs: dict[int, list[Run]] = {}
-        for run in self.runs:
-            for span in run.trajectory.version_spans:
-                part = Run(run.prompt_token_ids, run.trajectory, span.start, span.end, run.offset)
-                runs.setdefault(span.version, []).append(part)
-        return dict(sorted(runs.items()))
+
+def lay_out(members: Sequence[tuple[Group, Trajectory]]) -> tuple[Run, ...]:
+    """Whole trajectories, one after the other."""
+    offsets = np.cumsum([0, *(trajectory.num_tokens for _, trajectory in members)]).tolist()
+    return tuple(
+        Run(group.prompt_token_ids, trajectory, 0, trajectory.num_tokens, offset)
+        for (group, trajectory), offset in zip(members, offsets, strict=False)
+    )
+
+
+def by_version(runs: Sequence[Run]) -> dict[int, list[Run]]:
+    """What each weight version sampled."""
+    found: dict[int, list[Run]] = {}
+    for run in runs:
+        for span in run.trajectory.version_spans:
+            part = Run(run.prompt_token_ids, run.trajectory, span.start, span.end, run.offset)
+            found.setdefault(span.version, []).append(part)
+    return found
 
 
 def flatten(members: Sequence[tuple[Group, Trajectory]], device: torch.device, *, with_topk: bool) -> FlatTokens:
     """Lay trajectories of one temperature and one k out one after the other."""
     trajectories = [trajectory for _, trajectory in members]
-    offsets = np.cumsum([0, *(trajectory.num_tokens for trajectory in trajectories)]).tolist()
 
     def flat(arrays: Sequence[NDArray[np.generic]], dtype: DTypeLike) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)
 
     ids = [t.topk_ids for t in trajectories if with_topk and t.topk_ids is not None]
     logprobs = [t.topk_logprobs for t in trajectories if with_topk and t.topk_logprobs is not None]
-    none = np.zeros((offsets[-1], 0))
+    none = np.zeros((sum(trajectory.num_tokens for trajectory in trajectories), 0))
     return FlatTokens(
-        runs=tuple(
-            Run(group.prompt_token_ids, trajectory, 0, trajectory.num_tokens, offset)
-            for (group, trajectory), offset in zip(members, offsets, strict=False)
-        ),
+        runs=lay_out(members),
         token_ids=flat([t.token_ids for t in trajectories], np.int64),
         actor_logprobs=flat([t.actor_logprobs for t in trajectories], np.float32),
         topk_ids=flat(ids or [none], np.int64),

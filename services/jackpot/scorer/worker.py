@@ -18,6 +18,7 @@ from jackpot.errors import (
     WeightMissingError,
 )
 from jackpot.runtime.bus import Delivery, TrajectoryBus
+from jackpot.runtime.ranks.group import RankLostError
 from jackpot.scorer.engine import ScoringEngine
 from jackpot.trajectory import Group, ScoredGroup
 
@@ -141,6 +142,8 @@ class ScorerWorker:
         try:
             scored = await self._engine.score([delivery.value for delivery in deliveries])
             return list(zip(deliveries, scored, strict=True))
+        except RankLostError:
+            raise  # nothing can be scored any more: the launcher starts all ranks again
         except SCORING_ERRORS as error:
             if len(deliveries) == 1:
                 await self._refuse(deliveries[0], error)

@@ -127,6 +127,9 @@ def test_bytes_and_times_of_a_job() -> None:
     blocks = sum(2 * (shape.parameters - (shape.layers - 1) * shape.block) for shape in (POLICY, ACTOR))
     assert shards["learner"]["gathered"] == blocks
     assert shards["learner"]["activations"] < plan.memory_bytes["learner"]["activations"] / 10
+    scorer = make_plan(make_job("scorer.processes=4"), POLICY, ACTOR, make_load()).memory_bytes["scorer"]
+    assert scorer["weights"] == 2 * POLICY.parameters / 4
+    assert scorer["gathered"] == 2 * (POLICY.parameters - (POLICY.layers - 1) * POLICY.block)
     assert any("the learner needs" in warning for warning in plan.warnings)
 
 

@@ -10,13 +10,39 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NoReturn
 
-from jackpot.runtime.process import STOPPED_EARLY, stop_with_parent
+from jackpot.config import JobSpec
+from jackpot.config.environment import PREFIX, ServiceEnvironment
+from jackpot.errors import ConfigError
+from jackpot.runtime.process import STOPPED_EARLY, ServiceMain, run_service, stop_with_parent
 
 _SIGNAL_BASE = 128
 # What --standalone stands for: a rendezvous of this process alone, on a free port of this machine.
 _ALONE = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "localhost")
+
+
+def run_ranked_service(name: str, main: ServiceMain, processes: Callable[[JobSpec], int]) -> NoReturn:
+    """Run a service, from start to exit: its one process, one of its ranks, or the process that starts the ranks.
+
+    Args:
+        name: the service.
+        main: what a process of it does, see :func:`run_service`.
+        processes: how many the job asks for.
+    """
+    if not is_rank():
+        try:
+            count = processes(ServiceEnvironment.from_env().load_job())
+        except ConfigError:
+            count = 1  # run_service reports it
+        if count > 1:
+            sys.exit(run_ranks(name, count))
+    environ = dict(os.environ)
+    if int(environ.get("RANK", "0")) > 0:
+        # Figures, calls and health are rank 0's.
+        environ |= {PREFIX + variable: "" for variable in ("METRICS_ADDRESS", "HEALTH_LISTEN", "LISTEN")}
+    run_service(name, main, environ)
 
 
 def is_rank(environ: Mapping[str, str] = os.environ) -> bool:

@@ -31,7 +31,7 @@ from jackpot.runtime.models import SHARDED_FORWARD, own_tensors
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: str, *, cpu_offload: bool = False) -> None:
+def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: str | None, *, cpu_offload: bool = False) -> None:
     """Shard a model over the mesh, block by block; in place. Its parameters are DTensors then.
 
     The embedding and the output layer stay gathered from a pass to the end of its backward pass: the vocabulary pass
@@ -40,12 +40,12 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: str, *, cpu_offload: 
     Args:
         model: with float32 parameters if it learns.
         mesh: all ranks.
-        dtype: what it computes in.
+        dtype: what it computes in; None is what its parameters are in.
         cpu_offload: whether parameters wait in the CPU's memory.
     """
     settings: dict[str, Any] = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[dtype] if dtype else None, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
     blocks = decoder_blocks(model)

@@ -1,0 +1,93 @@
+"""A rank of a scorer for tests: torchrun starts it over gloo; rank 0 scores groups from a file, the others follow.
+
+``torchrun … scoring_ranks.py DIRECTORY``: for each job-*.json scores groups-0.bin with policy version 0 and, once
+version 1 is there, groups-1.bin with that; writes scored-<job>-<version>.bin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ranks_world import TORCHRUN
+
+from jackpot.config import JobSpec
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.runtime.codec import decode_group, decode_scored, encode_group, encode_scored
+from jackpot.trajectory import Group, ScoredGroup
+
+
+def score_on_ranks(
+    directory: Path, jobs: Sequence[JobSpec], batches: Sequence[Sequence[Group]], size: int
+) -> dict[tuple[int, int], list[ScoredGroup]]:
+    """The scores of each batch under each job, by (job, batch); each batch is scored by the version of its number."""
+    for index, job in enumerate(jobs):
+        (directory / f"job-{index}.json").write_text(job.model_dump_json())
+    for index, groups in enumerate(batches):
+        write(directory / f"groups-{index}.bin", [encode_group(group) for group in groups])
+    command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(size), __file__, str(directory)]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        (job, batch): [decode_scored(data) for data in read(directory / f"scored-{job}-{batch}.bin")]
+        for job in range(len(jobs))
+        for batch in range(len(batches))
+    }
+
+
+def write(path: Path, parts: Sequence[bytes]) -> None:
+    head = json.dumps([len(part) for part in parts]).encode()
+    path.write_bytes(head + b"\n" + b"".join(parts))
+
+
+def read(path: Path) -> list[bytes]:
+    head, _, content = path.read_bytes().partition(b"\n")
+    parts, start = [], 0
+    for size in json.loads(head):
+        parts.append(content[start : start + size])
+        start += size
+    return parts
+
+
+def main(directory: Path) -> None:
+    from jackpot.runtime.ranks.group import leave_ranks
+    from jackpot.runtime.ranks.orders import Orders
+    from jackpot.runtime.weights import WeightStore
+    from jackpot.scorer.members import Members, meet_members
+
+    environment = ServiceEnvironment(run_dir=directory, job_id="job-1", threads=1)
+    jobs = [JobSpec.model_validate_json(path.read_text()) for path in sorted(directory.glob("job-*.json"))]
+    ranks = meet_members(environment, jobs[0]).ranks
+    for index, job in enumerate(jobs):
+        members = Members(ranks, Orders(ranks, job.scorer.collective_timeout_seconds) if ranks.rank == 0 else None)
+        store = WeightStore(directory / "weights")
+        if members.orders is None:
+            assert members.make_follower(job, store).run() == 0
+            continue
+        target, scorer = members.make_scorer(job, store)
+        for version in range(2):
+            make_newest(directory, version)
+            pending = target.read_newer()
+            assert pending is not None and pending.version == version
+            target.apply(pending)
+            groups = [decode_group(data) for data in read(directory / f"groups-{version}.bin")]
+            scored = scorer.score_groups(groups)
+            write(directory / f"scored-{index}-{version}.bin", [encode_scored(one) for one in scored])
+        members.orders.dismiss(0)
+    leave_ranks()
+
+
+def make_newest(directory: Path, version: int) -> None:
+    """Of versions that are all published already."""
+    (directory / "weights" / "policy" / "LATEST").write_text(f"{version}\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)

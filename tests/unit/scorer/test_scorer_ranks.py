@@ -1,0 +1,95 @@
+"""Several ranks against one process: the same scores, by whichever weights, with slices alone in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scoring_ranks import make_newest, score_on_ranks
+from scoring_world import World, make_world, sample_group
+
+from jackpot.config import JobSpec, parse_job
+from jackpot.errors import ConfigError, WeightCorruptError
+from jackpot.runtime.ranks.group import leave_ranks
+from jackpot.runtime.ranks.held_tensors import HeldTensors
+from jackpot.scorer.members import ALONE, meet_members
+from jackpot.trajectory import EXACT_KL, Group, ScoredGroup
+
+FIGURES = ("target_logprobs", "acceptance_probs", "normalizer_head", "normalizer_tail", "topk_mass")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = make_world(tmp_path_factory.mktemp("world"), actor_versions=(0, 1, 2))
+    world.publish_policy(1)
+    return world
+
+
+def alone(world: World, job: JobSpec, version: int, groups: list[Group]) -> list[ScoredGroup]:
+    make_newest(world.run_dir, version)
+    target, scorer = ALONE.make_scorer(job, world.store)
+    pending = target.read_newer()
+    assert pending is not None
+    target.apply(pending)
+    return scorer.score_groups(groups)
+
+
+def test_two_ranks_score_as_one_process_does_with_every_normalizer_and_after_a_swap(world: World) -> None:
+    """Trajectories of mixed actor versions and lengths, several passes; then fewer trajectories than ranks."""
+    normalizers = ("tail", "union_tail", "union_kappa", "full")
+    corrections = [{"name": "jackpot", "normalizer": name, "obrs_lambda": 1.3, "top_k": 5} for name in normalizers]
+    scorer = {"processes": 2, "max_batch_tokens": 40, "device": "cpu"}
+    jobs = [world.job(correction, scorer=scorer) for correction in (*corrections, "tis")]
+    batches = [
+        [
+            sample_group(world, slot=1, lengths=(11, 3, 9, 5), versions=(0, 1)),
+            sample_group(world, slot=2, lengths=(4, 8), versions=(2,), temperature=0.7),
+        ],
+        [sample_group(world, slot=3, lengths=(6,), versions=(1, 2))],
+    ]
+    found = score_on_ranks(world.run_dir, jobs, batches, 2)
+    for index, job in enumerate(jobs):
+        for version, groups in enumerate(batches):
+            expected = alone(world, job, version, groups)
+            for got, wanted in zip(found[index, version], expected, strict=True):
+                assert_same(got, wanted)
+
+
+def assert_same(got: ScoredGroup, wanted: ScoredGroup) -> None:
+    assert (got.group_id, got.policy_version, got.normalizer) == (
+        wanted.group_id,
+        wanted.policy_version,
+        wanted.normalizer,
+    )
+    for ours, theirs in zip(got.scores, wanted.scores, strict=True):
+        for name in FIGURES:
+            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-5, err_msg=name)
+        assert (ours.mask == theirs.mask).all()
+    assert (EXACT_KL in got.group.metadata) == (wanted.normalizer == "full")
+    assert got.group.metadata.get(EXACT_KL, []) == pytest.approx(wanted.group.metadata.get(EXACT_KL, []), abs=1e-5)
+
+
+def test_what_is_held_of_a_whole_model_is_all_of_it(world: World) -> None:
+    model = world.policies[0]
+    held = HeldTensors(model)
+    assert held.num_bytes == sum(p.numel() * 4 for p in model.parameters())
+    before = model.lm_head.weight.detach().clone()
+    held.apply(held.read(world.store.open("policy", 1)))
+    assert torch.equal(model.lm_head.weight, world.policies[1].lm_head.weight) and not torch.equal(
+        before, model.lm_head.weight
+    )
+    held.apply(held.read(world.store.open("policy", 0)))
+    with pytest.raises(WeightCorruptError, match=r"not in the model|has shape"):
+        held.read(world.store.open("actor", 0))
+
+
+def test_settings_that_cannot_work_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"with reuse_reference the scorer holds none\. Set processes to 1"):
+        world.job(scorer={"processes": 2, "reuse_reference": True})
+    with pytest.raises(ConfigError, match="each process takes a GPU of its own"):
+        parse_job(world.job().model_dump(mode="json"), ['scorer={processes: 2, device: "cuda:0"}'])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"scorer\.processes = 2: torchrun started 3 ranks"):
+        meet_members(world.environment(), world.job(scorer={"processes": 2, "device": "cpu"}))
+    leave_ranks()
