@@ -2,6 +2,8 @@
 
 ``torchrun … ranks_world.py DIRECTORY``: reads job.json and batch-*.bin, writes metrics.json, policy.safetensors and
 actor.safetensors there. ``plan.json`` says what rank 0 does: a list of [train, i], [save], [restore], [exit, rank].
+Other ranks read their groups of a batch from ``groups/``, whose names say the group, and note them in own-<rank>.json;
+where a file lacks, as on a bus that lost it, rank 0 has to send the batch whole.
 """
 
 from __future__ import annotations
@@ -20,16 +22,25 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "loca
 
 
 def run_ranks(
-    directory: Path, job: JobSpec, batches: Sequence[Any], plan: Sequence[Sequence[Any]], size: int
+    directory: Path,
+    job: JobSpec,
+    batches: Sequence[Any],
+    plan: Sequence[Sequence[Any]],
+    size: int,
+    groups: Sequence[Any] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Carry out a plan on so many ranks."""
+    """Carry out a plan on so many ranks; ``groups`` are what those other than 0 can read."""
     from jackpot.learner.batch_wire import batch_to_bytes
+    from jackpot.runtime.codec import encode_scored
 
     directory.mkdir(exist_ok=True)
     (directory / "job.json").write_text(job.model_dump_json())
     (directory / "plan.json").write_text(json.dumps(plan))
     for index, batch in enumerate(batches):
         (directory / f"batch-{index}.bin").write_bytes(batch_to_bytes(batch))
+    (directory / "groups").mkdir(exist_ok=True)
+    for group in groups:
+        (directory / "groups" / group.group_id).write_bytes(encode_scored(group))
     command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(size), __file__, str(directory)]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "JACKPOT_RUN_DIR": str(directory), "JACKPOT_JOB_ID": "job"}
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
@@ -46,13 +57,32 @@ def main(directory: Path) -> int:
     trainer, ranks = build_trainer(environment, environment.load_job())
     store = CheckpointStore(directory / "checkpoints", keep=3, ranks=ranks)
     if ranks.rank > 0:
-        return follow(trainer, store, ranks)
+        own = GroupFiles(directory / "groups")
+        code = follow(trainer, store, ranks, own.read)
+        (directory / f"own-{ranks.rank}.json").write_text(json.dumps(own.found))
+        return code
     rows = carry_out(directory, trainer, store)
     (directory / "metrics.json").write_text(json.dumps(rows))
     if isinstance(trainer, LeadTrainer):
         trainer.dismiss(0)
     leave_ranks()
     return 0
+
+
+class GroupFiles:
+    """Groups as files."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.found: list[list[str]] = []  # by batch
+
+    def read(self, group_ids: Sequence[str]) -> dict[str, Any]:
+        from jackpot.runtime.codec import decode_scored
+
+        paths = {group_id: self._directory / group_id for group_id in group_ids}
+        groups = {group_id: decode_scored(path.read_bytes()) for group_id, path in paths.items() if path.exists()}
+        self.found.append(list(groups))
+        return groups
 
 
 def carry_out(directory: Path, trainer: Any, store: Any) -> list[dict[str, float]]:

@@ -155,14 +155,24 @@ def normalizer_from(head: Tensor, tail: Tensor, name: NormalizerName, acceptance
         name: the estimator that they come from.
         acceptance: the batch's acceptance rate, see :func:`mean_acceptance`.
     """
+    return normalizer_with(head, tail, name, calibrate(head, tail, name, acceptance))
+
+
+def calibrate(head: Tensor, tail: Tensor, name: NormalizerName, acceptance: float) -> float:
+    """The batch scalar, κ or τ, before τ is clipped; 1 for ``full``. Arguments as :func:`normalizer_from`."""
     if name == "full":
-        return Normalizer(value=head, scalar=1.0, raw_scalar=1.0)
+        return 1.0
+    return calibrate_kappa(head, acceptance) if name == "union_kappa" else calibrate_tau(head, tail, acceptance)
+
+
+def normalizer_with(head: Tensor, tail: Tensor, name: NormalizerName, raw_scalar: float) -> Normalizer:
+    """Z of each of these tokens, [N], with the scalar of the batch that they belong to."""
+    if name == "full":
+        return Normalizer(value=head, scalar=raw_scalar, raw_scalar=raw_scalar)
     if name == "union_kappa":
-        kappa = calibrate_kappa(head, acceptance)
-        return Normalizer(value=kappa * head, scalar=kappa, raw_scalar=kappa)
-    raw = calibrate_tau(head, tail, acceptance)
-    tau = min(max(raw, 0.0), 1.0)
-    return Normalizer(value=head + tau * tail, scalar=tau, raw_scalar=raw)
+        return Normalizer(value=raw_scalar * head, scalar=raw_scalar, raw_scalar=raw_scalar)
+    tau = min(max(raw_scalar, 0.0), 1.0)
+    return Normalizer(value=head + tau * tail, scalar=tau, raw_scalar=raw_scalar)
 
 
 def _sums(candidates: Candidates, obrs_lambda: float) -> _Sums:

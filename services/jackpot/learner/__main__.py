@@ -24,6 +24,7 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     """Train to the last step: 0; stopped before that: 75."""
     from jackpot.learner.checkpoint import CheckpointStore
     from jackpot.learner.lead import LeadTrainer, follow
+    from jackpot.learner.own_groups import OwnGroups
     from jackpot.learner.start import build_trainer
     from jackpot.runtime.ranks.group import leave_ranks
 
@@ -36,7 +37,9 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     try:
         if ranks.rank > 0:
             # A signal stops rank 0, which stops this one when it is done.
-            code = await asyncio.to_thread(follow, trainer, store, ranks)
+            groups = OwnGroups(environment, job, asyncio.get_running_loop())
+            code = await asyncio.to_thread(follow, trainer, store, ranks, groups.read)
+            await groups.close()
         else:
             code = await lead(environment, job, trainer, store, stop)
     except JackpotError as error:

@@ -65,6 +65,7 @@ class Batch:
 
     sequences: tuple[SequenceSlice, ...]
     tokens: TokenArrays
+    group_ids: tuple[str, ...]
     group_starts: tuple[int, ...]  # index of each group's first sequence
     rewards: NDArray[np.float64]  # [sequences]
     truncated: NDArray[np.bool_]  # [sequences]
@@ -102,6 +103,7 @@ class Batch:
                 replace(sequence, start=sequence.start - offset, end=sequence.end - offset) for sequence in sequences
             ),
             tokens=replace(tokens, sequence_index=tokens.sequence_index - bounds[first]),
+            group_ids=self.group_ids[first:last],
             group_starts=tuple(start - bounds[first] for start in bounds[first:last]),
             rewards=self.rewards[bounds[first] : bounds[last]],
             truncated=self.truncated[bounds[first] : bounds[last]],
@@ -151,7 +153,8 @@ def build_batch(
     )
     return Batch(
         sequences=tuple(sequences),
-        tokens=_token_arrays(groups, np.repeat(advantages.numpy(), lengths)),
+        tokens=token_arrays(groups, np.repeat(advantages.numpy(), lengths)),
+        group_ids=tuple(scored.group_id for scored in groups),
         group_starts=tuple(group_starts),
         rewards=rewards,
         truncated=np.array([t.finish_reason == "length" for t in trajectories]),
@@ -193,7 +196,8 @@ def _exact_kl(groups: Sequence[ScoredGroup]) -> NDArray[np.float64] | None:
     return None if any(pair is None for pair in found) else np.array(found, dtype=np.float64)
 
 
-def _token_arrays(groups: Sequence[ScoredGroup], advantages: NDArray[np.float64]) -> TokenArrays:
+def token_arrays(groups: Sequence[ScoredGroup], advantages: NDArray[np.floating]) -> TokenArrays:
+    """The arrays of groups, one after the other; ``advantages`` are of each token, [N]."""
     trajectories = [t for scored in groups for t in scored.group.trajectories]
     scores = [s for scored in groups for s in scored.scores]
 

@@ -1,7 +1,10 @@
-"""The learner's ranks: rank 0 alone reads the bus and decides what is next; what it is asked to do, all ranks do."""
+"""The learner's ranks: rank 0 alone takes groups from the bus and decides what is next; what it is asked to do, all
+ranks do. Of a batch it broadcasts the manifest, and each rank reads its own groups from the bus."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -9,13 +12,15 @@ from transformers import PreTrainedModel
 
 from jackpot.config import JobSpec
 from jackpot.learner.batch import Batch
-from jackpot.learner.batch_wire import batch_from_bytes, batch_to_bytes
+from jackpot.learner.batch_wire import StepManifest, batch_from_bytes, batch_to_bytes, manifest_to_bytes
 from jackpot.learner.checkpoint import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.profiling import StepProfiler
 from jackpot.learner.trainer import Trainer
 from jackpot.runtime.ranks.group import Ranks
 from jackpot.runtime.ranks.orders import Dismissed, Orders, next_order
-from jackpot.trajectory import Role
+from jackpot.trajectory import Role, ScoredGroup
+
+LOG = logging.getLogger(__name__)
 
 
 class LeadTrainer(Trainer):
@@ -41,7 +46,10 @@ class LeadTrainer(Trainer):
         self._orders = Orders(ranks, job.learner.collective_timeout_seconds)
 
     def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
-        with self._orders.give("train", batch_to_bytes(batch), first_step=first_step):
+        with self._orders.give("train", manifest_to_bytes(batch), first_step=first_step):
+            if not self._ranks.agree(well=True):
+                LOG.warning("a rank cannot read its groups of step %d from the bus: it gets all of them", first_step)
+                self._ranks.broadcast(batch_to_bytes(batch))
             return super().train_batch(batch, first_step)
 
     def weights(self, role: Role) -> dict[str, Tensor]:
@@ -63,19 +71,31 @@ class LeadTrainer(Trainer):
         self._orders.dismiss(exit_code)
 
 
-def follow(trainer: Trainer, store: CheckpointStore, ranks: Ranks) -> int:
+GroupSource = Callable[[Sequence[str]], Mapping[str, ScoredGroup]]
+"""Reads groups by id; those that it cannot read are absent."""
+
+
+def follow(trainer: Trainer, store: CheckpointStore, ranks: Ranks, source: GroupSource) -> int:
     """Do as rank 0 says until it says stop; the exit code that it gives.
+
+    Args:
+        trainer: this rank's.
+        store: where checkpoints lie.
+        ranks: all of them.
+        source: this rank's way to the groups of a batch.
 
     Raises:
         RankLostError: rank 0 or another is gone.
     """
+    job = trainer.job
     pending: PendingCheckpoint | None = None
     try:
         while True:
             order = next_order(ranks)
             match order.do:
                 case "train":
-                    trainer.train_batch(batch_from_bytes(order.content), order.details["first_step"])
+                    batch = _own_part(order.content, job, ranks, source)
+                    trainer.train_batch(batch, order.details["first_step"])
                 case "weights":
                     trainer.weights(order.details["role"])
                 case "checkpoint":
@@ -91,3 +111,13 @@ def follow(trainer: Trainer, store: CheckpointStore, ranks: Ranks) -> int:
         if pending is not None:
             pending.finish()
         return dismissed.exit_code
+
+
+def _own_part(manifest: bytes, job: JobSpec, ranks: Ranks, source: GroupSource) -> Batch:
+    """The batch with this rank's groups; all of it, where one of the ranks could not read its own."""
+    outline = StepManifest.parse(manifest)
+    wanted = outline.own_groups(job.learner.updates_per_batch, ranks.rank, ranks.size)
+    groups = source(wanted)
+    if ranks.agree(all(group_id in groups for group_id in wanted)):
+        return outline.fill(groups, job.learner.max_sequence_tokens)
+    return batch_from_bytes(ranks.broadcast())

@@ -64,7 +64,7 @@ def policy_target_weights(
     """
     how = ScoringPass(states, ranks)
     scored = scored_tokens(policy, batch, passes, correction, obrs_lambda, job_seed, chunk_tokens, how)
-    return obrs_weights(scored, correction, reference_logprobs=batch.tokens.reference_logprobs)
+    return obrs_weights(scored, correction, reference_logprobs=batch.tokens.reference_logprobs, ranks=ranks)
 
 
 @torch.no_grad()

@@ -51,11 +51,11 @@ def own_reference(
         how = replace(how, states=lambda _model, _ids, _lengths: detached, releases=False)
     if isinstance(correction, JackpotCorrection):
         tokens = scored_tokens(policy, batch, passes, correction, obrs_lambda, job_seed, chunk_tokens, how)
-        weights = obrs_weights(tokens, correction, reference_logprobs=None)
+        weights = obrs_weights(tokens, correction, reference_logprobs=None, ranks=how.ranks)
     else:
         logprobs = _sampled_logprobs(policy, batch, passes, chunk_tokens, how)
         tokens = replace(batch.tokens, reference_logprobs=logprobs, topk_mass=logprobs.exp())
-        weights = reference_target_weights(tokens, correction)
+        weights = reference_target_weights(tokens, correction, how.ranks)
     return OwnReference(replace(batch, tokens=tokens), weights, only)
 
 

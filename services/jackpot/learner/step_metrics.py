@@ -22,12 +22,14 @@ class StepMeter:
         batch: the step's trajectories.
         weights: their token weights.
         step: the optimizer step, 0-based.
+        complete: whether the batch has all of its tokens here; else the row lacks figures over all of them.
     """
 
-    def __init__(self, batch: Batch, weights: TokenWeights, step: int) -> None:
+    def __init__(self, batch: Batch, weights: TokenWeights, step: int, *, complete: bool = True) -> None:
         self._num_tokens = max(1, batch.num_tokens)
         self._row: dict[str, float] = {"step": step + 1}
-        self._row |= _batch_figures(batch, step) | mismatch_figures(batch, weights)
+        if complete:
+            self._row |= _batch_figures(batch, step) | mismatch_figures(batch, weights)
         self._sums: dict[str, float] = {}
         self._found_nonfinite = 0.0
         self._counted = True
@@ -89,7 +91,7 @@ class StepMeter:
         return (
             self._row
             | self._sums
-            | {"rollout_corr/nonfinite": self._row["rollout_corr/nonfinite"] + self._found_nonfinite}
+            | {"rollout_corr/nonfinite": self._row.get("rollout_corr/nonfinite", 0.0) + self._found_nonfinite}
         )
 
     def _add(self, name: str, amount: Tensor, divisor: float) -> None:

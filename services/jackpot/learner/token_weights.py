@@ -17,7 +17,7 @@ from jackpot.algorithm.correction import (
     no_weights,
     tis_weights,
 )
-from jackpot.algorithm.normalizer import mean_acceptance, normalizer_from
+from jackpot.algorithm.normalizer import calibrate, mean_acceptance, normalizer_with
 from jackpot.algorithm.obrs import jackpot_weights
 from jackpot.config import (
     CorrectionConfig,
@@ -28,6 +28,7 @@ from jackpot.config import (
     TisCorrection,
 )
 from jackpot.learner.batch import TokenArrays
+from jackpot.runtime.ranks.group import SOLO, Ranks
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -57,15 +58,16 @@ class TokenWeights:
         return [self.select(index) for index in positions]
 
 
-def reference_target_weights(tokens: TokenArrays, correction: CorrectionConfig) -> TokenWeights:
+def reference_target_weights(tokens: TokenArrays, correction: CorrectionConfig, ranks: Ranks = SOLO) -> TokenWeights:
     """Weights of a whole batch from what the scorer found; target = reference, or no OBRS at all.
 
     Args:
         tokens: the batch.
         correction: which correction.
+        ranks: whose other members may lack tokens; those get no meaningful weights there.
     """
     if correction.name == "jackpot":
-        return obrs_weights(tokens, correction, reference_logprobs=None)
+        return obrs_weights(tokens, correction, reference_logprobs=None, ranks=ranks)
     found = _plain_weights(tokens, correction)
     ones = torch.ones_like(found.value)
     return TokenWeights(
@@ -104,7 +106,9 @@ def _sequences(tokens: TokenArrays, level: Literal["token", "sequence"]) -> Tens
     return tokens.sequence_index if level == "sequence" else None
 
 
-def obrs_weights(tokens: TokenArrays, correction: JackpotCorrection, reference_logprobs: Tensor | None) -> TokenWeights:
+def obrs_weights(
+    tokens: TokenArrays, correction: JackpotCorrection, reference_logprobs: Tensor | None, ranks: Ranks = SOLO
+) -> TokenWeights:
     """Jackpot's weights, with the batch scalar of Z calibrated over exactly these tokens.
 
     Args:
@@ -113,9 +117,12 @@ def obrs_weights(tokens: TokenArrays, correction: JackpotCorrection, reference_l
         correction: clips, mask and estimator.
         reference_logprobs: log p_ref when the target is the policy (``tokens.reference_logprobs`` then holds the
             target's), else None.
+        ranks: rank 0 has all of the batch's tokens and calibrates for the others, which may lack some.
     """
-    acceptance = mean_acceptance(tokens.acceptance_probs)
-    normalizer = normalizer_from(tokens.normalizer_head, tokens.normalizer_tail, correction.normalizer, acceptance)
+    head, tail, name = tokens.normalizer_head, tokens.normalizer_tail, correction.normalizer
+    scalar = torch.tensor(calibrate(head, tail, name, mean_acceptance(tokens.acceptance_probs)), dtype=torch.float64)
+    ranks.of_rank_0_(scalar)
+    normalizer = normalizer_with(head, tail, name, float(scalar))
     found = jackpot_weights(
         tokens.reference_logprobs,
         tokens.actor_logprobs,

@@ -74,6 +74,11 @@ class TrainedModels:
             if self._ranks.mesh is not None:
                 shard(model, self._ranks.mesh, dtype, cpu_offload=self._job.learner.cpu_offload)
 
+    @property
+    def job(self) -> JobSpec:
+        """The job as resolved."""
+        return self._job
+
     def weights(self, role: Role) -> dict[str, Tensor]:
         """A copy of a role's weights on the CPU, in the number format that they are published in; a collective.
 

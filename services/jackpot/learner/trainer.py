@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -86,7 +87,7 @@ class Trainer(TrainedModels):
         correction = self._job.algorithm.correction
         if self._job.scorer.reuse_reference or (correction.name == "jackpot" and correction.target == "policy"):
             return [None] * len(parts)
-        weights = reference_target_weights(batch.tokens, correction)
+        weights = reference_target_weights(batch.tokens, correction, self._ranks)
         return weights.split([part.num_tokens for part in parts])
 
     def _actor_reference(self, batch: Batch) -> Tensor | None:
@@ -112,7 +113,7 @@ class Trainer(TrainedModels):
             own = self._own_reference(batch)
             batch, weights, hidden_of_only_pass = own.batch, own.weights, own.hidden
         weights = weights or self._policy_weights(batch)
-        meter = StepMeter(batch, weights, step)
+        meter = StepMeter(batch, weights, step, complete=self._ranks.rank == 0)
         if self.show_tokens is not None:
             ratio = (weights.target_logprobs - batch.tokens.actor_logprobs).exp()
             self.show_tokens(weights.acceptance_probs, ratio, weights.normalizer)
@@ -138,11 +139,17 @@ class Trainer(TrainedModels):
         return meter.row()
 
     def _control(self, weights: TokenWeights, batch: Batch, meter: StepMeter) -> None:
-        """Let λ and λ_distill follow what this step measured."""
+        """Let λ and λ_distill follow what this step measured: over all tokens, which rank 0 alone has."""
         distillation_weight = self.controls.distillation_weight if self._actor_learns else None
-        self.controls.observe_tokens(weights.target_logprobs, batch.tokens.actor_logprobs)
-        if meter.kl_policy_actor is not None:
-            self.controls.observe_kl(meter.kl_policy_actor)
+        if self._ranks.rank == 0:
+            self.controls.observe_tokens(weights.target_logprobs, batch.tokens.actor_logprobs)
+            if meter.kl_policy_actor is not None:
+                self.controls.observe_kl(meter.kl_policy_actor)
+        if self._ranks.size > 1:
+            told = json.loads(
+                self._ranks.broadcast(json.dumps([self.controls.obrs_lambda, self.controls.state()]).encode())
+            )
+            self.controls.restore(*told)
         meter.controls(self.controls.obrs_lambda, distillation_weight)
 
     def _policy_weights(self, batch: Batch) -> TokenWeights:
@@ -173,14 +180,20 @@ class Trainer(TrainedModels):
         )
 
     def _shares(self, batch: Batch, mask: Tensor) -> Tensor:
+        """What each token's loss is multiplied by, [N]: alike within a sequence, and rank 0's, which has all masks."""
         algorithm = self._job.algorithm
-        return loss_shares(
+        shares = loss_shares(
             mask,
             batch.tokens.sequence_index,
             denominator=algorithm.denominator,
             normalization=algorithm.loss_normalization,
             constant_length=algorithm.loss_constant_length or self._job.sampling.max_tokens,
         )
+        if self._ranks.size == 1:
+            return shares
+        of_sequences = shares[torch.tensor([sequence.start for sequence in batch.sequences])].contiguous()
+        self._ranks.of_rank_0_(of_sequences)
+        return of_sequences[batch.tokens.sequence_index]
 
     def _policy_loss(
         self,
@@ -287,6 +300,7 @@ class Trainer(TrainedModels):
         return plan_passes(
             lengths,
             self._job.learner.max_batch_tokens,
+            group_starts=batch.group_starts,
             rank=self._ranks.rank,
             size=self._ranks.size,
             packed=self._packed,

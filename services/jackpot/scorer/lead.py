@@ -16,7 +16,7 @@ from jackpot.runtime.ranks.group import RankLostError, Ranks
 from jackpot.runtime.ranks.orders import Dismissed, Order, Orders, next_order
 from jackpot.runtime.weights import WeightStore
 from jackpot.scorer.scoring import Actors, GroupScorer
-from jackpot.scorer.target import PendingWeights, State, TargetPolicy, agree
+from jackpot.scorer.target import PendingWeights, State, TargetPolicy
 from jackpot.trajectory import Group, ScoredGroup
 
 LOG = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class LeadTarget(TargetPolicy):
         except (WeightError, FileNotFoundError) as error:
             problem = error
         with self._orders.give("have_read"):
-            all_read = agree(self._ranks, problem is None)
+            all_read = self._ranks.agree(problem is None)
         if problem is not None:
             raise problem
         if not all_read:
@@ -140,7 +140,7 @@ class Follower:
                 self._reading = self._reader.submit(self._target.read, Path(order.details["path"]))
             case "have_read":
                 self._state = self._read()
-                agree(self._ranks, self._state is not None)
+                self._ranks.agree(self._state is not None)
             case "apply":
                 assert self._state is not None
                 version, obrs_lambda = order.details["version"], order.details["obrs_lambda"]

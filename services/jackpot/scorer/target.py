@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -177,7 +176,7 @@ class ActorVersions:
             state = self._held_tensors.read(directory)
         except (WeightCorruptError, FileNotFoundError) as error:
             problem = error
-        all_read = agree(self._ranks, problem is None)
+        all_read = self._ranks.agree(problem is None)
         if isinstance(problem, WeightCorruptError):
             raise problem
         if not all_read:
@@ -199,13 +198,6 @@ class ActorVersions:
             return Path(told["path"])
         kind = WeightCorruptError if told["kind"] == WeightCorruptError.__name__ else WeightMissingError
         raise kind(told["problem"])
-
-
-def agree(ranks: Ranks, well: bool) -> bool:
-    """Whether it went well on all ranks; a collective."""
-    failures = torch.tensor([0 if well else 1])
-    ranks.sum_(failures)
-    return int(failures) == 0
 
 
 def _load(config: ModelConfig, device: str, ranks: Ranks, *, field: str) -> PreTrainedModel:

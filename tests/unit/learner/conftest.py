@@ -61,7 +61,7 @@ def make_groups(make_model: Callable[..., Path]) -> MakeGroups:
         random = np.random.default_rng(seed)
         policy = load_causal_lm(job.policy.model, "float32", "cpu")
         actor = load_causal_lm(job.rollout_model.model, "float32", "cpu")
-        return [_group(random, job, policy, actor, slot, with_topk, disturb) for slot in range(num_groups)]
+        return [_group(random, job, policy, actor, (slot, seed), with_topk, disturb) for slot in range(num_groups)]
 
     return make
 
@@ -75,9 +75,16 @@ def full_logprobs(model: Any, prompt: Sequence[int], completion: Sequence[int]) 
 
 @torch.no_grad()
 def _group(
-    random: np.random.Generator, job: JobSpec, policy: Any, actor: Any, slot: int, with_topk: bool, disturb: float
+    random: np.random.Generator,
+    job: JobSpec,
+    policy: Any,
+    actor: Any,
+    place: tuple[int, int],
+    with_topk: bool,
+    disturb: float,
 ) -> ScoredGroup:
-    group_id = GroupKey(slot, 0, slot).group_id("job")
+    slot, epoch = place
+    group_id = GroupKey(slot, epoch, slot).group_id("job")
     prompt = random.integers(3, VOCABULARY, random.integers(2, 6))
     trajectories, scores = [], []
     for index in range(3):

@@ -15,14 +15,19 @@ from jackpot.config import JobSpec, LearnerConfig
 from jackpot.learner.batch import Batch, build_batch
 from jackpot.learner.batch_wire import batch_from_bytes, batch_to_bytes
 from jackpot.learner.checkpoint import CheckpointStore, Progress
+from jackpot.trajectory import ScoredGroup
 
 from .conftest import MakeGroups, MakeJob, MakeTrainer
 
 STEPS = 3
 
 
-def make_batches(job: JobSpec, make_groups: MakeGroups, **settings: Any) -> list[Batch]:
-    return [build_batch(make_groups(job, seed=seed, **settings), job.algorithm.advantage) for seed in range(STEPS)]
+def make_all(job: JobSpec, make_groups: MakeGroups, **settings: Any) -> list[list[ScoredGroup]]:
+    return [make_groups(job, seed=seed, **settings) for seed in range(STEPS)]
+
+
+def batches_of(job: JobSpec, groups: list[list[ScoredGroup]]) -> list[Batch]:
+    return [build_batch(one, job.algorithm.advantage, job.learner.max_sequence_tokens) for one in groups]
 
 
 def trained_alone(job: JobSpec, make_trainer: MakeTrainer, batches: list[Batch]) -> tuple[Any, list[dict[str, float]]]:
@@ -55,14 +60,24 @@ def figures(directory: Path) -> list[dict[str, float]]:
 def test_two_ranks_train_as_one_process_does_and_one_process_goes_on_from_their_checkpoint(
     tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
 ) -> None:
-    """Several passes per step, of different lengths on the two ranks, with the clip at work."""
-    job = make_job("learner.max_grad_norm=0.5", "learner.weight_decay=0.1", "learner.max_batch_tokens=40")
-    batches = make_batches(job, make_groups)
+    """Several passes per step, of different lengths on the two ranks, with the clip at work and λ following a rate.
+    Each rank reads its own groups; of the third batch one is gone, and rank 0 sends it whole."""
+    job = make_job(
+        "learner={max_grad_norm: 0.5, weight_decay: 0.1, max_batch_tokens: 40, max_sequence_tokens: 12}",
+        "algorithm.correction={acceptance_rate: 0.9}",
+        "algorithm.loss_normalization=sequence",
+    )
+    groups = make_all(job, make_groups)
+    batches = batches_of(job, groups)
     trainer, rows = trained_alone(job, make_trainer, batches)
     forgetful = with_processes(job.model_copy(update={"learner": checkpointed(job)}), 2)
     plan = [["train", 0], ["save"], ["train", 1], ["train", 2]]
-    done = run_ranks(tmp_path / "ranks", forgetful, batches, plan, 2)
+    readable = [*groups[0], *groups[1], *groups[2][1:]]
+    done = run_ranks(tmp_path / "ranks", forgetful, batches, plan, 2, readable)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "cannot read its groups of step 2" in done.stderr and "step 1" not in done.stderr
+    own = json.loads((tmp_path / "ranks" / "own-1.json").read_text())
+    assert [len(found) for found in own] == [2, 2, 1], "half of each batch, but for what is gone"
     assert_same_weights(tmp_path / "ranks", trainer)
     for row, expected in zip(figures(tmp_path / "ranks"), rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
@@ -86,13 +101,14 @@ def test_four_ranks_go_on_from_the_checkpoint_of_one_process(
         "algorithm.kl_penalty.weight=0.1",
         "learner={groups_per_batch: 2, updates_per_batch: 2, steps: 4}",
     )
-    batches = make_batches(job, make_groups, with_topk=True, num_groups=2)
+    groups = make_all(job, make_groups, with_topk=True, num_groups=2)
+    batches = batches_of(job, groups)
     trainer = make_trainer(job)
     rows = trainer.train_batch(batches[0], 0)
     store = CheckpointStore(tmp_path / "ranks" / "checkpoints", keep=2)
     trainer.begin_checkpoint(store, Progress(2, 1, trainer.controls.obrs_lambda, trainer.controls.state())).finish()
     rows = trainer.train_batch(batches[1], 2)
-    done = run_ranks(tmp_path / "ranks", with_processes(job, 4), batches, [["restore"], ["train", 1]], 4)
+    done = run_ranks(tmp_path / "ranks", with_processes(job, 4), batches, [["restore"], ["train", 1]], 4, groups[1])
     assert done.returncode == 0, done.stderr[-4000:]
     assert_same_weights(tmp_path / "ranks", trainer)
     for row, expected in zip(figures(tmp_path / "ranks"), rows, strict=True):

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jackpot.runtime.ranks.partition import balanced_shares, packed_bins, plan_passes
+from jackpot.runtime.ranks.partition import balanced_shares, batch_shares, packed_bins, plan_passes
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 
@@ -28,6 +28,14 @@ def test_ranks_pass_every_sequence_once_and_all_equally_often(lengths: list[int]
 def test_shares_differ_by_no_more_than_one_sequence(lengths: list[int], size: int) -> None:
     loads = [sum(lengths[row] for row in share) for share in balanced_shares(lengths, size)]
     assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_groups_stay_whole_where_that_costs_little_and_are_divided_where_it_costs_much() -> None:
+    lengths = [30, 30, 28, 31, 30, 30, 32, 29]
+    assert batch_shares(lengths, [0, 2, 4, 6], 2) == [[2, 3, 6, 7], [0, 1, 4, 5]]
+    uneven = [90, 90, 10, 10, 10, 10, 10, 10]
+    assert batch_shares(uneven, [0, 2, 4, 6], 2) == balanced_shares(uneven, 2) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert batch_shares(lengths, [0, 4], 3) == balanced_shares(lengths, 3)  # fewer groups than ranks
 
 
 def test_a_rank_without_sequences_passes_the_shortest_as_a_filler() -> None:

@@ -101,6 +101,17 @@ class TrajectoryBus(BusReadings):
         await self._sweep(self._lost if incarnation == proposed else self._ended)
         return bool(incarnation == proposed)
 
+    async def join(self) -> None:
+        """Read what others have opened, without making, taking or sweeping anything; for :meth:`fetch_scored`.
+
+        Raises:
+            BusError: nobody has opened it.
+        """
+        incarnation = await self._client.call("GET", self._client.keys.incarnation)
+        if incarnation is None:
+            raise BusError(f"the bus of job {self._job_id} holds no state")
+        self._client.incarnation = incarnation.decode()
+
     # --- orchestrator ---
 
     async def reserve(self, group_id: str, num_bytes: int, *, urgent: bool = False) -> bool:

@@ -75,6 +75,29 @@ class Ranks:
             raise RankLostError(_LOST.format(error)) from error
         return payload if self.rank == 0 else content.numpy().tobytes()
 
+    def of_rank_0_(self, tensor: Tensor) -> None:
+        """Replace a CPU tensor by rank 0's, in place.
+
+        Raises:
+            RankLostError: a rank is gone or hangs.
+        """
+        if self.size == 1:
+            return
+        try:
+            dist.broadcast(tensor, 0)
+        except RuntimeError as error:
+            raise RankLostError(_LOST.format(error)) from error
+
+    def agree(self, well: bool) -> bool:
+        """Whether it went well on all ranks; a collective.
+
+        Raises:
+            RankLostError: a rank is gone or hangs.
+        """
+        failures = torch.tensor([0 if well else 1])
+        self.sum_(failures)
+        return int(failures) == 0
+
     def sum_(self, tensor: Tensor) -> None:
         """Add up a CPU tensor over all ranks, in place; every rank gets the same bits.
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from jackpot.runtime.batching import length_buckets
+
+# Tokens of the rank that has most, over the mean, that whole groups may bring about: all ranks wait for that one.
+_TOLERATED_LOAD = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +28,56 @@ class MicroRows:
 
 
 def plan_passes(
-    lengths: Sequence[int], max_batch_tokens: int, *, rank: int = 0, size: int = 1, packed: bool = False
+    lengths: Sequence[int],
+    max_batch_tokens: int,
+    *,
+    group_starts: Sequence[int] = (),
+    rank: int = 0,
+    size: int = 1,
+    packed: bool = False,
 ) -> list[MicroRows]:
     """The passes of one rank over a batch: as many on every rank, every sequence counted once.
 
     Args:
         lengths: tokens of each sequence, of the whole batch.
         max_batch_tokens: upper bound of a pass, padding included.
+        group_starts: see :func:`batch_shares`.
         rank: whose passes.
         size: how many ranks.
         packed: sequences lie one after the other, without padding; else they are rows of similar length.
     """
-    shares = balanced_shares(lengths, size)
+    shares = batch_shares(lengths, group_starts, size)
     plans = [_passes(lengths, share, max_batch_tokens, packed) for share in shares]
     own = plans[rank]
     missing = max(map(len, plans)) - len(own)
-    filler = MicroRows((int(np.argmin(lengths)),), counted=False)
+    filler = MicroRows((filler_row(lengths, shares[rank]),), counted=False)
     return [MicroRows(tuple(rows)) for rows in own] + [filler] * missing
+
+
+def filler_row(lengths: Sequence[int], share: Sequence[int]) -> int:
+    """The sequence that a rank's fillers consist of: the shortest of its own, or of all if it has none."""
+    return min(share or range(len(lengths)), key=lambda row: lengths[row])
+
+
+def batch_shares(lengths: Sequence[int], group_starts: Sequence[int], size: int) -> list[list[int]]:
+    """Split a batch among ranks: by whole groups, of which each rank then reads its own alone, or by sequences where
+    that would leave a rank with much more than its part.
+
+    Args:
+        lengths: tokens of each sequence.
+        group_starts: index of each group's first sequence; none are there where sequences belong to no groups.
+        size: how many ranks.
+    """
+    if size == 1 or len(group_starts) < size:
+        return balanced_shares(lengths, size)
+    bounds = [*group_starts, len(lengths)]
+    groups = [range(first, last) for first, last in pairwise(bounds)]
+    by_group = [
+        [row for group in share for row in groups[group]]
+        for share in balanced_shares([sum(lengths[row] for row in group) for group in groups], size)
+    ]
+    heaviest = max(sum(lengths[row] for row in share) for share in by_group)
+    return by_group if heaviest <= _TOLERATED_LOAD * sum(lengths) / size else balanced_shares(lengths, size)
 
 
 def balanced_shares(lengths: Sequence[int], size: int) -> list[list[int]]:
