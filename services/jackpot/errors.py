@@ -90,6 +90,30 @@ class WeightCorruptError(WeightError):
     """A weight version whose bytes do not match its manifest, or whose tensors do not fit the model."""
 
 
+class ObjectStoreError(JackpotError):
+    """An object store did not do what was asked. The message names bucket and key."""
+
+
+class ObjectMissingError(ObjectStoreError):
+    """The bucket does not hold this object (any more)."""
+
+
+class ObjectConflictError(ObjectStoreError):
+    """An object is not as a conditional write expected it: somebody else has written it."""
+
+
+class ObjectCorruptError(ObjectStoreError):
+    """An object whose bytes do not match its manifest."""
+
+
+class ObjectUnavailableError(ObjectStoreError):
+    """The object store did not answer, or said that it cannot now; it may be asked again."""
+
+
+class ObjectRefusedError(ObjectStoreError):
+    """The object store refuses: no such bucket, no credentials, or not the rights."""
+
+
 class JobFailedError(JackpotError):
     """The job stopped because one of its processes keeps dying, or an alarm said so."""
 

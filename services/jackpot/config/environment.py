@@ -81,6 +81,14 @@ class ServiceEnvironment(BaseModel):
     machine's name."""
     threads: int = 0
     """Threads for torch; 0 leaves torch's own choice."""
+    scratch_dir: str = ""
+    """Directory on a disk of this machine for copies of what an object store holds (``weights.store``); may be lost at
+    any time. Empty: ``scratch/`` in the run directory."""
+
+    @property
+    def scratch(self) -> Path:
+        """Where this job's processes on this machine keep such copies."""
+        return Path(self.scratch_dir) / self.job_id if self.scratch_dir else self.run_dir / "scratch"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> ServiceEnvironment:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from jackpot.config.section import Device, NonNegativeInt, Number, PositiveFloat, PositiveInt, Section
 from jackpot.config.vllm import VllmConfig
@@ -108,9 +109,24 @@ class BusConfig(Section):
     """How often a group is taken up before it is dead-lettered."""
 
 
-class WeightStoreConfig(Section):
-    """Versioned weights between learner and replicas."""
+def _is_bucket(url: str) -> str:
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()-]+)*/?", url):
+        raise ValueError("is no place in a bucket. Write s3://bucket or s3://bucket/prefix")
+    if any(part in (".", "..") for part in url.split("/")):
+        raise ValueError("has '.' or '..' for a part, which objects do not know. Write the prefix without them")
+    return url.rstrip("/")
 
+
+class WeightStoreConfig(Section):
+    """Versioned weights between learner and replicas, and checkpoints."""
+
+    store: Annotated[str, AfterValidator(_is_bucket)] | None = None
+    """Where weight versions and checkpoints are kept. null is the run directory, which all processes share.
+    ``s3://bucket/prefix`` keeps them in an object store that speaks S3, under ``<prefix>/<job id>/``; credentials,
+    region and endpoint come from the standard AWS variables, never from here. Needs the extra ``s3``."""
+    outage_seconds: PositiveFloat = 600.0
+    """How long an object store may be out of reach before the process that needs it gives up and is started again.
+    Training goes on meanwhile with the weights at hand, as far as ``max_staleness`` lets it."""
     keep_versions: Annotated[int, Field(ge=2), Number] = 8
     """Versions kept per role; more lets slow replicas and evaluations find the version that they want."""
     transport: Literal["store", "nccl", "gloo"] = "store"

@@ -26,12 +26,17 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     from jackpot.learner.lead import LeadTrainer, follow
     from jackpot.learner.own_groups import OwnGroups
     from jackpot.learner.start import build_trainer
+    from jackpot.runtime.job_storage import stored_checkpoints
     from jackpot.runtime.ranks.group import leave_ranks
 
     trainer, ranks = await asyncio.to_thread(build_trainer, environment, job)
-    evaluations = environment.run_dir / "evaluations.jsonl" if job.learner.keep_best_checkpoint else None
+    stored = stored_checkpoints(job, environment.job_id)
     store = CheckpointStore(
-        environment.run_dir / "checkpoints", job.learner.keep_checkpoints, ranks=ranks, evaluations=evaluations
+        (environment.run_dir if stored is None else environment.scratch) / "checkpoints",
+        job.learner.keep_checkpoints,
+        ranks=ranks,
+        evaluations=environment.run_dir / "evaluations.jsonl" if job.learner.keep_best_checkpoint else None,
+        stored=stored,
     )
     code = 1
     try:
@@ -64,9 +69,9 @@ async def lead(
     from jackpot.learner.step_log import StepLog
     from jackpot.runtime.activity import Activity
     from jackpot.runtime.bus import TrajectoryBus
+    from jackpot.runtime.job_storage import open_weight_store
     from jackpot.runtime.kept_trajectories import KeptTrajectories
     from jackpot.runtime.metrics import Metrics
-    from jackpot.runtime.weights import WeightStore
 
     run_dir, metrics = environment.run_dir, Metrics(environment.job_id)
     broadcaster = connect_broadcaster(environment, job, trainer.device, metrics.count_weights_broadcast)
@@ -76,11 +81,12 @@ async def lead(
     try:
         await bus.open()
         activity = Activity(metrics, "learner", environment.instance, run_dir)
+        weights = open_weight_store(job, environment.job_id, run_dir, environment.scratch / "weights-learner")
         learner = Learner(
             job,
             bus,
             trainer,
-            WeightPublisher(job, WeightStore(run_dir / "weights"), run_dir, broadcaster.send if broadcaster else None),
+            WeightPublisher(job, weights, run_dir, lambda: store.steps, broadcaster.send if broadcaster else None),
             store,
             ManifestLog(run_dir / "manifests"),
             StepLog(run_dir, metrics),

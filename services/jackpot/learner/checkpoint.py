@@ -3,15 +3,18 @@
 Every rank writes its own shards, as safetensors that say where in the whole tensor they lie; what is not a tensor is
 JSON. Any number of ranks reads what any number has written. Writing happens beside training, from a copy. A checkpoint
 is written aside and renamed, so that a directory with a final name is whole; the newest of them is the latest.
+
+With an object store a checkpoint is there once the store holds it; the directory keeps a copy of the newest.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,11 +28,14 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from jackpot.errors import JackpotError
+from jackpot.errors import JackpotError, ObjectStoreError, ObjectUnavailableError
 from jackpot.learner.best_step import best_step
 from jackpot.runtime.models import own_tensors
+from jackpot.runtime.object_directories import ObjectDirectories
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.trajectory import Role
+
+LOG = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 _RANDOM = "random/torch"
@@ -63,13 +69,23 @@ class CheckpointStore:
         ranks: who writes and reads together.
         evaluations: ``evaluations.jsonl``, by which the checkpoint of the best policy stays as well; None keeps the
             newest alone.
+        stored: the job's checkpoints in an object store; None keeps them in ``directory``.
     """
 
-    def __init__(self, directory: Path, keep: int, *, ranks: Ranks = SOLO, evaluations: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        *,
+        ranks: Ranks = SOLO,
+        evaluations: Path | None = None,
+        stored: ObjectDirectories | None = None,
+    ) -> None:
         self._directory = directory
         self._keep = keep
         self._ranks = ranks
         self._evaluations = evaluations
+        self._stored = stored
         if ranks.rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             for unfinished in directory.glob(".*"):
@@ -105,9 +121,36 @@ class CheckpointStore:
         return self.begin(progress, learnables).finish()
 
     def latest(self) -> Path | None:
-        """The newest checkpoint's directory, or None."""
+        """The newest checkpoint's directory, or None. Rank 0 alone.
+
+        Raises:
+            ObjectStoreError: the newest is in an object store and cannot be read from there.
+        """
         found = self._all()
-        return found[-1] if found else None
+        if self._stored is None:
+            return found[-1] if found else None
+        names = [name for name in self._stored.names() if name.isdigit()]
+        for path in found:
+            if path.name not in names:  # never finished: no group counts as trained by it
+                shutil.rmtree(path)
+        if not names:
+            return None
+        newest = self._directory / names[-1]
+        if newest not in found:
+            self._fetch(self._stored, newest)
+        return newest
+
+    @property
+    def steps(self) -> Collection[int]:
+        """The steps of which there is a checkpoint, or one is on its way. Rank 0 alone.
+
+        Raises:
+            ObjectStoreError: they are in an object store that cannot be asked.
+        """
+        # Also the copies' own: between them and the store's lies the upload.
+        here = {path.name.removeprefix(".") for path in self._directory.iterdir()}
+        there = self._stored.names() if self._stored is not None else []
+        return {int(name) for name in here.union(there) if name.isdigit()}
 
     def load(self, path: Path, learnables: Mapping[Role, Learnable]) -> Progress:
         """Restore every learnable in place, and torch's random state; a collective.
@@ -145,18 +188,50 @@ class CheckpointStore:
         _sync_tree(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
+        if self._stored is not None:
+            if final.name in self._stored.names():  # of a step that is trained once more
+                self._stored.remove(final.name)
+            self._stored.upload(final.name, final)
         self._prune()
         return final
+
+    def _fetch(self, stored: ObjectDirectories, final: Path) -> None:
+        aside = final.with_name(f".{final.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        LOG.info("reading checkpoint %s", stored.where(final.name))
+        try:
+            stored.download(final.name, aside)
+        except ObjectUnavailableError:
+            raise
+        except ObjectStoreError as error:
+            where = stored.where(final.name)
+            raise JackpotError(
+                f"checkpoint {where} cannot be restored ({error}); delete it to resume from an older one"
+            ) from None
+        _sync_tree(aside)
+        aside.rename(final)
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self._directory.iterdir() if path.name.isdigit())
 
     def _prune(self) -> None:
-        found = self._all()
-        best = best_step(self._evaluations, [int(path.name) for path in found]) if self._evaluations else None
-        for path in found[: -self._keep]:
-            if int(path.name) != best:
-                shutil.rmtree(path)
+        if self._stored is None:
+            for name in self._superfluous([path.name for path in self._all()]):
+                shutil.rmtree(self._directory / name)
+            return
+        for path in self._all()[:-1]:
+            shutil.rmtree(path)
+        try:
+            for name in self._superfluous([name for name in self._stored.sweep() if name.isdigit()]):
+                self._stored.remove(name)
+        except ObjectStoreError as error:
+            LOG.warning("older checkpoints stay for now: %s", error)
+
+    def _superfluous(self, names: list[str]) -> list[str]:
+        """Those among the names, ascending, that need not stay."""
+        best = best_step(self._evaluations, [int(name) for name in names]) if self._evaluations else None
+        return [name for name in names[: -self._keep] if int(name) != best]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +248,7 @@ class PendingCheckpoint:
 
         Raises:
             JackpotError: it could not be written; the previous checkpoint is untouched.
+            ObjectStoreError: as its cause, where an object store refuses, or is out of reach for too long.
         """
         try:
             self.writing.result()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,8 @@ class WeightPublisher:
         job: the job as resolved.
         store: the job's weight store.
         run_dir: where ``export/`` goes.
+        checkpointed: tells the versions that a checkpoint, whole or on its way, will be downloaded with: they stay as
+            long as it does.
         broadcast: gives a version to the rollout replicas at once; None leaves them to the store.
     """
 
@@ -57,13 +59,14 @@ class WeightPublisher:
         job: JobSpec,
         store: WeightStore,
         run_dir: Path,
+        checkpointed: Callable[[], Collection[int]],
         broadcast: Callable[[int, State], object] | None = None,
     ) -> None:
         self._job = job
         self._store = store
         self._broadcast = broadcast
         self._export_dir = run_dir / "export"
-        self._checkpoints = run_dir / "checkpoints"
+        self._checkpointed = checkpointed
 
     def snapshot(self, trainer: Trainer, version: int) -> Snapshot:
         """A copy of every role's weights as they are, for :meth:`publish` beside the next step; a collective."""
@@ -79,6 +82,7 @@ class WeightPublisher:
 
         Raises:
             OSError: the disk is full or gone.
+            ObjectStoreError: an object store refuses, or is out of reach for too long.
         """
         if self._broadcast is not None:
             self._broadcast(snapshot.version, snapshot.states[self._job.rollout_role])
@@ -89,11 +93,6 @@ class WeightPublisher:
 
             self._store.publish(role, snapshot.version, write, snapshot.metadata)
             self._store.prune(role, self._job.weights.keep_versions, self._checkpointed())
-
-    def _checkpointed(self) -> list[int]:
-        """Versions that a checkpoint, whole or on its way, will be downloaded with: they stay as long as it does."""
-        names = [path.name.removeprefix(".") for path in self._checkpoints.glob("*")]
-        return [int(name) for name in names if name.isdigit()]
 
     def export(self, trainer: Trainer) -> None:
         """Write both models as Hugging Face directories under ``export/``, atomically each."""

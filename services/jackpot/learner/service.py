@@ -86,7 +86,7 @@ class Learner:
             DeadlineError: no group arrived for ``learner.batch_timeout_seconds``.
             AlarmError: an alarm, with ``alarms.action`` = stop.
         """
-        self._restore()
+        await asyncio.to_thread(self._restore)
         async with self._leases_renewed():
             await self._publish()
             await self._background.finish()

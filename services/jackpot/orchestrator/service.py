@@ -27,10 +27,10 @@ from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
 from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TerminalRecord, TrajectoryBus
+from jackpot.runtime.job_storage import open_weight_store
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.process import STOPPED_EARLY, announce_ready
 from jackpot.runtime.rpc import open_channel
-from jackpot.runtime.weights import WeightStore
 from jackpot.trajectory import GroupKey
 
 LOG = logging.getLogger(__name__)
@@ -135,7 +135,8 @@ class Orchestrator:
         self._activity = Activity(metrics, "orchestrator", "0", run_dir)
         self._ledger = LedgerFile(run_dir / "ledger.jsonl")
         self._book = SlotBook.of_job(job, task.num_prompts)
-        self._versions = VersionWatch(WeightStore(run_dir / "weights"), {"policy", job.rollout_role})
+        store = open_weight_store(job, job_id, run_dir, run_dir / "scratch" / "weights-orchestrator")  # never reads any
+        self._versions = VersionWatch(store, {"policy", job.rollout_role})
         self._prompts = TrainingPrompts(task, tokenizer)
         self._dispatcher = Dispatcher(
             job=job,

@@ -15,10 +15,10 @@ from jackpot.rollout.engines import create_engine
 from jackpot.rollout.servicer import SERVICE_NAME, RolloutServicer
 from jackpot.rollout.weight_follower import WeightFollower
 from jackpot.runtime.activity import Activity
+from jackpot.runtime.job_storage import open_weight_store
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.process import announce_ready
 from jackpot.runtime.rpc import RpcServer, create_server
-from jackpot.runtime.weights import WeightStore
 from jackpot.v1 import rollout_pb2_grpc
 
 LOG = logging.getLogger(__name__)
@@ -34,9 +34,10 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
     metrics = Metrics(environment.job_id)
     engine = await asyncio.to_thread(create_engine, job, environment, metrics)
     activity = Activity(metrics, "rollout", environment.instance, environment.run_dir)
+    copies = environment.scratch / f"weights-rollout-{environment.instance}"
     follower = WeightFollower(
         engine,
-        WeightStore(environment.run_dir / "weights"),
+        open_weight_store(job, environment.job_id, environment.run_dir, copies),
         environment.role,
         job.rollout.weight_poll_seconds,
         on_loaded=lambda version, seconds: metrics.observe_weights(environment.role, version, seconds),

@@ -115,7 +115,7 @@ class WeightStore:
                 f"version {version} of the {role}'s weights is not in {self._root}. "
                 "It was never published or is pruned already; take the latest version, or raise weights.keep_versions."
             ) from None
-        return _parse_manifest(text, role, version, directory)
+        return parse_manifest(text, role, version, directory)
 
     def open(self, role: str, version: int) -> Path:
         """The directory of a version, every file's size and SHA-256 checked.
@@ -154,6 +154,12 @@ class WeightStore:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         return removed
 
+    def discard(self, role: str, version: int) -> None:
+        """Remove a version, whatever state it is in; no-op if it is not there."""
+        directory = self._directory(role, version)
+        if directory.exists():
+            self._remove(directory)
+
     def _directory(self, role: str, version: int) -> Path:
         return self._root / role / f"{version:08d}"
 
@@ -165,11 +171,11 @@ class WeightStore:
         try:
             aside.mkdir(parents=True)
             write(aside)
-            files = {path.name: _describe(path) for path in sorted(aside.iterdir())}
+            files = {path.name: describe_file(path) for path in sorted(aside.iterdir())}
             if not files:
                 raise WeightError(f"version {version} of the {role}'s weights has no files. Nothing was published.")
             manifest = WeightManifest(role, version, files, dict(metadata), final)
-            _write_synced(aside / MANIFEST, _manifest_text(manifest))
+            _write_synced(aside / MANIFEST, manifest_text(manifest))
             for path in aside.iterdir():
                 _sync(path)
             _sync(aside)
@@ -187,7 +193,7 @@ class WeightStore:
         for name, expected in manifest.files.items():
             path = manifest.path / name
             try:
-                found = _describe(path)
+                found = describe_file(path)
             except FileNotFoundError:
                 self.manifest(role, version)  # says that the version is missing, if it was pruned meanwhile
                 raise WeightCorruptError(f"{path} is missing although its manifest names it. {_RESTORE}") from None
@@ -257,7 +263,8 @@ def _aside(final: Path) -> Path:
     return final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
 
 
-def _describe(path: Path) -> WeightFile:
+def describe_file(path: Path) -> WeightFile:
+    """Size and hash of a file as it is."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return WeightFile(digest, os.fstat(file.fileno()).st_size)
@@ -285,20 +292,34 @@ def _names_in(directory: Path) -> Iterable[str]:
         return []
 
 
-def _manifest_text(manifest: WeightManifest) -> str:
+def manifest_text(manifest: WeightManifest) -> str:
+    """The manifest as JSON, which :func:`parse_manifest` reads back."""
     files = {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in manifest.files.items()}
     content = {"role": manifest.role, "version": manifest.version, "files": files, "metadata": manifest.metadata}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
-def _parse_manifest(text: str, role: str, version: int, directory: Path) -> WeightManifest:
+def parse_manifest(text: str, role: str, version: int, directory: Path, where: str | None = None) -> WeightManifest:
+    """The manifest of a version from its JSON.
+
+    Args:
+        text: the JSON.
+        role: whose version it must be.
+        version: which it must be.
+        directory: where the files are, or will be.
+        where: the text was read, for messages; None is in the directory.
+
+    Raises:
+        WeightCorruptError: it is not the manifest of this version.
+    """
+    where = where or str(directory / MANIFEST)
     try:
         content = json.loads(text)
         files = {name: WeightFile(str(f["sha256"]), int(f["bytes"])) for name, f in content["files"].items()}
         named = (content["role"], content["version"])
         metadata = dict(content["metadata"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightCorruptError(f"{directory / MANIFEST} cannot be read ({error!r}). {_RESTORE}") from None
+        raise WeightCorruptError(f"{where} cannot be read ({error!r}). {_RESTORE}") from None
     if named != (role, version) or any("/" in name or name.startswith(".") for name in files):
-        raise WeightCorruptError(f"{directory / MANIFEST} does not describe version {version} of {role}. {_RESTORE}")
+        raise WeightCorruptError(f"{where} does not describe version {version} of {role}. {_RESTORE}")
     return WeightManifest(role, version, files, metadata, directory)

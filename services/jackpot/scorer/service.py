@@ -14,10 +14,10 @@ from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusError, ConfigError, DeadlineError
 from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TrajectoryBus
+from jackpot.runtime.job_storage import open_weight_store
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.process import announce_ready
 from jackpot.runtime.rpc import create_server
-from jackpot.runtime.weights import WeightStore
 from jackpot.scorer.deferred import DeferredScorer, PolicyVersion
 from jackpot.scorer.engine import ScoringEngine
 from jackpot.scorer.members import ALONE, Members, initial_lambda
@@ -88,7 +88,8 @@ def make_engine(
     Raises:
         ConfigError: a model cannot be loaded or used.
     """
-    store = WeightStore(environment.run_dir / "weights")
+    copies = environment.scratch / f"weights-scorer-{environment.instance}"
+    store = open_weight_store(job, environment.job_id, environment.run_dir, copies)
     activity = Activity(metrics, "scorer", environment.instance, environment.run_dir)
     poll_seconds = job.scorer.weight_poll_seconds
     if job.scorer.reuse_reference:
