@@ -47,7 +47,7 @@ protos: $(VENV)/.dev ## Regenerate the committed gRPC stubs
 # Without torch: which build of it an image has is for the Dockerfile to choose.
 lock: $(VENV)/.dev ## Pin what the images install, after a change of pyproject.toml
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra local --extra kubernetes --extra vllm --no-emit-package torch --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra local --extra kubernetes --extra s3 --extra vllm --no-emit-package torch --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header --quiet --output-file deploy/requirements.lock
 
 $(VENV)/.python:

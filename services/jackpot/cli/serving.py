@@ -59,6 +59,10 @@ def serve(
     cluster: Annotated[
         Path | None, typer.Option(help="Settings of the cluster, for --launcher kubernetes; the Helm chart makes them.")
     ] = None,
+    weight_store: Annotated[
+        str | None,
+        typer.Option(help="s3://bucket/prefix for the weights and checkpoints of jobs; needs AWS_* variables."),
+    ] = None,
     rate_limit: Annotated[float, typer.Option(min=0, help="Requests per second and client; 0 is no limit.")] = 100.0,
 ) -> None:
     """Serve the REST API and the web page. Jobs survive a restart of the server."""
@@ -87,7 +91,7 @@ def serve(
         tls_key=tls_key,
         tls_elsewhere=tls_elsewhere,
         allowed_hosts=tuple(allowed_host or ()),
-        admission=Admission(tasks=(*DEFAULT_TASKS, *(allow_task or ()))),
+        admission=Admission(tasks=(*DEFAULT_TASKS, *(allow_task or ())), weight_store=_bucket(weight_store)),
         launchers=launchers,
         policy=SchedulingPolicy(slots=slots, max_losses=max_losses, stop_seconds=launchers.stop_seconds),
         requests_per_second=rate_limit,
@@ -96,6 +100,24 @@ def serve(
     # The address of a store may hold a password: jobs' processes do not inherit it.
     os.environ.pop("JACKPOT_STORE_URL", None)
     serve_until_stopped(settings, _announce)
+
+
+def _bucket(url: str | None) -> str | None:
+    """The address of a weight store, checked as a job's.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    from pydantic import ValidationError
+
+    from jackpot.config import WeightStoreConfig
+    from jackpot.errors import ConfigError
+
+    try:
+        return WeightStoreConfig(store=url).store
+    except ValidationError as error:
+        problem, _, remedy = error.errors()[0]["msg"].removeprefix("Value error, ").rpartition(". ")
+        raise ConfigError("--weight-store", url, problem, f"{remedy}.") from None
 
 
 def _announce(url: str) -> None:

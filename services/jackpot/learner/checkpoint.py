@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from jackpot.errors import JackpotError, ObjectStoreError, ObjectUnavailableError
 from jackpot.learner.best_step import best_step
-from jackpot.runtime.models import own_tensors
+from jackpot.learner.checkpoint_tensors import Learnable, empty_moments, take_up_moments, tensors_of
 from jackpot.runtime.object_directories import ObjectDirectories
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.trajectory import Role
@@ -50,14 +49,6 @@ class Progress:
     batch: int
     obrs_lambda: float
     controls: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Learnable:
-    """A model and its optimizer, saved and restored together."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
 
 
 class CheckpointStore:
@@ -103,7 +94,7 @@ class CheckpointStore:
             aside.mkdir()
         _one_process_is_no_warning()
         writing = async_save(
-            {**_tensors(learnables), _RANDOM: torch.get_rng_state()},
+            {**tensors_of(learnables), _RANDOM: torch.get_rng_state()},
             storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True),
             process_group=self._ranks.checkpoint_group,
             no_dist=self._ranks.mesh is None,
@@ -166,14 +157,14 @@ class CheckpointStore:
             for learnable in learnables.values():
                 learnable.optimizer.state.clear()
             _one_process_is_no_warning()
-            tensors = _tensors(learnables) | _empty_moments(learnables, stored) | {_RANDOM: torch.get_rng_state()}
+            tensors = tensors_of(learnables) | empty_moments(learnables, stored) | {_RANDOM: torch.get_rng_state()}
             load(
                 tensors,
                 storage_reader=reader,
                 process_group=self._ranks.checkpoint_group,
                 no_dist=self._ranks.mesh is None,
             )
-            _take_up_moments(learnables, tensors)
+            take_up_moments(learnables, tensors)
             torch.set_rng_state(tensors[_RANDOM])
         except (OSError, ValueError, TypeError, KeyError, SafetensorError, CheckpointException) as error:
             raise JackpotError(
@@ -257,45 +248,6 @@ class PendingCheckpoint:
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             raise JackpotError(f"checkpoint {self.aside} could not be written ({_short(error)})") from error
         return self.aside
-
-
-def _tensors(learnables: Mapping[Role, Learnable]) -> dict[str, Tensor]:
-    """Weights and moments under names that do not depend on the number of ranks."""
-    tensors: dict[str, Tensor] = {}
-    for role, learnable in learnables.items():
-        own, _ = own_tensors(learnable.model)
-        tensors |= {f"{role}/weights/{name}": tensor.detach() for name, tensor in own.items()}
-        for name, parameter in learnable.model.named_parameters():
-            for key, value in learnable.optimizer.state.get(parameter, {}).items():
-                tensors[f"{role}/optimizer/{name}/{key}"] = torch.as_tensor(value).detach()
-    return tensors
-
-
-def _empty_moments(learnables: Mapping[Role, Learnable], stored: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors for the moments among ``stored`` to be read into."""
-    tensors: dict[str, Tensor] = {}
-    for role, name, key, parameter in _moment_names(learnables):
-        stored_name = f"{role}/optimizer/{name}/{key}"
-        if stored_name in stored:
-            # AdamW keeps its step counter on the CPU whatever device the parameter lives on.
-            tensors[stored_name] = torch.tensor(0.0) if key == "step" else torch.zeros_like(parameter.detach())
-    return tensors
-
-
-def _take_up_moments(learnables: Mapping[Role, Learnable], tensors: Mapping[str, Tensor]) -> None:
-    for role, name, key, parameter in _moment_names(learnables):
-        value = tensors.get(f"{role}/optimizer/{name}/{key}")
-        if value is not None:
-            learnables[role].optimizer.state[parameter][key] = value
-
-
-def _moment_names(learnables: Mapping[Role, Learnable]) -> list[tuple[Role, str, str, nn.Parameter]]:
-    return [
-        (role, name, key, parameter)
-        for role, learnable in learnables.items()
-        for name, parameter in learnable.model.named_parameters()
-        for key in ("step", "exp_avg", "exp_avg_sq")
-    ]
 
 
 def _one_process_is_no_warning() -> None:

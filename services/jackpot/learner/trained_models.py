@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from jackpot.config import JobSpec
 from jackpot.learner.blocks import prepare_blocks
-from jackpot.learner.checkpoint import CheckpointStore, Learnable, PendingCheckpoint, Progress
+from jackpot.learner.checkpoint import CheckpointStore, PendingCheckpoint, Progress
+from jackpot.learner.checkpoint_tensors import Learnable
 from jackpot.learner.controls import Controls
 from jackpot.learner.optimizer import build_optimizer
 from jackpot.learner.packing import states_of

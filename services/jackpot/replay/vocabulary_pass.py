@@ -5,7 +5,6 @@ The weights are those of the very versions that sampled and scored, from the run
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from jackpot.algorithm.normalizer import Candidates, NormalizerName, estimate_no
 from jackpot.algorithm.vocabulary import iterate_logprobs
 from jackpot.config import JobSpec
 from jackpot.runtime.forward import completion_hidden
-from jackpot.runtime.job_storage import open_weight_store
+from jackpot.runtime.job_storage import weight_store_of_run
 from jackpot.runtime.models import load_causal_lm, load_state, output_head, resolve_device
 from jackpot.trajectory import Role, ScoredGroup
 
@@ -58,8 +57,7 @@ class StoredModel:
         config = job.policy if role == "policy" else job.rollout_model
         device = resolve_device(job.scorer.device, field="scorer.device")
         self._model = load_causal_lm(config.model, config.dtype, device, field=f"{role}.model")
-        job_id = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["job_id"]
-        self._store = open_weight_store(job, job_id, run_dir, run_dir / "scratch" / f"weights-replay-{role}")
+        self._store = weight_store_of_run(run_dir, run_dir / "scratch" / f"weights-replay-{role}")
         self._role: Role = role
         self._version: int | None = None
 

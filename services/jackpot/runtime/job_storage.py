@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from jackpot.config import JobSpec
@@ -34,7 +35,15 @@ def open_weight_store(job: JobSpec, job_id: str, run_dir: Path, copies: Path) ->
     Raises:
         ConfigError: as :func:`job_objects`.
     """
-    objects = job_objects(job, job_id)
+    return _weight_store(job_objects(job, job_id), run_dir, copies)
+
+
+def weight_store_of_run(run_dir: Path, copies: Path) -> WeightStore:
+    """As :func:`open_weight_store`, of a run of which nothing is known but its directory."""
+    return _weight_store(objects_of_run(run_dir, outage_seconds=30.0), run_dir, copies)
+
+
+def _weight_store(objects: Objects | None, run_dir: Path, copies: Path) -> WeightStore:
     return WeightStore(run_dir / "weights") if objects is None else ObjectWeightStore(objects.below("weights"), copies)
 
 
@@ -46,3 +55,24 @@ def stored_checkpoints(job: JobSpec, job_id: str) -> ObjectDirectories | None:
     """
     objects = job_objects(job, job_id)
     return None if objects is None else ObjectDirectories(objects.below("checkpoints"))
+
+
+def objects_of_run(run_dir: Path, outage_seconds: float = 0.0) -> Objects | None:
+    """The part of an object store that belongs to a run; None if it keeps all in its directory, or has not begun.
+
+    Args:
+        run_dir: the run directory.
+        outage_seconds: how long a call is repeated while the store is out of reach.
+
+    Raises:
+        ConfigError: the client for object stores is not installed, or its variables cannot be.
+    """
+    try:
+        job = json.loads((run_dir / "job.json").read_text(encoding="utf-8"))
+        store = job.get("weights", {}).get("store")
+        if store is None:
+            return None
+        job_id = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["job_id"]
+    except FileNotFoundError:
+        return None
+    return Objects(f"{store}/{job_id}", outage_seconds)

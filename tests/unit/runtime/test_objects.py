@@ -107,7 +107,7 @@ def test_refusals_name_the_place_and_the_remedy(world: ObjectWorld, monkeypatch:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-    with pytest.raises(ObjectRefusedError, match="no credentials .*Set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(ObjectRefusedError, match=r"no credentials .*Set AWS_ACCESS_KEY_ID"):
         Objects(world.url).check()
 
 

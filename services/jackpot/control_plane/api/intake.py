@@ -17,7 +17,7 @@ from jackpot.control_plane.api.problems import FieldProblem, ProblemError
 from jackpot.control_plane.jobs.admission import Admission
 from jackpot.control_plane.jobs.records import LABEL_PATTERN, LABEL_VALUE_PATTERN, MAX_LABELS
 from jackpot.control_plane.sessions.model_directories import check_models
-from jackpot.control_plane.sessions.preparation import resolve_models
+from jackpot.control_plane.sessions.preparation import check_weight_store, resolve_models
 from jackpot.demo.recipe import builtin_models_missing
 from jackpot.errors import ConfigError, DeadlineError, JackpotError
 from jackpot.orchestrator.preflight import validate_job
@@ -65,7 +65,7 @@ def _parse(text: str, is_json: bool, admission: Admission) -> JobSpec:
     except ValidationError as error:  # pragma: no cover - parse_job turns them into its own
         raise InvalidJobError([ConfigError("job", None, str(error), "See /v1/schema.")]) from None
     admission.check(job)
-    return job
+    return admission.complete(job)
 
 
 def _read_json(text: str) -> Mapping[str, Any]:
@@ -109,6 +109,7 @@ async def check_thoroughly(job: JobSpec) -> list[str]:
 
 
 def _check(job: JobSpec) -> None:
+    check_weight_store(job)
     resolved = resolve_models(job)
     check_models(resolved)
     validate_job(resolved)

@@ -23,6 +23,7 @@ from jackpot.errors import (
     JackpotError,
     JobNotFoundError,
     JobStateError,
+    ObjectUnavailableError,
 )
 from jackpot.runtime.logs import redact_url
 
@@ -123,6 +124,9 @@ def problem_of(error: JackpotError) -> ProblemError:
         LOG.error("a request could not be answered: %s", error)
         detail = "The job store does not answer. Try again in a moment; nothing has changed."
         return ProblemError(503, "store-unavailable", detail, headers={"Retry-After": "2"})
+    if isinstance(error, ObjectUnavailableError):
+        LOG.error("a request could not be answered: %s", error)
+        return ProblemError(503, "store-unavailable", f"{error}. Try again.", headers={"Retry-After": "10"})
     LOG.error("a request failed: %s", error)
     return ProblemError(500, "internal-error", str(error))
 

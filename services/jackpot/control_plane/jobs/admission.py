@@ -22,11 +22,14 @@ class Admission:
         tasks: patterns of task names. Code of the submitter's choice (``python:…``) is not among the defaults.
         roots: directories under which models and data may lie; None allows any path.
         max_processes: rollout and scorer replicas of one job.
+        weight_store: ``s3://bucket/prefix``, where jobs keep weights and checkpoints unless they name a place below it;
+            None keeps them in the run directories. Objects are written with the server's own rights, hence its choice.
     """
 
     tasks: tuple[str, ...] = DEFAULT_TASKS
     roots: tuple[Path, ...] | None = None
     max_processes: int = 16
+    weight_store: str | None = None
 
     def check(self, job: JobSpec) -> None:
         """Refuse a job that asks for what this server does not give.
@@ -37,6 +40,13 @@ class Admission:
         problems = [*self._check_task(job), *self._check_paths(job), *self._check_resources(job)]
         if problems:
             raise InvalidJobError(problems)
+
+    def complete(self, job: JobSpec) -> JobSpec:
+        """The job with what the server adds where the job says nothing."""
+        if self.weight_store is None or job.weights.store is not None:
+            return job
+        weights = job.weights.model_copy(update={"store": self.weight_store})
+        return job.model_copy(update={"weights": weights})
 
     def _check_task(self, job: JobSpec) -> Sequence[ConfigError]:
         if any(fnmatchcase(job.task.name, pattern) for pattern in self.tasks):
@@ -83,6 +93,12 @@ class Admission:
             # Not repeated in the answer: the address may hold a password.
             remedy = "Leave it out: the server gives each job a bus of its own."
             problems.append(ConfigError("bus.url", "…", "is the server's to choose", remedy))
+        store = job.weights.store
+        if store is not None and not f"{store}/".startswith(f"{self.weight_store or 'none:'}/"):
+            remedy = f"Leave it out, or name a place below {self.weight_store}."
+            if self.weight_store is None:
+                remedy = "Leave it out, or ask for it: the server is started with --weight-store."
+            problems.append(ConfigError("weights.store", store, "is the server's to choose", remedy))
         replicas = job.rollout.replicas + job.scorer.replicas
         if replicas > self.max_processes:
             field, value = "rollout.replicas", job.rollout.replicas

@@ -23,6 +23,7 @@ from jackpot.control_plane.observing.jsonl_tail import JsonlTail
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.sessions.session import Session
 from jackpot.errors import JackpotError, JobNotFoundError, JobStateError
+from jackpot.runtime.job_storage import objects_of_run
 
 LOG = logging.getLogger(__name__)
 
@@ -177,15 +178,21 @@ class Scheduler:
         return record
 
     async def delete(self, job_id: str) -> None:
-        """Forget a finished job and remove its run directory.
+        """Forget a finished job and remove what it has written: its run directory, its objects in a store.
 
         Raises:
             JobNotFoundError: there is no such job.
             JobStateError: it has not finished.
+            ObjectStoreError: not all of its objects could be removed; the message says where they are.
         """
         directory = self.run_dir(job_id)
+        objects = await asyncio.to_thread(objects_of_run, directory)
         await self._store.delete(job_id)
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        try:
+            if objects is not None:
+                await asyncio.to_thread(lambda: objects.delete([found.key for found in objects.list()]))
+        finally:
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     async def _watch_only(self) -> None:
         """How far the jobs are that another server looks after."""

@@ -7,35 +7,66 @@ whole in the weight store, as the version of that number, which stays there as l
 from __future__ import annotations
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from jackpot.errors import JobNotFoundError
+from jackpot.control_plane.observing.archive_members import FileMember, Member, ObjectMember
+from jackpot.errors import JobNotFoundError, ObjectMissingError
+from jackpot.runtime.job_storage import objects_of_run
+from jackpot.runtime.object_directories import ObjectDirectories
+from jackpot.runtime.objects import Objects
 
-CHUNK_BYTES = 1 << 18
 EXPORT = "export"
 NAME_PATTERN = r"^(export|[0-9]{8})$"
 ROLES = ("policy", "actor")
+
+# How long a broken download waits for an object store that is out of reach.
+OUTAGE_SECONDS = 30.0
 
 # What a Hugging Face directory holds beside the weights; taken from the model that training began with.
 _COMPANIONS = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)"
 )
+_STEP = re.compile(r"[0-9]{8}")
 
 
 def checkpoints(run_dir: Path) -> list[dict[str, Any]]:
-    """What can be downloaded: the checkpoints that are kept, oldest first, and the export if the job has one."""
-    names = [path.name for path in (run_dir / "checkpoints").glob("*") if re.fullmatch(r"[0-9]{8}", path.name)]
-    found = [_describe(run_dir, name, int(name)) for name in sorted(names)]
+    """What can be downloaded: the checkpoints that are kept, oldest first, and the export if the job has one.
+
+    Raises:
+        ObjectStoreError: they are in an object store, which refuses or is out of reach.
+    """
+    objects = objects_of_run(run_dir)
+    found = _in_directory(run_dir) if objects is None else _in_store(objects)
     if (run_dir / EXPORT).is_dir():
         found.append(_describe(run_dir, EXPORT, None))
     return [checkpoint for checkpoint in found if checkpoint["roles"]]
+
+
+def _in_directory(run_dir: Path) -> list[dict[str, Any]]:
+    names = [path.name for path in (run_dir / "checkpoints").glob("*") if _STEP.fullmatch(path.name)]
+    return [_describe(run_dir, name, int(name)) for name in sorted(names)]
+
+
+def _in_store(objects: Objects) -> list[dict[str, Any]]:
+    whole = [found for found in ObjectDirectories(objects.below("checkpoints")).found() if _STEP.fullmatch(found.name)]
+    sizes = {
+        role: {found.name: found.bytes for found in ObjectDirectories(objects.below("weights", role)).found()}
+        for role in (ROLES if whole else ())
+    }
+    return [
+        {
+            "name": found.name,
+            "step": int(found.name),
+            "roles": {role: versions[found.name] for role, versions in sizes.items() if found.name in versions},
+            "time": found.modified,
+        }
+        for found in whole
+    ]
 
 
 def _model(run_dir: Path, name: str, role: str) -> Path:
@@ -54,16 +85,11 @@ def _describe(run_dir: Path, name: str, step: int | None) -> dict[str, Any]:
     return {"name": name, "step": step, "roles": sizes, "time": modified}
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    name: str
-    file: BinaryIO
-    size: int
-    modified: int
-
-
 class Archive:
-    """One model of one checkpoint, as a tar stream. Its files are open from the start: pruning cannot harm it.
+    """One model of one checkpoint, as a tar stream.
+
+    Its files are open from the start: pruning cannot harm it. Of objects in a store each is read when its turn comes,
+    and checked: one that is pruned before, or damaged, breaks the stream off.
 
     Args:
         run_dir: the run directory.
@@ -73,14 +99,12 @@ class Archive:
 
     Raises:
         JobNotFoundError: there is no such checkpoint, or not of this role.
+        ObjectStoreError: it is in an object store, which refuses or is out of reach.
     """
 
     def __init__(self, run_dir: Path, name: str, role: str, prefix: str) -> None:
-        self._members = []
-        for path in _files(run_dir, name, role):
-            file = path.open("rb")
-            status = os.fstat(file.fileno())
-            self._members.append(_Member(f"{prefix}/{path.name}", file, status.st_size, int(status.st_mtime)))
+        self._prefix = prefix
+        self._members = _members(run_dir, name, role)
 
     @property
     def size(self) -> int:
@@ -92,35 +116,41 @@ class Archive:
         """The stream; closes the files."""
         try:
             for member in self._members:
-                info = tarfile.TarInfo(member.name)
+                info = tarfile.TarInfo(f"{self._prefix}/{member.name}")
                 info.size, info.mtime, info.mode = member.size, member.modified, 0o644
                 yield info.tobuf(tarfile.USTAR_FORMAT)
-                left = member.size
-                while left:
-                    chunk = member.file.read(min(CHUNK_BYTES, left))
-                    if not chunk:
-                        raise OSError(f"{member.name} has shrunk while it was sent")
-                    left -= len(chunk)
-                    yield chunk
+                yield from member.chunks()
                 yield b"\0" * (_padded(member.size) - member.size)
             yield b"\0" * (2 * tarfile.BLOCKSIZE)
         finally:
             for member in self._members:
-                member.file.close()
+                member.close()
 
 
-def _files(run_dir: Path, name: str, role: str) -> list[Path]:
-    known = {checkpoint["name"]: checkpoint["roles"] for checkpoint in checkpoints(run_dir)}
-    if name not in known or role not in known[name]:
-        there = ", ".join(f"{one} ({', '.join(roles)})" for one, roles in known.items()) or "none yet"
+def _members(run_dir: Path, name: str, role: str) -> list[Member]:
+    known = {checkpoint["name"]: checkpoint for checkpoint in checkpoints(run_dir)}
+    if name not in known or role not in known[name]["roles"]:
+        there = ", ".join(f"{one} ({', '.join(each['roles'])})" for one, each in known.items()) or "none yet"
         raise JobNotFoundError(f"there is no checkpoint {name[:40]!r} of the {role[:40]!r}; there are: {there}")
     if name == EXPORT:
-        return sorted(path for path in (run_dir / EXPORT / role).iterdir() if path.is_file())
+        return [FileMember(path) for path in sorted((run_dir / EXPORT / role).iterdir()) if path.is_file()]
     job = json.loads((run_dir / "job.json").read_text(encoding="utf-8"))
     model = Path(job[role]["model"])
-    companions = [path for path in model.iterdir() if _COMPANIONS.fullmatch(path.name)]
-    weights = _model(run_dir, name, role).glob("model*")
-    return sorted([*companions, *weights])
+    members: list[Member] = [FileMember(path) for path in model.iterdir() if _COMPANIONS.fullmatch(path.name)]
+    objects = objects_of_run(run_dir, OUTAGE_SECONDS)
+    if objects is None:
+        members += [FileMember(path) for path in _model(run_dir, name, role).glob("model*")]
+    else:
+        members += _stored(objects.below("weights", role), name, int(known[name]["time"]))
+    return sorted(members, key=lambda member: member.name)
+
+
+def _stored(versions: Objects, name: str, modified: int) -> list[ObjectMember]:
+    try:
+        files = ObjectDirectories(versions).files(name)
+    except ObjectMissingError:
+        raise JobNotFoundError(f"checkpoint {name} was pruned just now; ask for the list again") from None
+    return [ObjectMember(versions.below(name), key, file, modified) for key, file in files.items()]
 
 
 def _padded(size: int) -> int:

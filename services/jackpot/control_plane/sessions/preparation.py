@@ -15,10 +15,11 @@ from jackpot.config import JobSpec
 from jackpot.control_plane.observing.trackers import require_trackers
 from jackpot.control_plane.sessions.model_directories import check_models
 from jackpot.demo.recipe import builtin_models_missing, is_builtin, make_command, resolve_builtin
-from jackpot.errors import ConfigError, JackpotError
+from jackpot.errors import ConfigError, JackpotError, ObjectStoreError
 from jackpot.orchestrator.preflight import validate_job
 from jackpot.runtime.bus.server import dies_with
 from jackpot.runtime.logs import redact_url
+from jackpot.runtime.objects import Objects
 
 TIDY_UP_SECONDS = 5.0
 
@@ -32,6 +33,7 @@ def prepare_job(job: JobSpec) -> JobSpec:
     """
     require_trackers(job)
     check_bus_url(job)  # first: models take half a minute to make, a slip shows at once
+    check_weight_store(job)
     make_builtin_models(job)
     resolved = resolve_models(job)
     check_models(resolved)
@@ -58,6 +60,21 @@ def check_bus_url(job: JobSpec) -> None:
         raise ConfigError("bus.url", redact_url(url), f"is no address of a Redis ({problem})", remedy) from None
     if not parts.get("path") and not parts.get("host"):
         raise ConfigError("bus.url", redact_url(url), "names no server", remedy)
+
+
+def check_weight_store(job: JobSpec) -> None:
+    """The object store, where one is given, can be written to, read, listed and deleted from.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if job.weights.store is None:
+        return
+    try:
+        Objects(job.weights.store).check()
+    except ObjectStoreError as error:
+        problem, _, remedy = str(error).rpartition(". ")
+        raise ConfigError("weights.store", job.weights.store, problem, remedy.rstrip(".") + ".") from None
 
 
 def make_builtin_models(job: JobSpec) -> None:

@@ -6,12 +6,17 @@ import io
 import json
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+from object_world import object_world
 
 from jackpot.control_plane.observing.archive import Archive, checkpoints
-from jackpot.errors import JobNotFoundError
+from jackpot.errors import JobNotFoundError, ObjectCorruptError
+from jackpot.runtime.object_directories import ObjectDirectories
+from jackpot.runtime.object_weights import ObjectWeightStore
+from jackpot.runtime.objects import Objects
 
 
 @pytest.fixture
@@ -37,6 +42,10 @@ def run_dir(tmp_path: Path) -> Path:
     return run
 
 
+def write_model(content: bytes, directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(content)
+
+
 def test_a_checkpoint_becomes_a_whole_model_directory(run_dir: Path) -> None:
     assert [(one["name"], one["step"], one["roles"]) for one in checkpoints(run_dir)] == [
         ("00000002", 2, {"policy": 700}),
@@ -57,3 +66,38 @@ def test_a_checkpoint_becomes_a_whole_model_directory(run_dir: Path) -> None:
 def test_what_is_not_there_is_named_with_what_is(run_dir: Path, name: str, role: str) -> None:
     with pytest.raises(JobNotFoundError, match=r"there are: 00000002 \(policy\), export \(policy\)"):
         Archive(run_dir, name, role, "x")
+
+
+def test_a_checkpoint_in_a_bucket_is_downloaded_from_there(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with object_world() as world:
+        for name, value in world.environ.items():
+            monkeypatch.setenv(name, value)
+        job = json.loads((run_dir / "job.json").read_text()) | {"weights": {"store": world.url}}
+        (run_dir / "job.json").write_text(json.dumps(job))
+        (run_dir / "run.json").write_text(json.dumps({"job_id": "tiny-1"}))
+        shutil.rmtree(run_dir / "export")
+        assert checkpoints(run_dir) == []
+
+        objects = Objects(f"{world.url}/tiny-1")
+        store = ObjectWeightStore(objects.below("weights"), tmp_path / "copies")
+        content = bytes(range(256)) * 8192  # 2 MiB: several pieces
+        for step in (2, 3):
+            store.publish("policy", step, partial(write_model, content), {})
+        ObjectDirectories(objects.below("checkpoints")).upload("00000002", run_dir / "checkpoints" / "00000002")
+        assert [(one["name"], one["roles"]) for one in checkpoints(run_dir)] == [("00000002", {"policy": len(content)})]
+
+        packed = Archive(run_dir, "00000002", "policy", "job-2")
+        data = b"".join(packed.chunks())
+        assert len(data) == packed.size
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            assert sorted(tar.getnames()) == ["job-2/config.json", "job-2/model.safetensors", "job-2/tokenizer.json"]
+            weights = tar.extractfile("job-2/model.safetensors")
+            assert weights is not None and weights.read() == content
+
+        world.spoil("runs/tiny-1/weights/policy/00000002/model.safetensors")
+        with pytest.raises(ObjectCorruptError, match=r"00000002/model.safetensors does not match its manifest"):
+            b"".join(Archive(run_dir, "00000002", "policy", "job-2").chunks())
+        with pytest.raises(JobNotFoundError, match=r"there are: 00000002 \(policy\)"):
+            Archive(run_dir, "00000003", "policy", "x")
