@@ -16,9 +16,8 @@ from jackpot.runtime.ranks.launch import run_ranked_service
 async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
     """Import what is heavy only now that the settings have been read."""
     from jackpot.runtime.ranks.group import leave_ranks
-    from jackpot.runtime.weights import WeightStore
     from jackpot.scorer.members import meet_members
-    from jackpot.scorer.service import serve
+    from jackpot.scorer.service import serve, weight_store
 
     members = await asyncio.to_thread(meet_members, environment, job)
     code = 1
@@ -27,7 +26,7 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
             code = await serve(environment, job, stop, members=members)
         else:
             # A signal stops rank 0, which stops this one when it is done.
-            follower = await asyncio.to_thread(members.make_follower, job, WeightStore(environment.run_dir / "weights"))
+            follower = await asyncio.to_thread(members.make_follower, job, weight_store(environment, job))
             code = await asyncio.to_thread(follower.run)
     except JackpotError as error:
         code = error.exit_code

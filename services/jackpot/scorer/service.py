@@ -18,6 +18,7 @@ from jackpot.runtime.job_storage import open_weight_store
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.process import announce_ready
 from jackpot.runtime.rpc import create_server
+from jackpot.runtime.weights import WeightStore
 from jackpot.scorer.deferred import DeferredScorer, PolicyVersion
 from jackpot.scorer.engine import ScoringEngine
 from jackpot.scorer.members import ALONE, Members, initial_lambda
@@ -80,6 +81,12 @@ async def serve(
     return 0
 
 
+def weight_store(environment: ServiceEnvironment, job: JobSpec) -> WeightStore:
+    """The job's weight store; its copies, where it makes any, are read by all ranks of this scorer."""
+    copies = environment.scratch / f"weights-scorer-{environment.instance}"
+    return open_weight_store(job, environment.job_id, environment.run_dir, copies)
+
+
 def make_engine(
     environment: ServiceEnvironment, job: JobSpec, metrics: Metrics, members: Members = ALONE
 ) -> ScoringEngine:
@@ -88,8 +95,7 @@ def make_engine(
     Raises:
         ConfigError: a model cannot be loaded or used.
     """
-    copies = environment.scratch / f"weights-scorer-{environment.instance}"
-    store = open_weight_store(job, environment.job_id, environment.run_dir, copies)
+    store = weight_store(environment, job)
     activity = Activity(metrics, "scorer", environment.instance, environment.run_dir)
     poll_seconds = job.scorer.weight_poll_seconds
     if job.scorer.reuse_reference:
