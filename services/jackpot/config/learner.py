@@ -64,7 +64,8 @@ class LearnerConfig(Section):
     """Keep only what enters each block and compute the rest again in the backward pass: a third more work, and memory
     that hardly grows with depth. The numbers are the same."""
     compile: bool = False
-    """torch.compile each block: faster steps on GPUs, after a first step that takes minutes."""
+    """torch.compile each block: faster steps on GPUs, after a first step that takes minutes. Needs a compiler: g++ on
+    CPUs, gcc on GPUs."""
     packing: Literal["auto", "always", "never"] = "auto"
     """Lay sequences one after the other instead of padding them to rows of similar length. ``auto`` does where
     attention takes lengths as they are (flash attention: bfloat16 on a GPU); elsewhere the mask that keeps them apart

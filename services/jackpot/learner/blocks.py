@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from jackpot.config import LearnerConfig
+from jackpot.errors import ConfigError
 from jackpot.runtime.ranks.sharding import decoder_blocks
 
 
@@ -30,6 +33,18 @@ def prepare_blocks(model: PreTrainedModel, config: LearnerConfig) -> None:
         if config.activation_checkpointing:
             forward = _forgetful(forward)
         block.forward = forward
+
+
+def require_compiler(device: torch.device, environ: Mapping[str, str] = os.environ) -> None:
+    """Make sure that what torch.compile generates can be built: C++ for CPUs, and for GPUs Triton's launchers, in C.
+
+    Raises:
+        ConfigError: there is no compiler.
+    """
+    wanted = (environ.get("CC"), "gcc", "clang", "cc") if device.type == "cuda" else (environ.get("CXX"), "g++")
+    if not any(shutil.which(name) for name in wanted if name):
+        problem = f"torch needs a compiler for it, and none is there ({', '.join(filter(None, wanted))})"
+        raise ConfigError("learner.compile", True, problem, "Install g++ (apt-get install g++), or set it to false.")
 
 
 def _forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from jackpot.config import JobSpec, ModelConfig
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
+from jackpot.learner.blocks import require_compiler
 from jackpot.learner.lead import LeadTrainer
 from jackpot.learner.profiling import StepProfiler
 from jackpot.learner.trainer import Trainer
@@ -32,6 +33,8 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
     device = resolve_device(job.learner.device, field="learner.device")
     if job.learner.cpu_offload and device.type != "cuda":
         raise ConfigError("learner.cpu_offload", True, "there is no GPU to bring parameters to", "Set it to false.")
+    if job.learner.compile:
+        require_compiler(device)
     ranks = join_ranks("learner", job.learner, device) if is_sharded(job) else SOLO
     # A sharded model is loaded on the CPU: its whole never has to fit a GPU.
     place = device if ranks.mesh is None else torch.device("cpu")

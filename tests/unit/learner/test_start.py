@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -55,12 +57,34 @@ def test_bfloat16_learns_on_float32_masters(
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.timeout(600),
+                pytest.mark.skipif(
+                    shutil.which("g++") is None or "JACKPOT_TEST_INDUCTOR" not in os.environ,
+                    reason="needs g++ and JACKPOT_TEST_INDUCTOR=1: a minute of compiling",
+                ),
+            ],
+        ),
+    ],
+)
 def test_compiled_blocks_give_the_same_step(
-    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups, monkeypatch: pytest.MonkeyPatch
+    make_job: MakeJob,
+    make_trainer: MakeTrainer,
+    make_groups: MakeGroups,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
 ) -> None:
     """Traced and differentiated ahead of time for every shape, together with checkpointing. The code generator behind
-    it is left out: it takes a C++ compiler minutes, and is torch's own."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    it, torch's own, is left out where a minute is too long."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
     rows = []
     for overrides in ([], ["learner.compile=true", "learner.activation_checkpointing=true"]):
         job = make_job("learner.max_batch_tokens=60", *overrides, actor="policy")
@@ -135,6 +159,15 @@ def test_offload_without_a_gpu_is_refused(tmp_path: Path, make_job: MakeJob) -> 
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match=r"learner\.cpu_offload = True: there is no GPU"):
         build(make_job("learner.cpu_offload=true"), tmp_path)
+
+
+def test_compiling_without_a_compiler_is_refused(
+    tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"learner\.compile = True: torch needs a compiler.*apt-get install g\+\+"):
+        build(make_job("learner.compile=true", "learner.device=cpu"), tmp_path)
 
 
 @pytest.mark.gpu
