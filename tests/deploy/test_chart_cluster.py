@@ -115,3 +115,25 @@ def test_the_launchers_pods_meet_the_restricted_standard(tmp_path: Path) -> None
             assert container["securityContext"]["readOnlyRootFilesystem"] is True, role
             assert container["securityContext"]["allowPrivilegeEscalation"] is False, role
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, role
+
+
+def test_a_bucket_reaches_every_pod_that_uses_it(tmp_path: Path) -> None:
+    values = CHART / "ci" / "external-redis-tls-values.yaml"
+    found = cluster(values, tmp_path).object_store
+    assert found is not None and found.secret == "jackpot-s3" and found.scratch_size == "100Gi"
+    assert found.env == {"AWS_ENDPOINT_URL": "https://s3.example.com", "AWS_DEFAULT_REGION": "eu-central-1"}
+    objects = render(values)
+    (deployment,) = of_kind(objects, "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert "--weight-store=s3://jackpot/runs" in container["args"]
+    assert container["envFrom"] == [{"secretRef": {"name": "jackpot-s3"}}]
+    told = {one["name"]: one.get("value") for one in container["env"]}
+    assert found.env.items() <= told.items()
+    (rule,) = named(objects, "NetworkPolicy", "jp-jackpot-objects")["spec"]["egress"]
+    assert rule == {"to": [{"ipBlock": {"cidr": "10.30.0.0/16"}}], "ports": [{"port": 443, "protocol": "TCP"}]}
+
+    without = render()
+    assert cluster(None, tmp_path).object_store is None
+    (container,) = of_kind(without, "Deployment")[0]["spec"]["template"]["spec"]["containers"]
+    assert "envFrom" not in container and not [one for one in container["args"] if "weight-store" in one]
+    assert not [one for one in of_kind(without, "NetworkPolicy") if one["metadata"]["name"].endswith("-objects")]

@@ -30,6 +30,7 @@ GPU_CLUSTER = CLUSTER | {
     "tls_secret": "jackpot-worker-tls",
     "model_claim": "jackpot-models",
     "hf_token_secret": {"name": "hf", "key": "token"},
+    "object_store": {"secret": "s3", "env": {"AWS_ENDPOINT_URL": "https://s3.example"}, "scratch_size": "50Gi"},
     "redis": CLUSTER["redis"] | {"role_url_secrets": {"scorer": {"name": "jackpot-redis", "key": "scorer-url"}}},
     "labels": {"team": "research"},
     "annotations": {"example.org/cost": "rl"},

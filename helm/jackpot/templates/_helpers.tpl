@@ -168,3 +168,11 @@ runtimeClassName: {{ . | quote }}
 {{- printf "%s.%s.svc" (include "jackpot.controlPlane.name" .) .Release.Namespace -}}
 {{- end -}}
 {{- define "jackpot.controlPlane.scheme" -}}{{ ternary "https" "http" .Values.controlPlane.tls.enabled }}{{- end -}}
+
+{{/* Where the object store is, as variables. */}}
+{{- define "jackpot.objects.env" -}}
+{{- $env := dict }}
+{{- with .Values.storage.objects.endpoint }}{{ $_ := set $env "AWS_ENDPOINT_URL" . }}{{ end }}
+{{- with .Values.storage.objects.region }}{{ $_ := set $env "AWS_DEFAULT_REGION" . }}{{ end }}
+{{- toJson $env }}
+{{- end -}}

@@ -16,7 +16,7 @@ from jackpot.control_plane.launch.kubernetes.naming import (
     labels,
 )
 from jackpot.control_plane.launch.kubernetes.pod import pod_template
-from jackpot.control_plane.launch.kubernetes.settings import DATA_DIR, TLS_DIR, ClusterSettings
+from jackpot.control_plane.launch.kubernetes.settings import DATA_DIR, SCRATCH_DIR, TLS_DIR, ClusterSettings
 from jackpot.trajectory import Role
 
 Manifest = dict[str, Any]
@@ -122,6 +122,7 @@ def variables(role: str, job_id: str, job: JobSpec, cluster: ClusterSettings) ->
         else (),
         evaluator_address=f"{host(job_id, 'evaluator')}:{GRPC_PORT}" if orchestrates else "",
         metrics_address=f"0.0.0.0:{METRICS_PORT}",
+        scratch_dir=SCRATCH_DIR if cluster.object_store else "",
     )
     given = environment.to_env()
     told = {name: value for name, value in given.items() if value and name != "JACKPOT_REDIS_URL"}

@@ -7,7 +7,13 @@ from typing import Any
 
 from jackpot.config import JobSpec
 from jackpot.control_plane.launch.kubernetes.naming import GRPC_PORT, HEALTH_PORT, METRICS_PORT, labels
-from jackpot.control_plane.launch.kubernetes.settings import DATA_DIR, TLS_DIR, ClusterSettings, RoleSettings
+from jackpot.control_plane.launch.kubernetes.settings import (
+    DATA_DIR,
+    SCRATCH_DIR,
+    TLS_DIR,
+    ClusterSettings,
+    RoleSettings,
+)
 
 Manifest = dict[str, Any]
 
@@ -79,6 +85,8 @@ def _container(
         },
         "volumeMounts": _mounts(cluster),
     }
+    if cluster.object_store is not None and cluster.object_store.secret is not None:
+        container["envFrom"] = [{"secretRef": {"name": cluster.object_store.secret}}]
     if settings.resources:
         container["resources"] = dict(settings.resources)
     if service in ("rollout", "scorer"):
@@ -114,10 +122,11 @@ def _environment(
         "HF_HOME": f"{DATA_DIR}/models" if cluster.model_claim else "/tmp/hf",
         "HF_HUB_OFFLINE": "1",
     }
+    objects = cluster.object_store.env if cluster.object_store is not None else {}
     if cluster.hf_token_secret is not None:
         del fixed["HF_HUB_OFFLINE"]
     found: list[Manifest] = [
-        {"name": name, "value": value} for name, value in {**fixed, **variables, **settings.env}.items()
+        {"name": name, "value": value} for name, value in {**fixed, **variables, **objects, **settings.env}.items()
     ]
     if role in ("rollout", "scorer"):
         index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
@@ -142,6 +151,8 @@ def _volumes(settings: RoleSettings, cluster: ClusterSettings) -> list[Manifest]
     ]
     if cluster.model_claim is not None:
         volumes.append({"name": "models", "persistentVolumeClaim": {"claimName": cluster.model_claim}})
+    if cluster.object_store is not None:
+        volumes.append({"name": "scratch", "emptyDir": {"sizeLimit": cluster.object_store.scratch_size}})
     if cluster.tls_secret is not None:
         volumes.append({"name": "tls", "secret": {"secretName": cluster.tls_secret, "defaultMode": 0o440}})
     return volumes
@@ -155,6 +166,8 @@ def _mounts(cluster: ClusterSettings) -> list[Manifest]:
     ]
     if cluster.model_claim is not None:
         mounts.append({"name": "models", "mountPath": f"{DATA_DIR}/models"})
+    if cluster.object_store is not None:
+        mounts.append({"name": "scratch", "mountPath": SCRATCH_DIR})
     if cluster.tls_secret is not None:
         mounts.append({"name": "tls", "mountPath": TLS_DIR, "readOnly": True})
     return mounts

@@ -15,6 +15,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 
 TLS_DIR = "/etc/jackpot/tls"
 DATA_DIR = "/var/lib/jackpot"
+SCRATCH_DIR = f"{DATA_DIR}/scratch"
 
 
 class SecretKey(Section):
@@ -33,6 +34,18 @@ class RedisSettings(Section):
     """The URL, password included, that services connect to."""
     role_url_secrets: dict[Literal["orchestrator", "scorer", "learner"], SecretKey] = Field(default_factory=dict)
     """URLs with users of their own, by role; where there is none, ``url_secret`` serves."""
+
+
+class ObjectStoreSettings(Section):
+    """How pods reach the object store that holds the weights and checkpoints of jobs (``weights.store``)."""
+
+    secret: Name | None = None
+    """Secret whose keys are variables, ``AWS_ACCESS_KEY_ID`` and ``AWS_SECRET_ACCESS_KEY``; null leaves credentials to
+    the service account's role."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Further variables, such as ``AWS_ENDPOINT_URL`` and ``AWS_DEFAULT_REGION``."""
+    scratch_size: str = "100Gi"
+    """Space on the node for copies: of a few versions of the weights, and in the learner of one checkpoint."""
 
 
 class RoleSettings(Section):
@@ -97,6 +110,8 @@ class ClusterSettings(Section):
     """PersistentVolumeClaim (ReadWriteMany) with the run directories; the control plane mounts it, too."""
     model_claim: Name | None = None
     """PersistentVolumeClaim with models, mounted at /var/lib/jackpot/models."""
+    object_store: ObjectStoreSettings | None = None
+    """The object store of jobs that name one; null mounts nothing for it."""
     hf_token_secret: SecretKey | None = None
     """Token for the Hugging Face hub."""
     labels: dict[str, str] = Field(default_factory=dict)
