@@ -30,6 +30,8 @@ REFUSED = [
     ('redis.persistence.size="10"', "/redis/persistence/size", "does not match"),
     ('externalRedis.url="redis://user:password@host:6379"', "/externalRedis/url", "does not match"),
     ('storage.runs.accessModes=["RWX"]', "/storage/runs/accessModes/0", "'ReadWriteMany'"),
+    ('storage.objects.url="https://s3.example.com/jackpot"', "/storage/objects/url", "does not match"),
+    ('storage.objects.endpoint="s3.example.com"', "/storage/objects/endpoint", "does not match"),
     ('networkPolicy.kubernetesApi.cidrs=["10.0.0.1"]', "/networkPolicy/kubernetesApi/cidrs/0", "does not match"),
     ('monitoring.podMonitor.interval="often"', "/monitoring/podMonitor/interval", "does not match"),
     ('ingress.hosts=["https://jackpot.example.com"]', "/ingress/hosts/0", "does not match"),
@@ -49,6 +51,7 @@ INCOMPATIBLE = [
         ("redis.enabled=false", 'externalRedis={"existingSecret":"a","url":"redis://b:6379"}'),
         "externalRedis.existingSecret",
     ),
+    (('storage.objects.endpoint="https://s3.example.com"',), "storage.objects.url"),
     (("ingress.enabled=true",), "ingress.hosts"),
     (("gateway.enabled=true",), "gateway.parentRefs"),
 ]

@@ -91,6 +91,9 @@ class CheckpointStore:
         aside = self._directory / f".{progress.step:08d}"
         if self._ranks.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
+            if self._stored is not None:
+                for copy in self._all():  # the store has it: this machine needs space for one checkpoint, not two
+                    shutil.rmtree(copy)
             aside.mkdir()
         _one_process_is_no_warning()
         writing = async_save(
