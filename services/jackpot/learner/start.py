@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import numpy as np
@@ -18,6 +19,8 @@ from jackpot.learner.trainer import Trainer
 from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
 from jackpot.runtime.ranks.group import SOLO, Ranks, join_ranks
 
+LOG = logging.getLogger(__name__)
+
 
 def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Trainer, Ranks]:
     """The trainer of this process and the ranks it belongs to.
@@ -33,6 +36,10 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
     device = resolve_device(job.learner.device, field="learner.device")
     if job.learner.cpu_offload and device.type != "cuda":
         raise ConfigError("learner.cpu_offload", True, "there is no GPU to bring parameters to", "Set it to false.")
+    if job.scorer.reuse_reference:
+        LOG.warning(
+            "scorer.reuse_reference: PPO's clip never acts, learner.lr alone bounds a step; see docs/training.md"
+        )
     if job.learner.compile:
         require_compiler(device)
     ranks = join_ranks("learner", job.learner, device) if is_sharded(job) else SOLO
