@@ -135,12 +135,15 @@ class Job:
         self.dispatched: set[str] = set()
 
     @asynccontextmanager
-    async def connect(self, consumer: str = "0", **settings: Any) -> AsyncIterator[TrajectoryBus]:
+    async def connect(
+        self, consumer: str = "0", *, opened: bool = True, **settings: Any
+    ) -> AsyncIterator[TrajectoryBus]:
         bus = await TrajectoryBus.connect(
             self.url, self.job_id, bus_settings(self.store, **settings), consumer, self.payload_dir
         )
         try:
-            await bus.open()
+            if opened:
+                await bus.open()
             yield bus
         finally:
             await bus.close()

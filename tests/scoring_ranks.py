@@ -1,7 +1,8 @@
 """A rank of a scorer for tests: torchrun starts it over gloo; rank 0 scores groups from a file, the others follow.
 
 ``torchrun … scoring_ranks.py DIRECTORY``: for each job-*.json scores groups-0.bin with policy version 0 and, once
-version 1 is there, groups-1.bin with that; writes scored-<job>-<version>.bin.
+version 1 is there, groups-1.bin with that; writes scored-<job>-<version>.bin. Each rank writes to held-<rank>.json how
+many bytes of a version it reads.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ranks_world import TORCHRUN
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.runtime.codec import decode_group, decode_scored, encode_group, encode_scored
+from jackpot.runtime.ranks.group import Ranks
 from jackpot.trajectory import Group, ScoredGroup
 
 
@@ -64,6 +66,8 @@ def main(directory: Path) -> None:
     jobs = [JobSpec.model_validate_json(path.read_text()) for path in sorted(directory.glob("job-*.json"))]
     ranks = meet_members(environment, jobs[0]).ranks
     for index, job in enumerate(jobs):
+        if index == 0:
+            note_held_bytes(directory, ranks, job)
         members = Members(ranks, Orders(ranks, job.scorer.collective_timeout_seconds) if ranks.rank == 0 else None)
         store = WeightStore(directory / "weights")
         if members.orders is None:
@@ -80,6 +84,16 @@ def main(directory: Path) -> None:
             write(directory / f"scored-{index}-{version}.bin", [encode_scored(one) for one in scored])
         members.orders.dismiss(0)
     leave_ranks()
+
+
+def note_held_bytes(directory: Path, ranks: Ranks, job: JobSpec) -> None:
+    from jackpot.runtime.weights import WeightStore
+    from jackpot.scorer.target import TargetPolicy
+
+    store = WeightStore(directory / "weights")
+    state = TargetPolicy(job.policy, store, "cpu", 1.0, ranks).read(store.open("policy", 0))
+    held = sum(tensor.untyped_storage().nbytes() for tensor in state.values())
+    (directory / f"held-{ranks.rank}.json").write_text(json.dumps(held))
 
 
 def make_newest(directory: Path, version: int) -> None:

@@ -371,6 +371,19 @@ async def test_a_restarted_learner_gets_everything_uncommitted_in_order(job: Job
         assert ids(deliveries) == group_ids[1:]
 
 
+async def test_who_joins_reads_groups_that_another_holds_and_takes_nothing(job: Job, bus: TrajectoryBus) -> None:
+    group_ids = await job.publish_scored(bus, 0, 1)
+    deliveries = await bus.take_scored(2, 1.0)
+    async with job.connect(opened=False) as reader:
+        with pytest.raises(BusError, match="has not been opened"):
+            await reader.fetch_scored(group_ids)
+        await reader.join()
+        assert list(await reader.fetch_scored(group_ids)) == group_ids
+    assert await bus.renew(deliveries) == []
+    await bus.commit_trained(dict.fromkeys(group_ids, 1))
+    await job.assert_closed(bus)
+
+
 async def test_only_scored_groups_are_fetched(job: Job, bus: TrajectoryBus) -> None:
     await job.publish(bus, 0)
     assert await bus.fetch_scored([job.group(0).group_id, job.group(1).group_id]) == {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,9 @@ def test_two_ranks_score_as_one_process_does_with_every_normalizer_and_after_a_s
         [sample_group(world, slot=3, lengths=(6,), versions=(1, 2))],
     ]
     found = score_on_ranks(world.run_dir, jobs, batches, 2)
+    whole = sum(tensor.numel() * 4 for tensor in world.policies[0].parameters())
+    held = [json.loads((world.run_dir / f"held-{rank}.json").read_text()) for rank in range(2)]
+    assert sum(held) == whole and max(held) < 0.6 * whole
     for index, job in enumerate(jobs):
         for version, groups in enumerate(batches):
             expected = alone(world, job, version, groups)
