@@ -27,7 +27,7 @@ from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
 from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TerminalRecord, TrajectoryBus
-from jackpot.runtime.job_storage import open_weight_store
+from jackpot.runtime.job_storage import open_weight_store, payload_place
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.process import STOPPED_EARLY, announce_ready
 from jackpot.runtime.rpc import open_channel
@@ -66,7 +66,7 @@ async def _orchestrate(environment: ServiceEnvironment, job: JobSpec) -> None:
             environment.job_id,
             job.bus,
             consumer=f"orchestrator-{environment.instance}",
-            payload_dir=environment.run_dir / "payloads",
+            payloads=payload_place(job, environment.job_id, environment.run_dir),
         )
         stack.push_async_callback(bus.close)
         pools = []

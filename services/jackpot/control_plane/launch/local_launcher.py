@@ -24,6 +24,7 @@ from jackpot.control_plane.scrape_targets import forget_targets
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.bus.server import EmbeddedServer, dies_with
+from jackpot.runtime.job_storage import payload_place
 
 # A SIGTERM asks every process to finish its current unit of work; after this long it is ended.
 GRACE_SECONDS = 6.0
@@ -135,7 +136,8 @@ class LocalLauncher:
             return self._server.url
         # Without this, every process would wait for a server whose address has a slip in it.
         url, settings = self._bus_url_of("control-plane"), self._job.bus
-        bus = await TrajectoryBus.connect(url, self._run.job_id, settings, "launcher", self._run.path / "payloads")
+        payloads = payload_place(self._job, self._run.job_id, self._run.path)
+        bus = await TrajectoryBus.connect(url, self._run.job_id, settings, "launcher", payloads)
         await bus.close()
         return url
 
