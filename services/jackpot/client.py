@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event of a job: ``state``, ``step``, ``evaluation``, ``alarm`` or ``end``."""
+    """One event of a job: ``state``, ``step``, ``evaluation``, ``alarm``, ``scale`` or ``end``."""
 
     name: str
     data: Mapping[str, Any]
@@ -93,6 +93,12 @@ def _detail(job_id: str) -> _Call[JobDetail]:
 
 def _act(job_id: str, action: str) -> _Call[JobRecord]:
     return _Call("POST", f"{_path(job_id)}:{action}", _job)
+
+
+def _scale(job_id: str, rollout_replicas: int) -> _Call[JobDetail]:
+    headers = {"Content-Type": "application/json"}
+    content = json.dumps({"rollout_replicas": rollout_replicas}).encode()
+    return replace(_detail(job_id), method="POST", path=f"{_path(job_id)}:scale", headers=headers, content=content)
 
 
 def _delete(job_id: str) -> _Call[None]:
@@ -229,6 +235,10 @@ class Client:
     def resume(self, job_id: str) -> JobRecord:
         """Let a failed or cancelled job go on."""
         return self._do(_act(job_id, "resume"))
+
+    def scale(self, job_id: str, rollout_replicas: int) -> JobDetail:
+        """Change how many rollout replicas a running job has."""
+        return self._do(_scale(job_id, rollout_replicas))
 
     def delete(self, job_id: str) -> None:
         """Forget a finished job and its files."""
@@ -388,6 +398,10 @@ class AsyncClient:
     async def resume(self, job_id: str) -> JobRecord:
         """See :meth:`Client.resume`."""
         return await self._do(_act(job_id, "resume"))
+
+    async def scale(self, job_id: str, rollout_replicas: int) -> JobDetail:
+        """See :meth:`Client.scale`."""
+        return await self._do(_scale(job_id, rollout_replicas))
 
     async def delete(self, job_id: str) -> None:
         """See :meth:`Client.delete`."""

@@ -147,3 +147,42 @@ def test_answers_do_not_wait_for_acknowledgements(server: Server) -> None:
     with httpx.Client(base_url=server.url) as http:
         quickest = min(http.get("/healthz").elapsed.total_seconds() for _ in range(30))
     assert quickest < 0.03  # a connection without TCP_NODELAY takes 40 ms between head and body, each time
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_running_job_is_scaled_and_keeps_its_number_when_it_is_resumed(
+    server: Server, tmp_path: Path, make_model: MakeModel
+) -> None:
+    with server.client() as client:
+        job = client.submit(tiny_job(tmp_path, make_model, steps=5000))
+        server.wait_until(lambda: client.job(job.id).progress.step > 0, "the first step")
+        assert client.job(job.id).rollout_replicas == 1
+        for _ in range(2):  # repeating does no harm
+            assert client.scale(job.id, 2).rollout_replicas == 2
+        server.wait_until(lambda: "rollout-1" in targets(server), "the second replica")
+        with pytest.raises(ApiError, match=r"rollout_replicas.*greater than or equal to 1") as refused:
+            client.scale(job.id, 0)
+        assert refused.value.status == 422
+        client.cancel(job.id)
+        server.wait_until(lambda: client.job(job.id).state.finished, "the end")
+        with pytest.raises(ApiError, match="only a job that runs can be scaled") as refused:
+            client.scale(job.id, 3)
+        assert refused.value.status == 409
+
+        finished = jackpot("resume", job.id, url=server.url)
+        assert finished.returncode == 0, finished.stderr
+        log = server.data_dir / "runs" / job.id / "scalings.jsonl"
+        server.wait_until(lambda: len(log.read_text().splitlines()) == 2, "the second replica, again")
+        assert jackpot("scale", job.id, "1", url=server.url).stdout == f"{job.id}: 1 rollout replica wanted\n"
+        server.wait_until(lambda: "rollout-1" not in targets(server), "the second replica to leave")
+        client.cancel(job.id)
+        scaled = [event.data for event in client.events(job.id) if event.name == "scale"]
+    changes = [(one["before"], one["rollout_replicas"], one["error"]) for one in scaled]
+    assert changes == [(1, 2, None), (1, 2, None), (2, 1, None)]
+
+
+def targets(server: Server) -> set[str]:
+    """The processes that serve metrics just now."""
+    groups = httpx.get(f"{server.url}/v1/metrics-targets").json()
+    return {group["labels"]["instance"] for group in groups}

@@ -1,4 +1,4 @@
-"""Commands that talk to a server: submit, jobs, show, watch, logs, cancel, resume, delete, checkpoints."""
+"""Commands that talk to a server: submit, jobs, show, watch, logs, cancel, resume, scale, delete, checkpoints."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _checkpoints = typer.Typer(no_args_is_help=True, help="List and download what a 
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    for command in (submit, jobs, show, watch, logs, cancel, resume, delete):
+    for command in (submit, jobs, show, watch, logs, cancel, resume, scale, delete):
         app.command()(command)
     app.add_typer(_checkpoints, name="checkpoints")
 
@@ -151,9 +151,30 @@ def resume(
         seen = len(client.job(job_id).transitions)
         record = client.resume(job_id)
         if follow:
-            _follow(client, job_id, as_json, f"{seen}-0-0")
+            _follow(client, job_id, as_json, f"{seen}-0-0-0-0")
         else:
             _print_state(record, as_json)
+
+
+def scale(
+    job: Annotated[str, typer.Argument(metavar="JOB|DIR", help="The job's id, or the directory of `jackpot run`.")],
+    replicas: Annotated[int, typer.Argument(metavar="N", help="Rollout replicas from now on.")],
+    url: Url = None,
+    ca: Ca = None,
+    as_json: Json = False,
+) -> None:
+    """Change how many rollout replicas a running job has."""
+    told = f"{job}: {replicas} rollout replica{'' if replicas == 1 else 's'} wanted"
+    if Path(job).is_dir():
+        from jackpot.control_plane.run_directory import RunDirectory
+        from jackpot.control_plane.sessions.scaling import request_scale
+
+        request_scale(RunDirectory.open(Path(job), "JOB|DIR"), replicas)
+        _print({"job_id": Path(job).name, "rollout_replicas": replicas}, as_json, told)
+        return
+    with _client(url, ca) as client:
+        detail = client.scale(job, replicas)
+    _print(detail.model_dump(mode="json"), as_json, told)
 
 
 def delete(job_id: JobId, url: Url = None, ca: Ca = None, as_json: Json = False) -> None:
@@ -227,6 +248,9 @@ def _told(event: Event, total: int) -> str | None:
         return f"step {data['step']:>5}/{total}  policy accuracy {data['policy_accuracy']:.3f} on held-out prompts"
     if event.name == "alarm":
         return f"step {data['step']:>5}/{total}  alarm: {data['message']}"
+    if event.name == "scale":
+        failed = "" if data["error"] is None else f" failed: {data['error']}"
+        return f"rollout replicas: {data['before']} → {data['rollout_replicas']}{failed}"
     if event.name == "step":
         figures = {"reward": "reward/mean", "acceptance": "rollout_corr/obrs_acceptance_rate", "KL": "kl/policy_actor"}
         shown = (f"{name} {data[key]:.3f}" for name, key in figures.items() if data.get(key) is not None)

@@ -58,6 +58,9 @@ class ServiceEnvironment(BaseModel):
     its own (``?ssl_ca_certs=…&ssl_certfile=…&ssl_keyfile=…``)."""
     listen: str = ""
     """gRPC address to serve on: ``unix:/path`` or ``host:port``."""
+    advertise_address: str = ""
+    """Rollout service only: the gRPC address that a replica which joins a running job announces in the run directory.
+    Empty for those that the job began with: the orchestrator was told their addresses."""
     tls_dir: str = ""
     """Directory with ``tls.crt``, ``tls.key`` and ``ca.crt`` for mutual TLS between the services; empty is plaintext,
     which is refused on anything but unix sockets and loopback."""

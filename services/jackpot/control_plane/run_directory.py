@@ -58,8 +58,8 @@ class RunDirectory:
         return cls(path.resolve(), job_id)
 
     @classmethod
-    def open(cls, path: Path) -> RunDirectory:
-        """An existing run directory.
+    def open(cls, path: Path, field: str = "--resume") -> RunDirectory:
+        """An existing run directory; ``field`` is what the path was given as.
 
         Raises:
             ConfigError: it is not one.
@@ -68,7 +68,7 @@ class RunDirectory:
             job_id = json.loads((path / "run.json").read_text(encoding="utf-8"))["job_id"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(
-                "--resume", str(path), "is not a run directory", "Give a directory that `jackpot run` made (runs/…)."
+                field, str(path), "is not a run directory", "Give a directory that `jackpot run` made (runs/…)."
             ) from None
         return cls(path.resolve(), job_id)
 

@@ -20,6 +20,11 @@ def forget_targets(run_dir: Path) -> None:
     shutil.rmtree(run_dir / ADDRESSES, ignore_errors=True)
 
 
+def forget_target(run_dir: Path, instance: str) -> None:
+    """Remove what one process has written, ``rollout-3`` for example: it is not coming back."""
+    (run_dir / ADDRESSES / f"{instance}.json").unlink(missing_ok=True)
+
+
 def read_targets(run_dir: Path) -> Sequence[dict[str, Any]]:
     """One group per process: ``{"targets": ["host:port"], "labels": {…}}``; none of those that are not up yet."""
     groups: list[dict[str, Any]] = []

@@ -69,18 +69,14 @@ async def lead(
     from jackpot.learner.step_log import StepLog
     from jackpot.runtime.activity import Activity
     from jackpot.runtime.bus import TrajectoryBus
-    from jackpot.runtime.job_storage import open_weight_store, payload_place
+    from jackpot.runtime.job_storage import open_weight_store
     from jackpot.runtime.kept_trajectories import KeptTrajectories
     from jackpot.runtime.metrics import Metrics
 
     run_dir, metrics = environment.run_dir, Metrics(environment.job_id)
     broadcaster = connect_broadcaster(environment, job, trainer.device, metrics.count_weights_broadcast)
     bus = await TrajectoryBus.connect(
-        environment.redis_url,
-        environment.job_id,
-        job.bus,
-        f"learner-{environment.instance}",
-        payload_place(job, environment.job_id, run_dir),
+        environment.redis_url, environment.job_id, job.bus, f"learner-{environment.instance}", run_dir / "payloads"
     )
     try:
         await bus.open()

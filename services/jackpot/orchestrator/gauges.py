@@ -48,7 +48,7 @@ class JobGauges:
     async def look(self) -> None:
         """Show everything once. Errors as in :meth:`run`."""
         metrics = self._metrics
-        metrics.observe_replicas(self._replicas.num_ready, self._replicas.num_replicas)
+        metrics.observe_replicas(self._replicas.num_ready, self._replicas.num_wanted)
         metrics.observe_newest_weights(self._versions.published)
         # Off the event loop: a network volume may take its time.
         volume = await asyncio.to_thread(shutil.disk_usage, self._run_dir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import grpc
@@ -59,21 +59,49 @@ class ReplicaPool:
     """Generate calls over several replicas. Run :meth:`watch` beside its other methods.
 
     Args:
-        channels: an open channel per address.
+        connect: opens a channel to an address.
+        addresses: the replicas to begin with.
         attempts: how often one group is tried, each time on another replica if there is one.
         timeout_seconds: deadline of one call, and of waiting for a replica.
     """
 
-    def __init__(self, channels: Mapping[str, grpc.aio.Channel], attempts: int, timeout_seconds: float) -> None:
-        self._replicas = [_Replica(address, channel) for address, channel in channels.items()]
+    def __init__(
+        self,
+        connect: Callable[[str], grpc.aio.Channel],
+        addresses: Collection[str],
+        attempts: int,
+        timeout_seconds: float,
+    ) -> None:
+        self._connect = connect
         self._attempts = attempts
         self._timeout_seconds = timeout_seconds
         self._changed = asyncio.Condition()
-
-    @property
-    def num_replicas(self) -> int:
+        self._replicas: list[_Replica] = []
+        self._leaving: set[_Replica] = set()
+        self._membership_changed = asyncio.Event()
+        self.num_wanted = len(addresses)
         """How many there should be."""
-        return len(self._replicas)
+        self.use(addresses, len(addresses))
+
+    def use(self, addresses: Collection[str], wanted: int) -> None:
+        """Ask these replicas from now on. Calls under way on others go on, and their channels are closed after them.
+
+        Args:
+            addresses: those that can be reached, or soon will be.
+            wanted: how many there should be.
+
+        Raises:
+            ConfigError: an address is none, or the TLS files cannot be read.
+        """
+        self.num_wanted = wanted
+        known = {replica.address: replica for replica in self._replicas}
+        if known.keys() == set(addresses):
+            return
+        self._leaving |= {replica for replica in self._replicas if replica.address not in addresses}
+        self._replicas = [
+            known.get(address) or _Replica(address, self._connect(address)) for address in dict.fromkeys(addresses)
+        ]
+        self._membership_changed.set()
 
     @property
     def num_ready(self) -> int:
@@ -82,10 +110,27 @@ class ReplicaPool:
         return sum(replica.up and replica.channel.get_state() not in away for replica in self._replicas)
 
     async def watch(self) -> None:
-        """Keep finding out which replicas are ready. Never returns."""
+        """Keep finding out which replicas are ready, and let go of those that have left. Never returns."""
+        watching: dict[_Replica, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as tasks:
-            for replica in self._replicas:
-                tasks.create_task(self._watch(replica))
+            while True:
+                self._membership_changed.clear()
+                for replica in self._replicas:
+                    if replica not in watching:
+                        watching[replica] = tasks.create_task(self._watch(replica))
+                for replica in [replica for replica in watching if replica in self._leaving]:
+                    task = watching.pop(replica)
+                    task.cancel()
+                    await asyncio.wait([task])
+                for replica in [replica for replica in self._leaving if not replica.in_flight]:
+                    self._leaving.discard(replica)
+                    await replica.channel.close()
+                await self._membership_changed.wait()
+
+    async def close(self) -> None:
+        """Close every channel; calls under way fail."""
+        for replica in (*self._replicas, *self._leaving):
+            await replica.channel.close()
 
     async def generate(self, request: rollout_pb2.GenerateRequest) -> tuple[Trajectory, ...]:
         """Sample one group.
@@ -111,6 +156,8 @@ class ReplicaPool:
             except RequestRefusedError:
                 raise
             except (EngineError, DeadlineError, WeightError, PayloadError) as error:
+                if replica in self._leaving:
+                    continue  # it was told to end: that is no failure of the group's
                 LOG.warning("attempt %d of %s failed: %s", len(failures) + 1, request.group_id, error)
                 failures.append(str(error))
                 failed.add(replica.address)
@@ -135,8 +182,12 @@ class ReplicaPool:
 
     async def _generate_on(self, replica: _Replica, request: rollout_pb2.GenerateRequest) -> tuple[Trajectory, ...]:
         awaited = f"Generate on {replica.address}"
-        with replica.busy():
-            response = await call(replica.stub.Generate, request, self._timeout_seconds, awaited=awaited)
+        try:
+            with replica.busy():
+                response = await call(replica.stub.Generate, request, self._timeout_seconds, awaited=awaited)
+        finally:
+            if replica in self._leaving and not replica.in_flight:
+                self._membership_changed.set()  # nothing keeps its channel open any more
         trajectories = tuple(trajectory_from_proto(message) for message in response.trajectories)
         if len(trajectories) != request.num_trajectories:
             raise PayloadError(f"{awaited}: {len(trajectories)} trajectories where {request.num_trajectories} were due")
@@ -162,7 +213,7 @@ class ReplicaPool:
             await self._wait_for_change(until - now)
         if any(replica.up for replica in self._replicas):
             return None
-        addresses = ", ".join(replica.address for replica in self._replicas)
+        addresses = ", ".join(replica.address for replica in self._replicas) or "none is known"
         raise DeadlineError(f"a rollout replica to be ready ({addresses})", self._timeout_seconds, "See their logs.")
 
     def _is_ready(self, replica: _Replica) -> bool:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from jackpot.config import JobSpec
@@ -18,6 +19,7 @@ from jackpot.orchestrator.evaluation import EvaluationLog, PolicyEvaluation
 from jackpot.orchestrator.failures import first_error
 from jackpot.orchestrator.gauges import JobGauges
 from jackpot.orchestrator.ledger import LedgerFile
+from jackpot.orchestrator.membership import RolloutMembership
 from jackpot.orchestrator.mirror import LedgerMirror
 from jackpot.orchestrator.replicas import ReplicaPool
 from jackpot.orchestrator.rewards import RewardPool
@@ -27,7 +29,7 @@ from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
 from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TerminalRecord, TrajectoryBus
-from jackpot.runtime.job_storage import open_weight_store, payload_place
+from jackpot.runtime.job_storage import open_weight_store
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.process import STOPPED_EARLY, announce_ready
 from jackpot.runtime.rpc import open_channel
@@ -66,21 +68,16 @@ async def _orchestrate(environment: ServiceEnvironment, job: JobSpec) -> None:
             environment.job_id,
             job.bus,
             consumer=f"orchestrator-{environment.instance}",
-            payloads=payload_place(job, environment.job_id, environment.run_dir),
+            payload_dir=environment.run_dir / "payloads",
         )
         stack.push_async_callback(bus.close)
-        pools = []
-        for addresses, timeout in (
-            (environment.rollout_addresses, job.orchestrator.generate_timeout_seconds),
-            ((environment.evaluator_address,), job.evaluation.timeout_seconds),
-        ):
-            channels = {
-                address: open_channel(address, tls_dir=environment.tls_dir, tls_peer_name=environment.tls_peer_name)
-                for address in addresses
-            }
-            for channel in channels.values():
-                stack.push_async_callback(channel.close)
-            pools.append(ReplicaPool(channels, job.orchestrator.attempts, timeout))
+        connect = partial(open_channel, tls_dir=environment.tls_dir, tls_peer_name=environment.tls_peer_name)
+        attempts = job.orchestrator.attempts
+        fixed = environment.rollout_addresses
+        replicas = ReplicaPool(connect, fixed, attempts, job.orchestrator.generate_timeout_seconds)
+        evaluator = ReplicaPool(connect, [environment.evaluator_address], attempts, job.evaluation.timeout_seconds)
+        for pool in (replicas, evaluator):
+            stack.push_async_callback(pool.close)
         rewards = RewardPool(job.task, job.seed)
         stack.push_async_callback(rewards.close)
         orchestrator = Orchestrator(
@@ -88,8 +85,9 @@ async def _orchestrate(environment: ServiceEnvironment, job: JobSpec) -> None:
             job_id=environment.job_id,
             run_dir=environment.run_dir,
             bus=bus,
-            replicas=pools[0],
-            evaluator=pools[1],
+            replicas=replicas,
+            membership=RolloutMembership(replicas, environment.run_dir, fixed),
+            evaluator=evaluator,
             rewards=rewards,
             metrics=Metrics(environment.job_id),
         )
@@ -106,6 +104,7 @@ class Orchestrator:
         run_dir: its directory: weights/, manifests/, ledger.jsonl, evaluations.jsonl.
         bus: the connected bus.
         replicas: the rollout replicas.
+        membership: which of them there are just now.
         evaluator: the rollout server on the policy's weights.
         rewards: who judges.
         metrics: where figures are shown.
@@ -119,6 +118,7 @@ class Orchestrator:
         run_dir: Path,
         bus: TrajectoryBus,
         replicas: ReplicaPool,
+        membership: RolloutMembership,
         evaluator: ReplicaPool,
         rewards: RewardPool,
         metrics: Metrics,
@@ -130,6 +130,7 @@ class Orchestrator:
         self._run_dir = run_dir
         self._bus = bus
         self._replicas = replicas
+        self._membership = membership
         self._evaluator = evaluator
         self._bus_lost = False
         self._activity = Activity(metrics, "orchestrator", "0", run_dir)
@@ -207,6 +208,7 @@ class Orchestrator:
                     tasks.create_task(coroutine)
                     for coroutine in (
                         self._versions.watch(),
+                        self._membership.follow(),
                         self._replicas.watch(),
                         self._evaluator.watch(),
                         self._mirror.run(),

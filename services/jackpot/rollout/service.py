@@ -19,6 +19,7 @@ from jackpot.runtime.job_storage import open_weight_store
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.process import announce_ready
 from jackpot.runtime.rpc import RpcServer, create_server
+from jackpot.runtime.scaling import announce_rollout, withdraw_rollout
 from jackpot.v1 import rollout_pb2_grpc
 
 LOG = logging.getLogger(__name__)
@@ -58,9 +59,13 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
         health_listen=environment.health_listen,
     )
     await server.start()
+    if environment.advertise_address:
+        announce_rollout(environment.run_dir, environment.instance, environment.advertise_address)
     try:
         await _until_stopped(stop, engine, follower, server, job.run.startup_timeout_seconds)
     finally:
+        if environment.advertise_address:
+            withdraw_rollout(environment.run_dir, environment.instance)
         await server.stop()
         await engine.close()
         activity.write()

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -37,17 +37,16 @@ def sockets():
 
 @asynccontextmanager
 async def pool_of(addresses, attempts=3, timeout_seconds=20.0) -> AsyncIterator[ReplicaPool]:
-    async with AsyncExitStack() as stack:
-        channels = {address: open_channel(address) for address in addresses}
-        for channel in channels.values():
-            stack.push_async_callback(channel.close)
-        pool = ReplicaPool(channels, attempts, timeout_seconds)
+    pool = ReplicaPool(open_channel, addresses, attempts, timeout_seconds)
+    try:
         watching = asyncio.create_task(pool.watch())
         try:
             yield pool
         finally:
             watching.cancel()
             await asyncio.wait([watching])
+    finally:
+        await pool.close()
 
 
 @asynccontextmanager

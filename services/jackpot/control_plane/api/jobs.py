@@ -1,4 +1,4 @@
-"""Routes: submit, list, look at, cancel, resume and delete jobs."""
+"""Routes: submit, list, look at, cancel, resume, scale and delete jobs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from jackpot.control_plane.jobs.records import (
     JobList,
     JobRecord,
     Record,
+    ScaleRequest,
     new_job_id,
     now,
 )
 from jackpot.control_plane.jobs.states import JobState
+from jackpot.control_plane.sessions.scaling import rollout_replicas
 
 MAX_PAGE = 200
 
@@ -96,9 +98,7 @@ async def list_jobs(
 @router.get("/{job_id}", response_model=JobDetail)
 async def get_job(job_id: JobId, _: Reader, backend: Behind) -> Response:
     """A job: its state, its history, its job file as resolved."""
-    record = _current(await backend.store.get(job_id), backend)
-    spec = json.loads(await backend.store.spec(job_id))
-    return _json(JobDetail(**dict(record), spec=spec, transitions=await backend.store.transitions(job_id)))
+    return _json(await _detail(await backend.store.get(job_id), backend))
 
 
 @router.post("/{job_id}:cancel", response_model=JobRecord)
@@ -113,6 +113,14 @@ async def resume(job_id: JobId, token: Writer, backend: Behind) -> Response:
     """Queue a failed or cancelled job again. It goes on from its last checkpoint."""
     who = f" by {token.name}" if token else ""
     return _json(_current(await backend.scheduler.resume(job_id, f"resumed on request{who}"), backend))
+
+
+@router.post("/{job_id}:scale", response_model=JobDetail)
+async def scale(job_id: JobId, wanted: ScaleRequest, _: Writer, backend: Behind) -> Response:
+    """Change how many rollout replicas a running job has. New ones sample as soon as they are ready; those that leave
+    finish what they have under way. Repeating does no harm."""
+    record = await backend.scheduler.scale(job_id, wanted.rollout_replicas)
+    return _json(await _detail(record, backend))
 
 
 @router.delete("/{job_id}", status_code=204, response_class=Response)
@@ -136,6 +144,13 @@ def _new_record(job: JobSpec, priority: int, labels: dict[str, str], owner: str 
         updated=moment,
         steps=job.learner.steps,
     )
+
+
+async def _detail(record: JobRecord, backend: Backend) -> JobDetail:
+    spec = json.loads(await backend.store.spec(record.id))
+    replicas = rollout_replicas(backend.scheduler.run_dir(record.id), spec["rollout"]["replicas"])
+    transitions = await backend.store.transitions(record.id)
+    return JobDetail(**dict(_current(record, backend)), spec=spec, rollout_replicas=replicas, transitions=transitions)
 
 
 def _current(record: JobRecord, backend: Backend) -> JobRecord:

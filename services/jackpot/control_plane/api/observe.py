@@ -96,7 +96,7 @@ _EVENT = {
     "description": "One event of the stream; data is JSON.",
     "required": ["event", "data"],
     "properties": {
-        "event": {"enum": ["state", "step", "evaluation", "alarm", "end"]},
+        "event": {"enum": ["state", "step", "evaluation", "alarm", "scale", "end"]},
         "id": {"type": "string", "pattern": CURSOR_PATTERN},
         "data": {"type": "string", "contentMediaType": "application/json"},
     },

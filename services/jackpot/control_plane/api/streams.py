@@ -17,13 +17,14 @@ from jackpot.errors import BusError, JobNotFoundError
 
 LOOK_SECONDS = 0.2
 HEARTBEAT_SECONDS = 10.0
-CURSOR_PATTERN = r"^[0-9]{1,9}(-[0-9]{1,15}){3}$"
+CURSOR_PATTERN = r"^[0-9]{1,9}(-[0-9]{1,15}){4}$"
 
 # The files that events are made of: a part of the cursor, the file, and the name of its events.
 FILES = (
     ("steps", "metrics.jsonl", "step"),
     ("evaluations", "evaluations.jsonl", "evaluation"),
     ("alarms", "alarms.jsonl", "alarm"),
+    ("scalings", "scalings.jsonl", "scale"),
 )
 
 
@@ -36,9 +37,10 @@ class EventCursor:
     steps: int = 0
     evaluations: int = 0
     alarms: int = 0
+    scalings: int = 0
 
     def __str__(self) -> str:
-        return f"{self.transitions}-{self.steps}-{self.evaluations}-{self.alarms}"
+        return f"{self.transitions}-{self.steps}-{self.evaluations}-{self.alarms}-{self.scalings}"
 
     @classmethod
     def parse(cls, text: str | None) -> EventCursor:
@@ -49,7 +51,7 @@ class EventCursor:
 
 
 class EventStream:
-    """A job's events from a cursor on: ``state``, ``step``, ``evaluation``, ``alarm``, and ``end`` with the last.
+    """A job's events from a cursor on: ``state``, ``step``, ``evaluation``, ``alarm``, ``scale``; ``end`` is the last.
 
     Args:
         backend: store and run directories.

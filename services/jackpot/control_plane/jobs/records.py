@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from jackpot.control_plane.jobs.states import JobState
+from jackpot.runtime.scaling import MAX_ROLLOUT_REPLICAS
 
 JOB_ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 LABEL_PATTERN = r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?$"
@@ -104,8 +105,17 @@ class JobDetail(JobRecord):
 
     spec: dict[str, Any]
     """The job file with every default."""
+    rollout_replicas: int
+    """Rollout replicas that it should have: those of the job file, or what was last asked for."""
     transitions: list[Transition]
     """Every change of its state, oldest first."""
+
+
+class ScaleRequest(Record):
+    """What a running job is scaled to."""
+
+    rollout_replicas: Annotated[int, Field(ge=1, le=MAX_ROLLOUT_REPLICAS)]
+    """Rollout replicas from now on."""
 
 
 class DryRun(Record):

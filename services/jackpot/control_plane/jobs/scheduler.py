@@ -21,6 +21,7 @@ from jackpot.control_plane.jobs.states import JobState
 from jackpot.control_plane.launch.launchers import Launchers
 from jackpot.control_plane.observing.jsonl_tail import JsonlTail
 from jackpot.control_plane.run_directory import RunDirectory
+from jackpot.control_plane.sessions.scaling import request_scale
 from jackpot.control_plane.sessions.session import Session
 from jackpot.errors import JackpotError, JobNotFoundError, JobStateError
 from jackpot.runtime.job_storage import objects_of_run
@@ -175,6 +176,23 @@ class Scheduler:
             raise JobStateError(f"{job_id} has succeeded already; submit it anew, with more learner.steps, to train on")
         record = await self._store.transition(job_id, JobState.QUEUED, reason, error=None, finished=None, losses=0)
         self.wake()
+        return record
+
+    async def scale(self, job_id: str, rollout_replicas: int) -> JobRecord:
+        """Have a job that runs use this many rollout replicas; a session that comes after this one does, too.
+
+        Raises:
+            JobNotFoundError: there is no such job.
+            JobStateError: it does not run.
+            ConfigError: the number is out of bounds, or the job's replicas cannot change.
+        """
+        record = await self._store.get(job_id)
+        directory = self.run_dir(job_id)
+        ready = (directory / "run.json").exists()
+        if record.state not in (JobState.STARTING, JobState.RUNNING) or not ready:
+            state = record.state if record.state is not JobState.STARTING else "only just starting"
+            raise JobStateError(f"{job_id} is {state}; only a job that runs can be scaled")
+        await asyncio.to_thread(request_scale, RunDirectory.open(directory), rollout_replicas)
         return record
 
     async def delete(self, job_id: str) -> None:

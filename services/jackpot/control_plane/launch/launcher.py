@@ -31,6 +31,14 @@ class Launcher(Protocol):
             JackpotError: something could not be started.
         """
 
+    async def scale(self, rollout_replicas: int) -> None:
+        """Have the job's rollout replicas be this many. Returns when that is asked for, not when they are ready;
+        asking again for the same changes nothing.
+
+        Raises:
+            JackpotError: it cannot be asked for just now; worth another attempt.
+        """
+
     async def check(self) -> LaunchStatus:
         """Look after the processes once, restarting what died; call it several times a second."""
 

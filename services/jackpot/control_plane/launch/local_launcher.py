@@ -9,22 +9,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from jackpot.config import JobSpec
-from jackpot.config.environment import ServiceEnvironment
 from jackpot.control_plane.launch.launcher import LaunchStatus
+from jackpot.control_plane.launch.local_processes import ROLLOUT, LocalPlan, LocalProcess
 from jackpot.control_plane.launch.socket_directory import close_socket_directory, open_socket_directory
 from jackpot.control_plane.launch.supervision import Deaths, told
 from jackpot.control_plane.launch.surroundings import VARIABLES, Surroundings
 from jackpot.control_plane.run_directory import RunDirectory, last_lines
-from jackpot.control_plane.scrape_targets import forget_targets
+from jackpot.control_plane.scrape_targets import forget_target, forget_targets
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.bus.server import EmbeddedServer, dies_with
-from jackpot.runtime.job_storage import payload_place
+from jackpot.runtime.process import EVALUATOR
+from jackpot.runtime.scaling import forget_rollouts, withdraw_rollout
 
 # A SIGTERM asks every process to finish its current unit of work; after this long it is ended.
 GRACE_SECONDS = 6.0
@@ -37,20 +37,6 @@ NEVER_RESTARTED = {
 }
 MUST_FINISH = ("learner", "orchestrator")
 SERVER = "bus-server"
-
-
-@dataclass(slots=True)
-class _Process:
-    """One supervised process."""
-
-    name: str
-    service: str
-    environment: ServiceEnvironment
-    deaths: Deaths
-    popen: subprocess.Popen[bytes] | None = None
-    started_at: float = 0.0
-    restart_at: float | None = None
-    finished: bool = False
 
 
 @dataclass(slots=True)
@@ -83,7 +69,9 @@ class LocalLauncher:
         external = job.bus.url or self._surroundings.bus_url
         self._server = EmbeddedServer(run.path / "redis") if external is None else None
         self._server_watch = _ServerWatch(Deaths(job.run.max_restarts))
-        self._processes: list[_Process] = []
+        self._plan: LocalPlan | None = None
+        self._processes: list[LocalProcess] = []
+        self._leaving: list[LocalProcess] = []
         self._restarts: Counter[str] = Counter()
         self._bus_url: str | None = None
 
@@ -100,14 +88,39 @@ class LocalLauncher:
         """
         await end_leftovers(self._run.path)
         self._bus_url = await self._start_bus()
-        # Unix sockets: no port to lose a race for, and nobody but this user can connect.
-        self._processes = self._plan(open_socket_directory(self._run.path))
+        self._plan = LocalPlan(
+            job=self._job,
+            job_id=self._run.job_id,
+            run_dir=self._run.path,
+            sockets=open_socket_directory(self._run.path),
+            bus_url_of=self._bus_url_of,
+            metrics_host=self._surroundings.metrics_host,
+        )
+        self._processes = self._plan.processes()
         forget_targets(self._run.path)
+        forget_rollouts(self._run.path)
         for process in self._processes:
             self._spawn(process)
 
+    async def scale(self, rollout_replicas: int) -> None:
+        """Start the rollout replicas that are missing; ask those beyond the number to finish and end."""
+        assert self._plan is not None, "scaled before it was started"
+        rollouts = [process for process in self._processes if process.service == ROLLOUT and not _evaluates(process)]
+        for process in rollouts[rollout_replicas:]:
+            self._processes.remove(process)
+            self._leaving.append(process)
+            if process.popen is not None and process.popen.poll() is None:
+                process.popen.terminate()
+            process.end_at = time.monotonic() + GRACE_SECONDS
+        for index in range(len(rollouts), rollout_replicas):
+            await self._wait_until_left(f"rollout-{index}")
+            joined = self._plan.joining_rollout(index)
+            self._processes.append(joined)
+            self._spawn(joined)
+
     async def check(self) -> LaunchStatus:
         """Restart what died; say whether the job is finished or cannot go on."""
+        self._check_leaving()
         error = await self._check_server()
         for process in self._processes:
             error = error or self._check_process(process)
@@ -116,7 +129,8 @@ class LocalLauncher:
 
     async def stop(self) -> None:
         """SIGTERM to all, SIGKILL to who ignores it, the server last."""
-        running = [p.popen for p in self._processes if p.popen is not None and p.popen.poll() is None]
+        processes = (*self._processes, *self._leaving)
+        running = [p.popen for p in processes if p.popen is not None and p.popen.poll() is None]
         for popen in running:
             popen.terminate()
         deadline = time.monotonic() + GRACE_SECONDS
@@ -136,8 +150,7 @@ class LocalLauncher:
             return self._server.url
         # Without this, every process would wait for a server whose address has a slip in it.
         url, settings = self._bus_url_of("control-plane"), self._job.bus
-        payloads = payload_place(self._job, self._run.job_id, self._run.path)
-        bus = await TrajectoryBus.connect(url, self._run.job_id, settings, "launcher", payloads)
+        bus = await TrajectoryBus.connect(url, self._run.job_id, settings, "launcher", self._run.path / "payloads")
         await bus.close()
         return url
 
@@ -146,51 +159,7 @@ class LocalLauncher:
             return self._server.url
         return self._job.bus.url or self._surroundings.bus_url_of(role) or ""
 
-    def _plan(self, sockets: Path) -> list[_Process]:
-        job = self._job
-        rollouts = [f"unix:{sockets}/rollout-{index}.sock" for index in range(job.rollout.replicas)]
-        evaluator = f"unix:{sockets}/evaluator.sock"
-        plan: list[tuple[str, str, Mapping[str, object]]] = [
-            ("learner", "learner", {"rollout_addresses": () if job.weights.transport == "store" else tuple(rollouts)}),
-            *(
-                (f"rollout-{i}", "rollout", {"instance": str(i), "role": job.rollout_role, "listen": address})
-                for i, address in enumerate(rollouts)
-            ),
-            ("evaluator", "rollout", {"instance": "evaluator", "role": "policy", "listen": evaluator}),
-            *(
-                (f"scorer-{i}", "scorer", {"instance": str(i), "listen": f"unix:{sockets}/scorer-{i}.sock"})
-                for i in range(job.scorer.replicas)
-            ),
-            (
-                "orchestrator",
-                "orchestrator",
-                {"rollout_addresses": tuple(rollouts), "evaluator_address": evaluator},
-            ),
-        ]
-        threads = job.run.threads_per_process or max(1, (os.cpu_count() or 1) // (len(plan) - 1))
-        common: dict[str, object] = {
-            "run_dir": self._run.path,
-            "job_id": self._run.job_id,
-            "threads": threads,
-            # Each process takes a free port and writes it down for Prometheus.
-            "metrics_address": "0.0.0.0:0" if self._surroundings.metrics_host else "127.0.0.1:0",
-            "metrics_host": self._surroundings.metrics_host,
-        }
-        return [
-            _Process(
-                name,
-                service,
-                ServiceEnvironment.model_validate(
-                    {**common, **settings}
-                    # Rollouts never speak with the bus: they are told neither where it is nor its password.
-                    | {"redis_url": "" if service == "rollout" else self._bus_url_of(service)}
-                ),
-                Deaths(job.run.max_restarts),
-            )
-            for name, service, settings in plan
-        ]
-
-    def _spawn(self, process: _Process) -> None:
+    def _spawn(self, process: LocalProcess) -> None:
         threads = str(process.environment.threads)
         variables = {name: text for name, text in os.environ.items() if name not in VARIABLES}
         variables |= process.environment.to_env()
@@ -208,7 +177,7 @@ class LocalLauncher:
         process.started_at = time.monotonic()
         process.restart_at = None
 
-    def _check_process(self, process: _Process) -> str | None:
+    def _check_process(self, process: LocalProcess) -> str | None:
         """Look at one process; why the job must stop, or None."""
         now = time.monotonic()
         if process.finished:
@@ -232,6 +201,24 @@ class LocalLauncher:
         self._restarts[process.name] += 1
         process.restart_at = now + delay
         return None
+
+    def _check_leaving(self) -> None:
+        """End who was asked to leave and has not, and remove the traces of who has."""
+        for process in list(self._leaving):
+            popen = process.popen
+            if popen is not None and popen.poll() is None:
+                if time.monotonic() > process.end_at:
+                    popen.kill()
+                continue
+            self._leaving.remove(process)
+            withdraw_rollout(self._run.path, process.environment.instance)
+            forget_target(self._run.path, process.name)
+
+    async def _wait_until_left(self, name: str) -> None:
+        """A replica that comes back takes the name and the socket of one that has gone, not of one that is going."""
+        while any(process.name == name for process in self._leaving):
+            self._check_leaving()
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _check_server(self) -> str | None:
         """Look at the embedded server; why the job must stop, or None."""
@@ -261,6 +248,10 @@ class LocalLauncher:
         self._restarts[SERVER] += 1
         watch.restart_at = now + delay
         return None
+
+
+def _evaluates(process: LocalProcess) -> bool:
+    return process.environment.instance == EVALUATOR
 
 
 async def end_leftovers(run_dir: Path, timeout_seconds: float = LEFTOVERS_SECONDS) -> None:

@@ -10,7 +10,6 @@ from typing import TypeVar
 from jackpot.config import BusConfig
 from jackpot.errors import BusError, ConfigError
 from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus
-from jackpot.runtime.objects import Objects
 
 ANSWER_SECONDS = 1.5
 
@@ -23,13 +22,13 @@ class BusObserver:
     Args:
         job_id: whose bus.
         settings: the job's ``bus`` section.
-        payloads: place of the ``file`` or ``s3`` payload store.
+        payload_dir: directory of the ``file`` payload store.
     """
 
-    def __init__(self, job_id: str, settings: BusConfig, payloads: Path | Objects) -> None:
+    def __init__(self, job_id: str, settings: BusConfig, payload_dir: Path) -> None:
         self._job_id = job_id
         self._settings = settings
-        self._payloads = payloads
+        self._payload_dir = payload_dir
         self._bus: TrajectoryBus | None = None
 
     async def depths(self, url: str | None) -> BusDepths | None:
@@ -53,7 +52,7 @@ class BusObserver:
             async with asyncio.timeout(ANSWER_SECONDS):
                 if self._bus is None:
                     self._bus = await TrajectoryBus.connect(
-                        url, self._job_id, self._settings, "launcher", self._payloads
+                        url, self._job_id, self._settings, "launcher", self._payload_dir
                     )
                     await self._bus.open()
                 return await question(self._bus)

@@ -21,10 +21,10 @@ from jackpot.control_plane.observing.jsonl_tail import StepRows
 from jackpot.control_plane.observing.live_view import Snapshot, View, open_view
 from jackpot.control_plane.observing.trackers import TrackerFeed
 from jackpot.control_plane.run_directory import RunDirectory
+from jackpot.control_plane.sessions.scaling import Scaling
 from jackpot.control_plane.sessions.summary import State, build_summary, write_summary
 from jackpot.errors import DeadlineError, JackpotError
 from jackpot.runtime.bus import Ledger
-from jackpot.runtime.job_storage import payload_place
 from jackpot.runtime.logs import redact_url
 
 POLL_SECONDS = 0.1
@@ -93,7 +93,7 @@ async def _session(
 ) -> _Outcome:
     outcome = _Outcome()
     launcher = launchers.launcher(run, job)
-    observer = BusObserver(run.job_id, job.bus, payload_place(job, run.job_id, run.path))
+    observer = BusObserver(run.job_id, job.bus, run.path / "payloads")
     try:
         with _stop_signals() as stop:
             try:
@@ -135,11 +135,13 @@ async def _follow(
     Raises:
         DeadlineError: no first step within the start-up deadline and the batch deadline.
     """
+    scaling = Scaling(run.path, launcher, job.rollout.replicas)
     steps, evaluations = StepRows(run.path / "metrics.jsonl"), StepRows(run.path / "evaluations.jsonl")
     shown_at, started = 0.0, time.monotonic()
     timeout = job.run.startup_timeout_seconds + job.learner.batch_timeout_seconds
     while True:
         # Not asked once a stop was: Ctrl-C reaches the processes, too, and ending then is no death.
+        await _unless_stopped(scaling.look(), stop)
         status = await _unless_stopped(launcher.check(), stop)
         if status is None:
             outcome.state = "stopped"

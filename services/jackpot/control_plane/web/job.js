@@ -37,13 +37,30 @@ export async function showJob(main, id, signal, fail) {
     } catch (error) { fail(error); }
   };
 
+  const scale = (replicas) => async () => {
+    try {
+      await post(`${path}:scale`, JSON.stringify({ rollout_replicas: replicas }), "application/json");
+      await refresh();
+    } catch (error) { fail(error); }
+  };
+
+  function scaling(job) {
+    const replicas = job.rollout_replicas;
+    const text = `${replicas} rollout replica${replicas === 1 ? "" : "s"}`;
+    if (job.state !== "running" || job.spec.weights.transport !== "store") return make("span", { class: "soft" }, text);
+    const fewer = make("button", { onclick: scale(replicas - 1), "aria-label": "one rollout replica fewer" }, "−");
+    fewer.disabled = replicas <= 1;
+    return make("span", { class: "soft", id: "replicas" },
+      fewer, ` ${text} `, make("button", { onclick: scale(replicas + 1), "aria-label": "one rollout replica more" }, "+"));
+  }
+
   function showHead(job) {
     const finished = ["succeeded", "failed", "cancelled"].includes(job.state);
     const buttons = [];
     if (!finished && job.state !== "stopping") buttons.push(make("button", { class: "danger", onclick: act("cancel") }, "Cancel"));
     if (["failed", "cancelled"].includes(job.state)) buttons.push(make("button", { class: "primary", onclick: act("resume") }, "Resume"));
     // Redrawn under a focused button, the keyboard would lose its place.
-    const focused = head.contains(document.activeElement);
+    const focused = head.contains(document.activeElement) && document.activeElement.textContent;
     const done = job.progress.step;
     head.replaceChildren(
       make("h1", {}, job.id),
@@ -53,9 +70,10 @@ export async function showJob(main, id, signal, fail) {
         make("progress", { max: String(job.steps), value: String(done), "aria-label": "optimizer steps" }),
         make("span", { id: "steps" }, `step ${done} of ${job.steps}`),
         make("span", { class: "soft" }, `policy accuracy ${figure(job.progress.policy_accuracy)}`),
+        scaling(job),
         ...buttons),
     );
-    if (focused) head.querySelector("button")?.focus();
+    if (focused) ([...head.querySelectorAll("button")].find((one) => one.textContent === focused) ?? head.querySelector("button"))?.focus();
     history.replaceChildren(...job.transitions.map((one) => make("li", {}, `${new Date(one.time).toLocaleString()}: ${one.state}, ${one.reason}`)));
     spec.textContent = JSON.stringify(job.spec, null, 2);
     return finished;

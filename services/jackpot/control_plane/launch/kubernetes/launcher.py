@@ -79,6 +79,14 @@ class KubernetesLauncher:
         waiting = status is not None and status.phase is Phase.WAITING
         return LaunchStatus(finished=finished, waiting=waiting, error=error, restarts=dict(self._logs.restarts))
 
+    async def scale(self, rollout_replicas: int) -> None:
+        """Replicas beyond those of the JobSet run as Jobs of their own, which belong to it and go with it.
+
+        Raises:
+            JackpotError: the API server does not do it.
+        """
+        raise JackpotError("rollout replicas on Kubernetes cannot be scaled")
+
     async def stop(self) -> None:
         """Delete the JobSet and wait until its pods have finished their unit of work and are gone.
 

@@ -1,0 +1,68 @@
+"""A session passes the wish for rollout replicas on to the launcher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jackpot.control_plane.launch.launcher import LaunchStatus
+from jackpot.control_plane.sessions import scaling
+from jackpot.control_plane.sessions.scaling import SCALINGS, Scaling, rollout_replicas
+from jackpot.errors import JackpotError
+from jackpot.runtime.scaling import wish_rollout_replicas
+
+
+class Launcher:
+    """Notes what it is told; refuses more than three."""
+
+    redis_url = None
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    async def scale(self, rollout_replicas: int) -> None:
+        self.told.append(rollout_replicas)
+        if rollout_replicas > 3:
+            raise JackpotError("no room")
+
+    async def start(self) -> None: ...
+    async def check(self) -> LaunchStatus:
+        return LaunchStatus()
+
+    async def stop(self) -> None: ...
+
+
+def rows(run_dir: Path) -> list[tuple[int, int, str | None]]:
+    lines = (run_dir / SCALINGS).read_text().splitlines()
+    return [(row["before"], row["rollout_replicas"], row["error"]) for row in map(json.loads, lines)]
+
+
+async def test_each_wish_is_told_once_and_written_down(tmp_path: Path) -> None:
+    launcher = Launcher()
+    session = Scaling(tmp_path, launcher, 2)
+    await session.look()
+    wish_rollout_replicas(tmp_path, 2)  # as many as there are
+    await session.look()
+    assert launcher.told == []
+    for replicas in (3, 1):
+        wish_rollout_replicas(tmp_path, replicas)
+        for _ in range(3):
+            await session.look()
+    assert launcher.told == [3, 1]
+    assert rows(tmp_path) == [(2, 3, None), (3, 1, None)]
+    assert rollout_replicas(tmp_path, configured=2) == 1
+
+
+async def test_what_is_refused_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "RETRY_SECONDS", 0.0)
+    launcher = Launcher()
+    session = Scaling(tmp_path, launcher, 2)
+    wish_rollout_replicas(tmp_path, 4)
+    for _ in range(3):
+        await session.look()
+    assert launcher.told == [4, 4, 4] and rows(tmp_path) == [(2, 4, "no room")]
+    wish_rollout_replicas(tmp_path, 3)
+    await session.look()
+    assert rows(tmp_path)[1:] == [(2, 3, None)]
