@@ -107,6 +107,8 @@ def test_what_is_served_is_what_the_table_says(scraped: tuple[Prometheus, str, f
         "jackpot_gpu_memory_size_bytes",
         "jackpot_weights_broadcast",
         "jackpot_weights_refused",
+        "jackpot_object_store_calls",
+        "jackpot_object_store_call_seconds",
         "jackpot_policy_initial_kl_nats",
     }, absent
 

@@ -126,6 +126,16 @@ WEIGHTS = Row(
             ),
             thresholds=((None, GREEN), (1, RED)),
         ),
+        curves(
+            "Calls to the object store that failed",
+            "Refused or out of reach, by replica; tried again for a while. Zero without `weights.store`.",
+            Query(
+                f'sum by (instance) (increase(jackpot_object_store_calls_total{{{JOB}, result="failed"}}{RATE})) or '
+                f"0 * sum by (instance) (jackpot_weight_version{{{JOB}}})",
+                "{{instance}}",
+            ),
+            thresholds=((None, GREEN), (1, RED)),
+        ),
     ),
 )
 

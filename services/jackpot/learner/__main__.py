@@ -72,8 +72,10 @@ async def lead(
     from jackpot.runtime.job_storage import open_weight_store
     from jackpot.runtime.kept_trajectories import KeptTrajectories
     from jackpot.runtime.metrics import Metrics
+    from jackpot.runtime.objects import observe_calls
 
     run_dir, metrics = environment.run_dir, Metrics(environment.job_id)
+    observe_calls(metrics.observe_object_call)
     broadcaster = connect_broadcaster(environment, job, trainer.device, metrics.count_weights_broadcast)
     bus = await TrajectoryBus.connect(
         environment.redis_url, environment.job_id, job.bus, f"learner-{environment.instance}", run_dir / "payloads"

@@ -31,6 +31,7 @@ from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TerminalRecord, TrajectoryBus
 from jackpot.runtime.job_storage import open_weight_store
 from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.objects import observe_calls
 from jackpot.runtime.process import STOPPED_EARLY, announce_ready
 from jackpot.runtime.rpc import open_channel
 from jackpot.trajectory import GroupKey
@@ -62,6 +63,8 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
 
 
 async def _orchestrate(environment: ServiceEnvironment, job: JobSpec) -> None:
+    metrics = Metrics(environment.job_id)
+    observe_calls(metrics.observe_object_call)
     async with AsyncExitStack() as stack:
         bus = await TrajectoryBus.connect(
             environment.redis_url,
@@ -89,7 +92,7 @@ async def _orchestrate(environment: ServiceEnvironment, job: JobSpec) -> None:
             membership=RolloutMembership(replicas, environment.run_dir, fixed),
             evaluator=evaluator,
             rewards=rewards,
-            metrics=Metrics(environment.job_id),
+            metrics=metrics,
         )
         stack.callback(orchestrator.close)
         await orchestrator.run()

@@ -17,6 +17,7 @@ from jackpot.rollout.weight_follower import WeightFollower
 from jackpot.runtime.activity import Activity
 from jackpot.runtime.job_storage import open_weight_store
 from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.objects import observe_calls
 from jackpot.runtime.process import announce_ready
 from jackpot.runtime.rpc import RpcServer, create_server
 from jackpot.runtime.scaling import announce_rollout, withdraw_rollout
@@ -33,6 +34,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
         EngineError: the engine failed; the process should be started again.
     """
     metrics = Metrics(environment.job_id)
+    observe_calls(metrics.observe_object_call)
     engine = await asyncio.to_thread(create_engine, job, environment, metrics)
     activity = Activity(metrics, "rollout", environment.instance, environment.run_dir)
     copies = environment.scratch / f"weights-rollout-{environment.instance}"

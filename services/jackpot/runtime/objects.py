@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from jackpot.errors import ConfigError, ObjectConflictError, ObjectRefusedError, ObjectUnavailableError
+from jackpot.errors import (
+    ConfigError,
+    ObjectConflictError,
+    ObjectMissingError,
+    ObjectRefusedError,
+    ObjectUnavailableError,
+)
 from jackpot.runtime.object_failures import NO_CONDITIONS, NO_RIGHT, failures, flat, translated
 
 LOG = logging.getLogger(__name__)
@@ -32,6 +38,19 @@ FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.2, 10.0
 _CHUNK_BYTES = 1 << 20
 _FRUITLESS = 5
 _DELETED_AT_ONCE = 1000  # S3's own limit
+
+
+Observer = Callable[[str, str, float], object]
+"""Told of a call: ``list``, ``read``, ``write`` or ``delete``; ``done`` or ``failed``; seconds.
+That there is no such object, or another than was expected, is an answer: ``done``."""
+
+_OPERATIONS = {"listed": "list", "read": "read", "written": "write", "deleted": "delete"}
+_observers: list[Observer] = []
+
+
+def observe_calls(observer: Observer) -> None:
+    """Have every call of this process to an object store told to ``observer``."""
+    _observers.append(observer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,16 +221,27 @@ class Objects:
         """Do it, again and again while the store is out of reach."""
         passing, delay, deadline = failures(), FIRST_DELAY_SECONDS, time.monotonic() + self._outage_seconds
         while True:
+            started, result = time.monotonic(), "failed"
             try:
-                return call()
+                answer = call()
+                result = "done"
+                return answer
             except passing as error:
                 raised = translated(error, done, self.name(key))
+                result = "done" if isinstance(raised, (ObjectMissingError, ObjectConflictError)) else "failed"
+            finally:
+                _tell(done, result, time.monotonic() - started)
             pause = delay * random.uniform(0.5, 1.0)
             if not isinstance(raised, ObjectUnavailableError) or time.monotonic() + pause > deadline:
                 raise raised from None
             LOG.warning("%s; tried again in %.1f s", raised, pause)
             time.sleep(pause)
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)
+
+
+def _tell(done: str, result: str, seconds: float) -> None:
+    for observer in _observers:
+        observer(_OPERATIONS[done], result, seconds)
 
 
 def _connect(url: str) -> Any:

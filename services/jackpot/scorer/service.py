@@ -16,6 +16,7 @@ from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.job_storage import open_weight_store
 from jackpot.runtime.metrics import Metrics
+from jackpot.runtime.objects import observe_calls
 from jackpot.runtime.process import announce_ready
 from jackpot.runtime.rpc import create_server
 from jackpot.runtime.weights import WeightStore
@@ -52,6 +53,7 @@ async def serve(
     """
     _require_addresses(environment)
     metrics = metrics or Metrics(environment.job_id)
+    observe_calls(metrics.observe_object_call)
     engine = await asyncio.to_thread(make_engine, environment, job, metrics, members)
     server = create_server(
         environment.listen,

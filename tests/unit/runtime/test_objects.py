@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from object_world import ObjectWorld, object_world
+from prometheus_client import CollectorRegistry
 
 from jackpot.errors import (
     ObjectConflictError,
@@ -20,9 +21,11 @@ from jackpot.errors import (
     WeightMissingError,
 )
 from jackpot.runtime import object_weights
+from jackpot.runtime import objects as objects_module
+from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.object_directories import ObjectDirectories
 from jackpot.runtime.object_weights import ObjectWeightStore
-from jackpot.runtime.objects import ABSENT, Objects
+from jackpot.runtime.objects import ABSENT, Objects, observe_calls
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,32 @@ def test_small_objects_are_written_on_conditions(objects: Objects) -> None:
     assert [found.key for found in objects.below("b").list()] == ["c"]
     objects.delete(["a", "b/c", "never-there"])
     assert not objects.list()
+
+
+def test_calls_are_told_of(world: ObjectWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = CollectorRegistry()
+    monkeypatch.setattr(objects_module, "_observers", [])
+    observe_calls(Metrics("job-1", registry).observe_object_call)
+    objects = Objects(world.url)
+    with pytest.raises(ObjectMissingError):
+        objects.get("a")
+    objects.put("a", b"1")
+    world.door.shut()
+    try:
+        with pytest.raises(ObjectUnavailableError):
+            objects.get("a")
+    finally:
+        world.door.open()
+
+    def counted(operation: str, result: str) -> float | None:
+        labels = {"job_id": "job-1", "operation": operation, "result": result}
+        return registry.get_sample_value("jackpot_object_store_calls_total", labels)
+
+    assert [counted("read", "done"), counted("write", "done"), counted("read", "failed")] == [1, 1, 1]
+    seconds = registry.get_sample_value(
+        "jackpot_object_store_call_seconds_count", {"job_id": "job-1", "operation": "read"}
+    )
+    assert seconds == 1
 
 
 def test_files_of_many_parts_and_streams(objects: Objects, tmp_path: Path) -> None:

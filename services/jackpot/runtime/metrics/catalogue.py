@@ -43,11 +43,13 @@ LABELS: Mapping[str, str] = {
     "method": "`estimate` or `exact`; of a request: the HTTP method",
     "model": "`policy` or `actor`",
     "obrs": "`before` or `after` rejection",
+    "operation": "`list`, `read`, `write` or `delete`",
     "outcome": "what became of a broadcast: `sent`, `failed` or `skipped`",
     "phase": "a phase of the learner's batch, see `metrics.jsonl`",
     "python": "version of Python; one per process",
     "quantile": "`p01`, `p10`, `p50`, `p90` or `p99`",
     "reason": "why a group was dropped; empty otherwise",
+    "result": "`done`, or `failed`: refused or out of reach",
     "role": "whose weights: `policy` or `actor`",
     "route": "a route's pattern, such as `/v1/jobs/{job_id}`; never a path that was asked for",
     "state": "see the metric",
@@ -215,6 +217,22 @@ _SPECS = (
         "Weight versions by what became of their broadcast to the replicas: `sent`, `failed`, `skipped`",
         ("outcome",),
         (LEARNER,),
+    ),
+    # --- object store ---
+    MetricSpec(
+        "jackpot_object_store_calls",
+        "counter",
+        "Calls to the object store of `weights.store`, also those that were tried again",
+        ("operation", "result"),
+        WORKERS,
+    ),
+    MetricSpec(
+        "jackpot_object_store_call_seconds",
+        "histogram",
+        "Time of a call to the object store that was answered; a read or write is of a whole object",
+        ("operation",),
+        WORKERS,
+        LOAD_BUCKETS,
     ),
     # --- ledger and bus ---
     MetricSpec(

@@ -58,6 +58,7 @@ class Metrics:
         }
         self._rpc_seconds = self._histogram("jackpot_rpc_duration_seconds")
         self._weight_load = self._histogram("jackpot_weight_load_seconds")
+        self._object_seconds = self._histogram("jackpot_object_store_call_seconds")
         self._acceptance, self._target_ratio, self._normalizer = (
             BatchHistogram(CATALOGUE[name], job_id, registry)
             for name in ("jackpot_token_acceptance_ratio", "jackpot_token_target_ratio", "jackpot_token_normalizer")
@@ -199,6 +200,12 @@ class Metrics:
     def count_weights_broadcast(self, outcome: str) -> None:
         """Count a weight version that the learner had to broadcast: ``sent``, ``failed`` or ``skipped``."""
         self._counter("jackpot_weights_broadcast", outcome).inc()
+
+    def observe_object_call(self, operation: str, result: str, seconds: float) -> None:
+        """Show a call to an object store; see :func:`jackpot.runtime.objects.observe_calls`."""
+        self._counter("jackpot_object_store_calls", operation, result).inc()
+        if result == "done":
+            self._object_seconds.labels(self._job_id, operation).observe(seconds)
 
     # --- RPC ---
 
