@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from object_world import ObjectWorld, object_world
 
 from jackpot.errors import JackpotError
 from jackpot.learner.batch import build_batch
 from jackpot.learner.checkpoint import CheckpointStore, Progress
+from jackpot.runtime.object_directories import ObjectDirectories
+from jackpot.runtime.objects import Objects
 
 from .conftest import MakeGroups, MakeJob, MakeTrainer
 
@@ -135,3 +138,68 @@ def test_a_checkpoint_that_cannot_be_written_says_so(
     with pytest.raises(JackpotError, match="could not be written"):
         pending.finish()
     assert store.latest() == tmp_path / "00000001"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectWorld]:
+    with object_world() as world:
+        for name, value in world.environ.items():
+            monkeypatch.setenv(name, value)
+        yield world
+
+
+def test_checkpoints_in_a_bucket_are_read_on_another_machine(
+    tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, bucket: ObjectWorld
+) -> None:
+    evaluations = tmp_path / "evaluations.jsonl"
+    evaluations.write_text('{"step": 2, "policy_accuracy": 0.5}\n')
+    stored = ObjectDirectories(Objects(bucket.url))
+    here = CheckpointStore(tmp_path / "here", keep=2, evaluations=evaluations, stored=stored)
+    assert here.latest() is None
+    learnables = make_trainer(make_job()).learnables
+    for step in (2, 4, 6, 8):
+        here.save(Progress(step, step, 1.0), learnables)
+    assert stored.names() == ["00000002", "00000006", "00000008"]  # the best, and the newest two
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["00000008"]
+    assert set(here.steps) == {2, 6, 8}
+
+    there = CheckpointStore(tmp_path / "there", keep=2, stored=stored)
+    path = there.latest()
+    assert path == tmp_path / "there" / "00000008"
+    again = make_trainer(make_job())
+    assert there.load(path, again.learnables) == Progress(8, 8, 1.0)
+
+    # One that was written here and never reached the store: nothing counts as trained by it.
+    shutil.copytree(path, path.with_name("00000010"))
+    assert there.latest() == path and not path.with_name("00000010").exists()
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_named(
+    tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, bucket: ObjectWorld
+) -> None:
+    stored = ObjectDirectories(Objects(bucket.url))
+    learnables = make_trainer(make_job()).learnables
+    store = CheckpointStore(tmp_path / "here", keep=2, stored=stored)
+    for step in (1, 2):
+        store.save(Progress(step, step, 1.0), learnables)
+    (shard, *_) = [key for key in bucket.keys("runs/00000002/") if key.endswith(".safetensors")]
+    bucket.spoil(shard)
+    fresh = CheckpointStore(tmp_path / "there", keep=2, stored=stored)
+    with pytest.raises(JackpotError, match=r"checkpoint s3://.*/00000002 cannot be restored .*; delete it to resume"):
+        fresh.latest()
+    stored.remove("00000002")
+    assert fresh.latest() == tmp_path / "there" / "00000001"
+
+
+def test_a_checkpoint_that_the_bucket_does_not_take_says_so(
+    tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, bucket: ObjectWorld
+) -> None:
+    stored = ObjectDirectories(Objects(bucket.url))
+    store = CheckpointStore(tmp_path, keep=2, stored=stored)
+    learnables = make_trainer(make_job()).learnables
+    store.save(Progress(1, 1, 1.0), learnables)
+    bucket.door.shut()
+    with pytest.raises(JackpotError, match=r"cannot be .* now"):
+        store.save(Progress(2, 2, 1.0), learnables)
+    bucket.door.open()
+    assert stored.names() == ["00000001"] and store.latest() == tmp_path / "00000001"
