@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.runtime.models import load_causal_lm, save_weights
+from jackpot.runtime.model_weights import save_weights
+from jackpot.runtime.models import load_causal_lm
 from jackpot.runtime.rpc import open_channel, wait_ready
 from jackpot.runtime.weights import WeightStore
 from jackpot.v1 import rollout_pb2

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from jackpot.config import JobSpec, parse_job
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.runtime.metrics import Metrics
-from jackpot.runtime.models import save_weights
+from jackpot.runtime.model_weights import save_weights
 from jackpot.runtime.weights import WeightStore
 from jackpot.scorer.engine import ScoringEngine
 from jackpot.scorer.service import make_engine

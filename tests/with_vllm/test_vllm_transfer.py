@@ -17,7 +17,8 @@ from rollout_world import RolloutWorld, generate_request
 
 from jackpot.learner.broadcast import Outcome, Sender, WeightBroadcaster
 from jackpot.learner.replica_client import ReplicaClient
-from jackpot.runtime.models import copy_state, load_causal_lm
+from jackpot.runtime.model_weights import copy_state
+from jackpot.runtime.models import load_causal_lm
 from jackpot.runtime.rpc import open_channel
 from jackpot.runtime.wire import trajectory_from_proto
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc

@@ -32,7 +32,8 @@ from jackpot.rollout.decode_batch import DecodeBatch
 from jackpot.rollout.engine import GroupRequest, Sampling
 from jackpot.rollout.rows import Row
 from jackpot.rollout.transformers_engine import eos_token_ids
-from jackpot.runtime.models import apply_state, load_causal_lm, output_head
+from jackpot.runtime.model_weights import apply_state
+from jackpot.runtime.models import load_causal_lm, output_head
 from jackpot.scorer.scoring import GroupScorer, needs_actor
 from jackpot.trajectory import Group, GroupKey, Trajectory
 

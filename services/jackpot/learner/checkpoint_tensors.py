@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jackpot.runtime.models import own_tensors
+from jackpot.runtime.model_weights import own_tensors
 from jackpot.trajectory import Role
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jackpot.config import JobSpec
 from jackpot.learner.trainer import Trainer
-from jackpot.runtime.models import write_state
+from jackpot.runtime.model_weights import write_state
 from jackpot.runtime.weights import WeightStore
 from jackpot.trajectory import Role
 

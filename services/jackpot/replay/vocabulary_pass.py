@@ -21,7 +21,8 @@ from jackpot.algorithm.vocabulary import iterate_logprobs
 from jackpot.config import JobSpec
 from jackpot.runtime.forward import completion_hidden
 from jackpot.runtime.job_storage import weight_store_of_run
-from jackpot.runtime.models import load_causal_lm, load_state, output_head, resolve_device
+from jackpot.runtime.model_weights import load_state
+from jackpot.runtime.models import load_causal_lm, output_head, resolve_device
 from jackpot.trajectory import Role, ScoredGroup
 
 

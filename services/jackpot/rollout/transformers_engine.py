@@ -24,7 +24,8 @@ from jackpot.errors import EngineError, QueueFullError
 from jackpot.rollout.decode_batch import DecodeBatch
 from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits, check_request
 from jackpot.rollout.rows import Row
-from jackpot.runtime.models import apply_state, output_head, read_state
+from jackpot.runtime.model_weights import apply_state, read_state
+from jackpot.runtime.models import output_head
 from jackpot.trajectory import Trajectory
 
 LOG = logging.getLogger(__name__)

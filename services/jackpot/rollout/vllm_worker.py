@@ -35,7 +35,7 @@ from vllm.platforms import current_platform
 
 from jackpot.errors import WeightCorruptError
 from jackpot.rollout.vllm_wires import Layout, Wire, join_group
-from jackpot.runtime.models import WEIGHTS_FILE, check_layout, read_state
+from jackpot.runtime.model_weights import WEIGHTS_FILE, check_layout, read_state
 
 LOG = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from jackpot.rollout.engine import GroupRequest, RolloutEngine, Sampling
 from jackpot.rollout.transformers_engine import TransformersEngine
-from jackpot.runtime.models import load_causal_lm, save_weights
+from jackpot.runtime.model_weights import save_weights
+from jackpot.runtime.models import load_causal_lm
 
 MakeModel = Callable[..., Path]
 StartEngine = Callable[..., RolloutEngine]

@@ -12,7 +12,8 @@ import pytest
 from jackpot.errors import DeadlineError
 from jackpot.rollout.engine import RolloutEngine
 from jackpot.rollout.weight_follower import WeightFollower
-from jackpot.runtime.models import load_causal_lm, save_weights
+from jackpot.runtime.model_weights import save_weights
+from jackpot.runtime.models import load_causal_lm
 from jackpot.runtime.weights import WeightStore
 
 PATIENCE = 10.0

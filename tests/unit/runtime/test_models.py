@@ -20,18 +20,8 @@ from transformers import (
 )
 
 from jackpot.errors import ConfigError, WeightCorruptError
-from jackpot.runtime.models import (
-    apply_state,
-    hidden_states,
-    load_causal_lm,
-    load_state,
-    output_head,
-    read_state,
-    resolve_device,
-    save_weights,
-    self_check,
-    set_threads,
-)
+from jackpot.runtime.model_weights import apply_state, load_state, read_state, save_weights
+from jackpot.runtime.models import hidden_states, load_causal_lm, output_head, resolve_device, self_check, set_threads
 
 MakeModel = Callable[..., Path]
 ARCHITECTURES = ["qwen3", "llama"]

@@ -11,7 +11,7 @@ import torch
 from scoring_world import World, make_actor, make_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jackpot.runtime.models import save_weights
+from jackpot.runtime.model_weights import save_weights
 from jackpot.runtime.weights import WeightStore
 from jackpot.scorer.scoring import GroupScorer
 from jackpot.scorer.target import ActorVersions, TargetPolicy

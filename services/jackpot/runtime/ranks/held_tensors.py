@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from jackpot.errors import JackpotError
-from jackpot.runtime.models import own_tensors, read_tensors
+from jackpot.runtime.model_weights import own_tensors, read_tensors
 
 
 class HeldTensors:

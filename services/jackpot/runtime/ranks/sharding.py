@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from jackpot.errors import ConfigError
-from jackpot.runtime.models import SHARDED_FORWARD, own_tensors
+from jackpot.runtime.model_weights import own_tensors
+from jackpot.runtime.models import SHARDED_FORWARD
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -1,0 +1,137 @@
+"""Weights of models as safetensors: written, read, checked against the model that they are for, and put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from jackpot.errors import WeightCorruptError
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save_weights(model: nn.Module, directory: Path) -> None:
+    """Write ``model.safetensors``, each tensor once (of tied ones the first name), under the model's own names."""
+    own, _ = own_tensors(model)
+    write_state({name: tensor.detach().to("cpu").contiguous() for name, tensor in own.items()}, directory)
+
+
+@torch.no_grad()
+def copy_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that :func:`save_weights` writes, copied to CPU memory: training may go on meanwhile."""
+    own, _ = own_tensors(model)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in own.items()}
+
+
+def write_state(state: Mapping[str, Tensor], directory: Path) -> None:
+    """Write CPU tensors as ``model.safetensors``."""
+    save_file(dict(state), directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def read_state(model: nn.Module, weights_dir: Path) -> dict[str, Tensor]:
+    """Read ``model.safetensors`` into memory and make sure that it fits the model, which is left as it is.
+
+    Returns:
+        CPU tensors for :func:`apply_state`.
+
+    Raises:
+        WeightCorruptError: the file cannot be read, or its names or shapes are not the model's.
+        FileNotFoundError: there is no such file (the version was pruned).
+    """
+    own, aliases = own_tensors(model)
+    return read_tensors(weights_dir, {name: list(tensor.shape) for name, tensor in own.items()}, aliases)
+
+
+def read_tensors(
+    weights_dir: Path,
+    shapes: Mapping[str, list[int]],
+    aliases: Mapping[str, str],
+    rows: Mapping[str, slice] = MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """Read tensors of a ``model.safetensors`` that must hold just those of a model.
+
+    Args:
+        weights_dir: a version's directory.
+        shapes: the model's own tensors.
+        aliases: the own name for every name of its state dict, see :func:`own_tensors`.
+        rows: what to read of a tensor along its first dimension; those not named here are read whole.
+
+    Raises:
+        WeightCorruptError: the file cannot be read, or its names or shapes are not the model's.
+        FileNotFoundError: there is no such file.
+    """
+    path = weights_dir / WEIGHTS_FILE
+    state: dict[str, Tensor] = {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            for stored in file.keys():  # noqa: SIM118 - not a mapping
+                name = aliases.get(stored)
+                if name is None:
+                    raise WeightCorruptError(f"{path}: tensor {stored!r} is not in the model. {_SAME_MODEL}")
+                content = file.get_slice(stored)
+                shape = list(content.get_shape())
+                if shape != shapes[name]:
+                    raise WeightCorruptError(
+                        f"{path}: tensor {stored!r} has shape {shape}, the model's has {shapes[name]}. {_SAME_MODEL}"
+                    )
+                part = rows.get(name)
+                # A copy: the file may be memory-mapped and cut short later.
+                state[name] = (file.get_tensor(stored) if part is None else content[part]).clone()
+    except safetensors.SafetensorError as error:
+        raise WeightCorruptError(f"{path} cannot be read ({error}). {_SAME_MODEL}") from None
+    if missing := sorted(shapes.keys() - state.keys()):
+        raise WeightCorruptError(f"{path} lacks {len(missing)} tensors ({', '.join(missing[:5])}). {_SAME_MODEL}")
+    return state
+
+
+def check_layout(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Make sure that tensors of these names and shapes are the model's, each once.
+
+    Raises:
+        WeightCorruptError: naming the first that is not, or what lacks.
+    """
+    own, aliases = own_tensors(model)
+    for given, shape in shapes.items():
+        name = aliases.get(given)
+        if name is None:
+            raise WeightCorruptError(f"tensor {given!r} is not in the model. {_SAME_MODEL}")
+        if list(shape) != list(own[name].shape):
+            expected = list(own[name].shape)
+            raise WeightCorruptError(
+                f"tensor {given!r} has shape {list(shape)}, the model's has {expected}. {_SAME_MODEL}"
+            )
+    if missing := sorted(own.keys() - {aliases[given] for given in shapes}):
+        raise WeightCorruptError(f"{len(missing)} tensors lack ({', '.join(missing[:5])}). {_SAME_MODEL}")
+
+
+@torch.no_grad()
+def apply_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy tensors of :func:`read_state` into the model, in place, cast to its number format."""
+    own, _ = own_tensors(model)
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def load_state(model: nn.Module, weights_dir: Path) -> None:
+    """Replace the model's weights in place; on an error the model is as it was. Errors as :func:`read_state`."""
+    apply_state(model, read_state(model, weights_dir))
+
+
+def own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that make up a model, each once, and the name among them for every name of the state dict."""
+    own: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first_name: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        aliases[name] = first_name.setdefault(id(tensor), name)
+        own[aliases[name]] = tensor
+    return own, aliases
+
+
+_SAME_MODEL = "Weights must come from a model of the same configuration."
