@@ -40,7 +40,8 @@ def test_a_job_outlives_its_store_being_down_and_its_machine_being_lost(
 ) -> None:
     job_file = write_job(tmp_path, make_model, steps=14, checkpoint_every=2, keep_checkpoints=2)
     directory = tmp_path / "run"
-    arguments = [str(job_file), f"weights.store={world.url}", "--run-dir", str(directory)]
+    settings = [f"weights.store={world.url}", "bus.payload_store=s3"]
+    arguments = [str(job_file), *settings, "--run-dir", str(directory)]
     with jackpot_run(*arguments, directory=directory) as run:
         run.wait_for_step(2)
         world.door.shut()
@@ -66,6 +67,7 @@ def test_a_job_outlives_its_store_being_down_and_its_machine_being_lost(
     assert {f"{step:08d}" for step in kept} <= weights and len(weights) <= 8 + 3
     local = [path.name for path in (directory / "scratch" / "checkpoints").iterdir()]
     assert local == ["00000014"]
+    assert not world.keys(f"runs/{job_id(directory)}/payloads/")
 
 
 def checkpoints_of(world: ObjectWorld, directory: Path) -> int:

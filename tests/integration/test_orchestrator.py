@@ -82,7 +82,7 @@ class World:
 
     async def connect(self, consumer: str) -> TrajectoryBus:
         bus = await TrajectoryBus.connect(
-            self.server.url, JOB_ID, self.job.bus, consumer=consumer, payload_dir=self.run_dir / "payloads"
+            self.server.url, JOB_ID, self.job.bus, consumer=consumer, payloads=self.run_dir / "payloads"
         )
         await bus.open()
         return bus

@@ -107,6 +107,14 @@ class JobSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _payloads_have_a_place(self) -> JobSpec:
+        if self.bus.payload_store == "s3" and self.weights.store is None:
+            raise ValueError(
+                "bus.payload_store = 's3' has no bucket. Set weights.store to s3://bucket/prefix, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _transport_fits(self) -> JobSpec:
         transport = self.weights.transport
         if transport != "store" and self.rollout.engine == "transformers":

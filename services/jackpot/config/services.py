@@ -98,8 +98,9 @@ class BusConfig(Section):
 
     url: str | None = None
     """``redis://``, ``rediss://`` or ``unix://`` address of a Redis ≥ 7.0 or Valkey. null starts an embedded server."""
-    payload_store: Literal["redis", "file"] = "file"
-    """Where the arrays live; the stream carries only their ids. ``file`` is faster on one machine."""
+    payload_store: Literal["redis", "file", "s3"] = "file"
+    """Where the arrays live; the stream carries only their ids. ``file`` is faster on one machine; ``s3`` is the object
+    store of ``weights.store``, for volumes that many small files are too much for."""
     max_bytes: PositiveInt = 1 << 30
     """Budget for groups on the bus; dispatch holds when it is spent."""
     max_payload_bytes: PositiveInt = 256 << 20

@@ -69,7 +69,7 @@ async def lead(
     from jackpot.learner.step_log import StepLog
     from jackpot.runtime.activity import Activity
     from jackpot.runtime.bus import TrajectoryBus
-    from jackpot.runtime.job_storage import open_weight_store
+    from jackpot.runtime.job_storage import open_weight_store, payload_place
     from jackpot.runtime.kept_trajectories import KeptTrajectories
     from jackpot.runtime.metrics import Metrics
     from jackpot.runtime.objects import observe_calls
@@ -78,7 +78,11 @@ async def lead(
     observe_calls(metrics.observe_object_call)
     broadcaster = connect_broadcaster(environment, job, trainer.device, metrics.count_weights_broadcast)
     bus = await TrajectoryBus.connect(
-        environment.redis_url, environment.job_id, job.bus, f"learner-{environment.instance}", run_dir / "payloads"
+        environment.redis_url,
+        environment.job_id,
+        job.bus,
+        f"learner-{environment.instance}",
+        payload_place(job, environment.job_id, run_dir),
     )
     try:
         await bus.open()

@@ -10,6 +10,7 @@ from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusError
 from jackpot.runtime.bus import TrajectoryBus
+from jackpot.runtime.job_storage import payload_place
 from jackpot.trajectory import ScoredGroup
 
 LOG = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class OwnGroups:
     async def _fetch(self, group_ids: Sequence[str]) -> Mapping[str, ScoredGroup]:
         if self._bus is None:
             environment = self._environment
-            payloads, consumer = environment.run_dir / "payloads", f"learner-{environment.instance}"
+            consumer = f"learner-{environment.instance}"
+            payloads = payload_place(self._job, environment.job_id, environment.run_dir)
             bus = await TrajectoryBus.connect(
                 environment.redis_url, environment.job_id, self._job.bus, consumer, payloads
             )

@@ -29,7 +29,7 @@ from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
 from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TerminalRecord, TrajectoryBus
-from jackpot.runtime.job_storage import open_weight_store
+from jackpot.runtime.job_storage import open_weight_store, payload_place
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.objects import observe_calls
 from jackpot.runtime.process import STOPPED_EARLY, announce_ready
@@ -71,7 +71,7 @@ async def _orchestrate(environment: ServiceEnvironment, job: JobSpec) -> None:
             environment.job_id,
             job.bus,
             consumer=f"orchestrator-{environment.instance}",
-            payload_dir=environment.run_dir / "payloads",
+            payloads=payload_place(job, environment.job_id, environment.run_dir),
         )
         stack.push_async_callback(bus.close)
         connect = partial(open_channel, tls_dir=environment.tls_dir, tls_peer_name=environment.tls_peer_name)

@@ -57,6 +57,16 @@ def stored_checkpoints(job: JobSpec, job_id: str) -> ObjectDirectories | None:
     return None if objects is None else ObjectDirectories(objects.below("checkpoints"))
 
 
+def payload_place(job: JobSpec, job_id: str, run_dir: Path) -> Path | Objects:
+    """Where the job's payloads lie while they are on the bus, unless they are in the bus's own server.
+
+    Raises:
+        ConfigError: as :func:`job_objects`.
+    """
+    objects = job_objects(job, job_id) if job.bus.payload_store == "s3" else None
+    return run_dir / "payloads" if objects is None else objects.below("payloads")
+
+
 def objects_of_run(run_dir: Path, outage_seconds: float = 0.0) -> Objects | None:
     """The part of an object store that belongs to a run; None if it keeps all in its directory, or has not begun.
 

@@ -105,6 +105,14 @@ class Objects:
 
         return self._call("read", key, read)
 
+    def size(self, key: str) -> int:
+        """Bytes of an object.
+
+        Raises:
+            ObjectMissingError: it is not there.
+        """
+        return self._call("read", key, lambda: int(self._client.head_object(**self._at(key))["ContentLength"]))
+
     def put(self, key: str, data: bytes, expected: str | None = None) -> None:
         """Write a small object.
 

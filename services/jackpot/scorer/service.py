@@ -14,7 +14,7 @@ from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusError, ConfigError, DeadlineError
 from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TrajectoryBus
-from jackpot.runtime.job_storage import open_weight_store
+from jackpot.runtime.job_storage import open_weight_store, payload_place
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.objects import observe_calls
 from jackpot.runtime.process import announce_ready
@@ -122,7 +122,7 @@ async def connect_bus(environment: ServiceEnvironment, job: JobSpec, timeout_sec
                 environment.job_id,
                 job.bus,
                 f"scorer-{environment.instance}",
-                environment.run_dir / "payloads",
+                payload_place(job, environment.job_id, environment.run_dir),
             )
             await bus.open()
             return bus

@@ -62,6 +62,10 @@ def test_an_actor_of_its_own_makes_the_job_off_policy() -> None:
         ("policy.modle=x", "policy.modle", "x", "unknown key", "Did you mean 'model'?"),
         ("algorithm.advantage.nrm=1", "algorithm.advantage.nrm", 1, "unknown key", "Known here: filter_zero_variance"),
         ("algorithm.correction.obrs_lamda=2", "algorithm.correction.obrs_lamda", 2, "unknown key", "'obrs_lambda'?"),
+        # Places in a bucket.
+        ("weights.store=/mnt/weights", "weights.store", "/mnt/weights", "is no place in a bucket", "Write s3://bucket"),
+        ("weights.store=s3://b", "weights.store", "s3://b", "is no place in a bucket", "Write s3://bucket"),
+        ("weights.store=s3://runs/../a", "weights.store", "s3://runs/../a", "do not know", "without them"),
         # Numbers.
         ("learner.lr=0", "learner.lr", 0, "greater than 0", "jackpot schema"),
         ("learner.lr=fast", "learner.lr", "fast", "is not a number", "Write a plain number, without quotes."),
@@ -337,3 +341,9 @@ def test_an_actor_may_be_the_policy_in_a_cheaper_format() -> None:
     assert not job.on_policy
     assert job.rollout_role == "actor"
     assert job.rollout_model.dtype == "bfloat16"
+
+
+def test_payloads_in_a_bucket_need_one() -> None:
+    assert "Set weights.store" in str(problem_with("bus.payload_store=s3"))
+    job = parse_job(MINIMAL, ["bus.payload_store=s3", "weights.store=s3://bucket/runs/"])
+    assert job.weights.store == "s3://bucket/runs"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,17 +11,22 @@ from object_world import ObjectWorld, object_world
 from prometheus_client import CollectorRegistry
 
 from jackpot.errors import (
+    BusError,
     ObjectConflictError,
     ObjectCorruptError,
     ObjectMissingError,
     ObjectRefusedError,
     ObjectUnavailableError,
+    PayloadError,
+    PayloadMissingError,
     WeightCorruptError,
     WeightError,
     WeightMissingError,
 )
 from jackpot.runtime import object_weights
 from jackpot.runtime import objects as objects_module
+from jackpot.runtime.bus.object_payloads import ObjectPayloads
+from jackpot.runtime.bus.payloads import ENVELOPE_BYTES, payload_name
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.object_directories import ObjectDirectories
 from jackpot.runtime.object_weights import ObjectWeightStore
@@ -232,3 +237,37 @@ def test_while_the_store_is_down_the_newest_known_stays(world: ObjectWorld, obje
     publish(learner, 1)
     newer = reader.latest("policy")
     assert newer is not None and newer.version == 1
+
+
+async def test_payloads_in_a_bucket_come_back_and_go(objects: Objects) -> None:
+    store = ObjectPayloads(objects, max_bytes=100)
+    kept, ended = (payload_name(f"job-1.s{slot}.e0.p9.a0", "rollout") for slot in (3, 4))
+    for name in (kept, ended):
+        assert await store.put(name, b"bytes") == b""  # nothing for the script to store
+    assert await store.get(kept) == b"bytes"
+    with pytest.raises(PayloadError, match="not a payload's name"):
+        await store.get("../secret")
+    objects.put("large", bytes(101 + ENVELOPE_BYTES))
+    with pytest.raises(PayloadError, match=r"s3://.*/large has .* more than bus.max_payload_bytes allows"):
+        await store.get("large")
+    await store.delete("large")
+
+    async def ended_groups(group_ids: Sequence[str]) -> set[str]:
+        assert sorted(group_ids) == ["job-1.s3.e0.p9.a0", "job-1.s4.e0.p9.a0"]
+        return {"job-1.s4.e0.p9.a0"}
+
+    assert await store.sweep(ended_groups) == 1
+    assert [found.key for found in objects.list()] == [kept]
+    await store.delete(kept)
+    with pytest.raises(PayloadMissingError, match="is not there"):
+        await store.get(kept)
+
+
+async def test_payloads_wait_for_a_bucket_no_longer_than_told(world: ObjectWorld) -> None:
+    store = ObjectPayloads(Objects(world.url, outage_seconds=0.0), max_bytes=100)
+    world.door.shut()
+    try:
+        with pytest.raises(BusError, match=r"payloads: s3://.* cannot be written now"):
+            await store.put("a", b"")
+    finally:
+        world.door.open()

@@ -23,6 +23,7 @@ from jackpot.control_plane.scrape_targets import forget_target, forget_targets
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.bus.server import EmbeddedServer, dies_with
+from jackpot.runtime.job_storage import payload_place
 from jackpot.runtime.process import EVALUATOR
 from jackpot.runtime.scaling import forget_rollouts, withdraw_rollout
 
@@ -150,7 +151,8 @@ class LocalLauncher:
             return self._server.url
         # Without this, every process would wait for a server whose address has a slip in it.
         url, settings = self._bus_url_of("control-plane"), self._job.bus
-        bus = await TrajectoryBus.connect(url, self._run.job_id, settings, "launcher", self._run.path / "payloads")
+        payloads = payload_place(self._job, self._run.job_id, self._run.path)
+        bus = await TrajectoryBus.connect(url, self._run.job_id, settings, "launcher", payloads)
         await bus.close()
         return url
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 from jackpot.config import BusConfig
 from jackpot.errors import BusError, ConfigError
 from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus
+from jackpot.runtime.objects import Objects
 
 ANSWER_SECONDS = 1.5
 
@@ -22,13 +23,13 @@ class BusObserver:
     Args:
         job_id: whose bus.
         settings: the job's ``bus`` section.
-        payload_dir: directory of the ``file`` payload store.
+        payloads: place of the ``file`` or ``s3`` payload store.
     """
 
-    def __init__(self, job_id: str, settings: BusConfig, payload_dir: Path) -> None:
+    def __init__(self, job_id: str, settings: BusConfig, payloads: Path | Objects) -> None:
         self._job_id = job_id
         self._settings = settings
-        self._payload_dir = payload_dir
+        self._payloads = payloads
         self._bus: TrajectoryBus | None = None
 
     async def depths(self, url: str | None) -> BusDepths | None:
@@ -52,7 +53,7 @@ class BusObserver:
             async with asyncio.timeout(ANSWER_SECONDS):
                 if self._bus is None:
                     self._bus = await TrajectoryBus.connect(
-                        url, self._job_id, self._settings, "launcher", self._payload_dir
+                        url, self._job_id, self._settings, "launcher", self._payloads
                     )
                     await self._bus.open()
                 return await question(self._bus)

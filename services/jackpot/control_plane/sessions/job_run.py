@@ -25,6 +25,7 @@ from jackpot.control_plane.sessions.scaling import Scaling
 from jackpot.control_plane.sessions.summary import State, build_summary, write_summary
 from jackpot.errors import DeadlineError, JackpotError
 from jackpot.runtime.bus import Ledger
+from jackpot.runtime.job_storage import payload_place
 from jackpot.runtime.logs import redact_url
 
 POLL_SECONDS = 0.1
@@ -93,7 +94,7 @@ async def _session(
 ) -> _Outcome:
     outcome = _Outcome()
     launcher = launchers.launcher(run, job)
-    observer = BusObserver(run.job_id, job.bus, run.path / "payloads")
+    observer = BusObserver(run.job_id, job.bus, payload_place(job, run.job_id, run.path))
     try:
         with _stop_signals() as stop:
             try:

@@ -20,10 +20,12 @@ from jackpot.errors import BusError, ConfigError, LeaseLostError, PayloadError, 
 from jackpot.runtime.bus.claims import Claims
 from jackpot.runtime.bus.client import BusClient
 from jackpot.runtime.bus.ledger import Delivery, PublishOutcome, Value
+from jackpot.runtime.bus.object_payloads import ObjectPayloads
 from jackpot.runtime.bus.payloads import FilePayloads, PayloadStore, RedisPayloads
 from jackpot.runtime.bus.reader import Entry, StreamReader
 from jackpot.runtime.bus.readings import BusReadings
 from jackpot.runtime.codec import decode_group, decode_scored, encode_group, encode_scored
+from jackpot.runtime.objects import Objects
 from jackpot.trajectory import Group, GroupKey, ScoredGroup
 
 LOG = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ class TrajectoryBus(BusReadings):
 
     @classmethod
     async def connect(
-        cls, url: str, job_id: str, settings: BusConfig, consumer: str, payload_dir: Path
+        cls, url: str, job_id: str, settings: BusConfig, consumer: str, payloads: Path | Objects
     ) -> TrajectoryBus:
         """Connect to the server.
 
@@ -62,7 +64,7 @@ class TrajectoryBus(BusReadings):
             job_id: whose bus.
             settings: the job's ``bus`` section.
             consumer: this process's name among the consumers, the same after a restart.
-            payload_dir: directory of the ``file`` payload store.
+            payloads: place of the ``file`` or ``s3`` payload store (:func:`jackpot.runtime.job_storage.payload_place`).
 
         Raises:
             BusError: the server does not answer.
@@ -70,8 +72,10 @@ class TrajectoryBus(BusReadings):
         """
         client = BusClient(url, job_id)
         store: PayloadStore
-        if settings.payload_store == "file":
-            store = FilePayloads(payload_dir, settings.max_payload_bytes)
+        if isinstance(payloads, Objects):
+            store = ObjectPayloads(payloads, settings.max_payload_bytes)
+        elif settings.payload_store == "file":
+            store = FilePayloads(payloads, settings.max_payload_bytes)
         else:
             store = RedisPayloads(client, settings.max_payload_bytes)
         try:
