@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jackpot.errors import ObjectConflictError, ObjectCorruptError
 from jackpot.runtime.objects import ABSENT, Objects
-from jackpot.runtime.weights import MANIFEST, WeightFile, describe_file
+from jackpot.runtime.weight_manifest import MANIFEST, WeightFile, describe_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ _REMEDIES = {
     "InvalidAccessKeyId": _CREDENTIALS,
     "SignatureDoesNotMatch": _CREDENTIALS,
     "ExpiredToken": "Renew the session token.",
+    "RequestTimeTooSkewed": "Set this machine's clock.",
     "NotImplemented": NO_CONDITIONS,
 }
 
@@ -73,7 +74,7 @@ def _of_answer(error: Any, done: str, where: str) -> ObjectStoreError:
         return ObjectConflictError(f"{where} was written by somebody else meanwhile")
     if code not in _REMEDIES and (code in ("NoSuchKey", "404") or status == 404):
         return ObjectMissingError(f"{where} is not there")
-    passing = ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "ThrottlingException")
+    passing = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException")
     if code in passing or status == 429 or (status >= 500 and code != "NotImplemented"):
         return ObjectUnavailableError(f"{where} cannot be {done} now (the store answers {status} {code})")
     return ObjectRefusedError(

@@ -24,7 +24,8 @@ from jackpot.errors import (
 )
 from jackpot.runtime.object_directories import ObjectDirectories
 from jackpot.runtime.objects import ABSENT, Objects
-from jackpot.runtime.weights import LATEST, MANIFEST, WeightManifest, WeightStore, parse_manifest
+from jackpot.runtime.weight_manifest import MANIFEST, WeightManifest, parse_manifest
+from jackpot.runtime.weights import LATEST, WeightStore
 
 LOG = logging.getLogger(__name__)
 

@@ -8,42 +8,27 @@ whole (written aside, fsynced, renamed) and disappears whole, so a reader finds 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import os
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jackpot.errors import DeadlineError, WeightCorruptError, WeightError, WeightMissingError
+from jackpot.runtime.weight_manifest import (
+    MANIFEST,
+    RESTORE,
+    WeightManifest,
+    describe_file,
+    manifest_text,
+    parse_manifest,
+)
 
-MANIFEST = "manifest.json"
 LATEST = "LATEST"
 _VERSION_NAME = re.compile(r"\d{8,}")
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFile:
-    """One file of a version, as it must be."""
-
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class WeightManifest:
-    """What a version consists of."""
-
-    role: str
-    version: int
-    files: Mapping[str, WeightFile]
-    metadata: Mapping[str, Any]
-    path: Path = field(compare=False)  # the version's directory
 
 
 class WeightStore:
@@ -196,11 +181,11 @@ class WeightStore:
                 found = describe_file(path)
             except FileNotFoundError:
                 self.manifest(role, version)  # says that the version is missing, if it was pruned meanwhile
-                raise WeightCorruptError(f"{path} is missing although its manifest names it. {_RESTORE}") from None
+                raise WeightCorruptError(f"{path} is missing although its manifest names it. {RESTORE}") from None
             if found != expected:
                 raise WeightCorruptError(
                     f"{path} does not match its manifest ({found.bytes} bytes, sha256 {found.sha256[:12]}…, "
-                    f"expected {expected.bytes} bytes, sha256 {expected.sha256[:12]}…). {_RESTORE}"
+                    f"expected {expected.bytes} bytes, sha256 {expected.sha256[:12]}…). {RESTORE}"
                 )
         return manifest
 
@@ -211,7 +196,7 @@ class WeightStore:
         except FileNotFoundError:
             return None
         if not text.isdecimal():
-            raise WeightCorruptError(f"{path} holds {text[:40]!r} instead of a version. {_RESTORE}")
+            raise WeightCorruptError(f"{path} holds {text[:40]!r} instead of a version. {RESTORE}")
         return int(text)
 
     def _move_latest(self, role: str, version: int) -> None:
@@ -256,18 +241,8 @@ async def wait_for_version(
         await asyncio.sleep(poll_seconds)
 
 
-_RESTORE = "The learner publishes intact versions: delete this one, or wait for the next."
-
-
 def _aside(final: Path) -> Path:
     return final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
-
-
-def describe_file(path: Path) -> WeightFile:
-    """Size and hash of a file as it is."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return WeightFile(digest, os.fstat(file.fileno()).st_size)
 
 
 def _write_synced(path: Path, text: str) -> None:
@@ -290,36 +265,3 @@ def _names_in(directory: Path) -> Iterable[str]:
         return os.listdir(directory)
     except FileNotFoundError:
         return []
-
-
-def manifest_text(manifest: WeightManifest) -> str:
-    """The manifest as JSON, which :func:`parse_manifest` reads back."""
-    files = {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in manifest.files.items()}
-    content = {"role": manifest.role, "version": manifest.version, "files": files, "metadata": manifest.metadata}
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
-
-
-def parse_manifest(text: str, role: str, version: int, directory: Path, where: str | None = None) -> WeightManifest:
-    """The manifest of a version from its JSON.
-
-    Args:
-        text: the JSON.
-        role: whose version it must be.
-        version: which it must be.
-        directory: where the files are, or will be.
-        where: the text was read, for messages; None is in the directory.
-
-    Raises:
-        WeightCorruptError: it is not the manifest of this version.
-    """
-    where = where or str(directory / MANIFEST)
-    try:
-        content = json.loads(text)
-        files = {name: WeightFile(str(f["sha256"]), int(f["bytes"])) for name, f in content["files"].items()}
-        named = (content["role"], content["version"])
-        metadata = dict(content["metadata"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightCorruptError(f"{where} cannot be read ({error!r}). {_RESTORE}") from None
-    if named != (role, version) or any("/" in name or name.startswith(".") for name in files):
-        raise WeightCorruptError(f"{where} does not describe version {version} of {role}. {_RESTORE}")
-    return WeightManifest(role, version, files, metadata, directory)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from jackpot.errors import ObjectCorruptError
 from jackpot.runtime.objects import Objects
-from jackpot.runtime.weights import WeightFile
+from jackpot.runtime.weight_manifest import WeightFile
 
 CHUNK_BYTES = 1 << 18
 

@@ -1,0 +1,76 @@
+"""What a version of the weights consists of: its files with size and hash, and what readers are told beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jackpot.errors import WeightCorruptError
+
+MANIFEST = "manifest.json"
+RESTORE = "The learner publishes intact versions: delete this one, or wait for the next."
+"""What to do about a damaged version."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One file of a version, as it must be."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightManifest:
+    """What a version consists of."""
+
+    role: str
+    version: int
+    files: Mapping[str, WeightFile]
+    metadata: Mapping[str, Any]
+    path: Path = field(compare=False)  # the version's directory
+
+
+def describe_file(path: Path) -> WeightFile:
+    """Size and hash of a file as it is."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return WeightFile(digest, os.fstat(file.fileno()).st_size)
+
+
+def manifest_text(manifest: WeightManifest) -> str:
+    """The manifest as JSON, which :func:`parse_manifest` reads back."""
+    files = {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in manifest.files.items()}
+    content = {"role": manifest.role, "version": manifest.version, "files": files, "metadata": manifest.metadata}
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def parse_manifest(text: str, role: str, version: int, directory: Path, where: str | None = None) -> WeightManifest:
+    """The manifest of a version from its JSON.
+
+    Args:
+        text: the JSON.
+        role: whose version it must be.
+        version: which it must be.
+        directory: where the files are, or will be.
+        where: the text was read, for messages; None is in the directory.
+
+    Raises:
+        WeightCorruptError: it is not the manifest of this version.
+    """
+    where = where or str(directory / MANIFEST)
+    try:
+        content = json.loads(text)
+        files = {name: WeightFile(str(f["sha256"]), int(f["bytes"])) for name, f in content["files"].items()}
+        named = (content["role"], content["version"])
+        metadata = dict(content["metadata"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightCorruptError(f"{where} cannot be read ({error!r}). {RESTORE}") from None
+    if named != (role, version) or any("/" in name or name.startswith(".") for name in files):
+        raise WeightCorruptError(f"{where} does not describe version {version} of {role}. {RESTORE}")
+    return WeightManifest(role, version, files, metadata, directory)
