@@ -29,7 +29,7 @@ from jackpot.runtime.weights import LATEST, WeightStore
 
 LOG = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.25
 """Between two looks for a newer version, however often one is asked for: each is a request that costs."""
 LOOK_SECONDS_IN_OUTAGE = 5.0
 COPIES = 2
