@@ -81,7 +81,7 @@ def checkpoints_of(world: ObjectWorld, directory: Path) -> int:
 
 
 def test_a_store_that_cannot_be_is_refused_before_anything_starts(
-    tmp_path: Path, make_model: MakeModel, world: ObjectWorld
+    tmp_path: Path, make_model: MakeModel, world: ObjectWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_file = str(write_job(tmp_path, make_model))
 
@@ -96,3 +96,10 @@ def test_a_store_that_cannot_be_is_refused_before_anything_starts(
     assert "NoSuchBucket" in refusal("s3://no-such-bucket/runs")
     world.door.shut()
     assert "cannot be written now" in refusal(world.url)
+    world.door.open()
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    message = refusal(world.url)
+    assert "weights.store" in message and "no credentials" in message and "Set AWS_ACCESS_KEY_ID" in message
