@@ -1,4 +1,4 @@
-"""A cluster for tests: an API server that keeps JobSets, and nodes that run their pods as processes.
+"""A cluster for tests: an API server that keeps JobSets and Jobs, and nodes that run their pods as processes.
 
 What is real: every request of the launcher, over HTTP, and every container's command and variables, which run as
 processes of this machine. What stands in: the JobSet controller's status, which is derived from those processes.
@@ -26,6 +26,8 @@ from jackpot.control_plane.launch.kubernetes.settings import DATA_DIR
 
 JOBSETS = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/jobs/jobsets"
 CORE = "/api/v1/namespaces/jobs"
+JOBS = "/apis/batch/v1/namespaces/jobs/jobs"
+INSTANCE = "jackpot/instance"
 TICK_SECONDS = 0.1
 Object = dict[str, Any]
 
@@ -41,14 +43,17 @@ CLUSTER: Object = {
 
 
 class Pod:
-    """A container of a JobSet, as a process."""
+    """A container of a JobSet, or of a Job that belongs to one, as a process."""
 
     def __init__(self, jobset: Object, role: str, index: int, container: Object, nodes: Nodes) -> None:
-        self.jobset, self.role, self.index = jobset, role, index
+        self.jobset, self.role, self.index, self.container = jobset, role, index, container
+        self.joined = any(one["name"] == "JACKPOT_ADVERTISE_ADDRESS" for one in container["env"])
         self.name = f"{jobset['metadata']['name']}-{role}-0-{index}-{os.urandom(2).hex()}"
         self.uid = os.urandom(8).hex()
         self.log = nodes.directory / f"{self.name}.log"
-        variables = {one["name"]: nodes.value(one, index) for one in container["env"]}
+        variables: dict[str, str] = {}
+        for one in container["env"]:
+            variables[one["name"]] = nodes.value(one, self).replace("$(POD_IP)", variables.get("POD_IP", ""))
         told = {name: nodes.localized(text, self) for name, text in variables.items()}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -69,6 +74,8 @@ class Pod:
         """As the API server shows it."""
         labels = self.jobset["metadata"]["labels"] | {"app.kubernetes.io/component": self.role}
         annotations = {"batch.kubernetes.io/job-completion-index": str(self.index)}
+        if self.joined:
+            labels, annotations = labels | {INSTANCE: str(self.index)}, {}
         metadata = {"name": self.name, "uid": self.uid, "labels": labels, "annotations": annotations}
         return {"metadata": metadata, "spec": {"containers": [{"name": self.role}]}, "status": {"phase": self.phase}}
 
@@ -88,20 +95,27 @@ class Nodes:
         self._ports: dict[str, int] = {}
         self._replaced: set[str] = set()
 
-    def value(self, variable: Object, index: int) -> str:
+    def value(self, variable: Object, pod: Pod) -> str:
         """A variable's value, from wherever it comes."""
         if "value" in variable:
             return str(variable["value"])
         source = variable["valueFrom"]
         if "secretKeyRef" in source:
             return self._secrets[source["secretKeyRef"]["name"], source["secretKeyRef"]["key"]]
-        assert "job-completion-index" in source["fieldRef"]["fieldPath"]
-        return str(index)
+        path = source["fieldRef"]["fieldPath"]
+        if path == "status.podIP":
+            return self.host(pod)
+        assert "job-completion-index" in path
+        return str(pod.index)
+
+    def host(self, pod: Pod) -> str:
+        """The pod's name in the network of the cluster."""
+        jobset = pod.jobset["metadata"]["name"]
+        return f"{jobset}-{pod.role}-0-{pod.index}.{jobset}"
 
     def localized(self, text: str, pod: Pod) -> str:
         """Volumes and network of the cluster, on this machine: a port for each address."""
-        here = f"{pod.jobset['metadata']['name']}-{pod.role}-0-{pod.index}.{pod.jobset['metadata']['name']}"
-        parts = text.replace(DATA_DIR, str(self.directory)).replace("0.0.0.0:", f"{here}:").split(",")
+        parts = text.replace(DATA_DIR, str(self.directory)).replace("0.0.0.0:", f"{self.host(pod)}:").split(",")
         domain = "." + pod.jobset["metadata"]["name"] + ":"
         return ",".join(f"127.0.0.1:{self._port(part)}" if domain in part else part for part in parts)
 
@@ -128,7 +142,7 @@ class Nodes:
                     "conditions": [condition("Failed", "FailJobSetAction", f"{pod.role} broke a pod failure policy")]
                 }
             self._replaced.add(pod.uid)
-            self._start(jobset, pod.role, pod.index, spec["template"]["spec"]["containers"][0])
+            self._start(jobset, pod.role, pod.index, pod.container)
         latest = [pod for pod in mine if pod.uid not in self._replaced]
         done = {role: all(pod.phase == "Succeeded" for pod in latest if pod.role == role) for role in jobs}
         if all(done[role] for role in jobset["spec"]["successPolicy"]["targetReplicatedJobs"]):
@@ -139,15 +153,32 @@ class Nodes:
             ]
         }
 
+    def start_job(self, jobset: Object, job: Object) -> None:
+        """Start the pod of a Job that belongs to a JobSet."""
+        instance = int(job["metadata"]["labels"][INSTANCE])
+        self._start(jobset, "rollout", instance, job["spec"]["template"]["spec"]["containers"][0])
+
+    def leave(self, jobset: Object, instances: range, joined: bool) -> None:
+        """End rollout pods for good."""
+        uid = jobset["metadata"]["uid"]
+        mine = [pod for pod in self.pods if pod.jobset["metadata"]["uid"] == uid and pod.role == "rollout"]
+        for pod in mine:
+            if pod.index in instances and pod.joined == joined:
+                self._replaced.add(pod.uid)
+                self._end([pod])
+
     def end(self, jobset: Object | None = None) -> None:
         """End the pods of a JobSet, or of all."""
         mine = [
             pod for pod in self.pods if jobset is None or pod.jobset["metadata"]["uid"] == jobset["metadata"]["uid"]
         ]
-        for pod in mine:
+        self._end(mine)
+
+    def _end(self, pods: list[Pod]) -> None:
+        for pod in pods:
             if pod.process.poll() is None:
                 pod.process.send_signal(signal.SIGTERM)
-        for pod in mine:
+        for pod in pods:
             try:
                 pod.process.wait(15)
             except subprocess.TimeoutExpired:
@@ -176,6 +207,7 @@ class Cluster:
     def __init__(self, directory: Path, nodes: Nodes | None) -> None:
         self.nodes = nodes
         self.jobsets: dict[str, Object] = {}
+        self.jobs: dict[str, Object] = {}
         self.requests: list[str] = []
         self.forget_history = 0  # answer so many watches with 410
         self.unreachable = False
@@ -218,6 +250,10 @@ class Cluster:
         app.router.add_post(JOBSETS, self._create)
         app.router.add_get(JOBSETS + "/{name}", self._get)
         app.router.add_delete(JOBSETS + "/{name}", self._delete)
+        app.router.add_get(JOBS, self._list_jobs)
+        app.router.add_post(JOBS, self._create_job)
+        app.router.add_patch(JOBS + "/{name}", self._patch_job)
+        app.router.add_delete(JOBS + "/{name}", self._delete_job)
         app.router.add_get(CORE + "/pods", self._pods)
         app.router.add_get(CORE + "/pods/{name}/log", self._log)
         app.router.add_get(CORE + "/events", self._events)
@@ -297,7 +333,53 @@ class Cluster:
         if self.nodes is not None:
             await asyncio.to_thread(self.nodes.end, jobset)
         del self.jobsets[request.match_info["name"]]
+        uid = jobset["metadata"]["uid"]  # what it owns goes with it
+        self.jobs = {n: job for n, job in self.jobs.items() if job["metadata"]["ownerReferences"][0]["uid"] != uid}
         self._changed("DELETED", jobset)
+        return web.json_response({"kind": "Status", "status": "Success"})
+
+    def _owner(self, job: Object) -> Object:
+        uid = job["metadata"]["ownerReferences"][0]["uid"]
+        return next(jobset for jobset in self.jobsets.values() if jobset["metadata"]["uid"] == uid)
+
+    async def _list_jobs(self, request: web.Request) -> web.Response:
+        job_label, instance = request.query["labelSelector"].split(",")
+        assert instance == INSTANCE
+        key, value = job_label.split("=")
+        items = [job for job in self.jobs.values() if job["metadata"]["labels"][key] == value]
+        return web.json_response({"kind": "JobList", "apiVersion": "batch/v1", "metadata": {}, "items": items})
+
+    async def _create_job(self, request: web.Request) -> web.Response:
+        job = await request.json()
+        if job["metadata"]["name"] in self.jobs:
+            return web.json_response({"reason": "AlreadyExists"}, status=409)
+        self.jobs[job["metadata"]["name"]] = job
+        if self.nodes is not None:
+            self.nodes.start_job(self._owner(job), job)
+        return web.json_response(job, status=201)
+
+    async def _patch_job(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        assert name.endswith("-rollout-0") and request.content_type == "application/strategic-merge-patch+json"
+        jobset = self.jobsets[name.removesuffix("-rollout-0")]
+        spec = next(one for one in jobset["spec"]["replicatedJobs"] if one["name"] == "rollout")["template"]["spec"]
+        patch = (await request.json())["spec"]
+        assert patch["completions"] == patch["parallelism"] > 0
+        before = jobset.setdefault("resized", spec["completions"])
+        if self.nodes is not None:
+            await asyncio.to_thread(self.nodes.leave, jobset, range(patch["completions"], before), False)
+            for index in range(before, patch["completions"]):
+                self.nodes._start(jobset, "rollout", index, spec["template"]["spec"]["containers"][0])
+        jobset["resized"] = patch["completions"]
+        return web.json_response({"kind": "Job", "apiVersion": "batch/v1", "metadata": {"name": name}})
+
+    async def _delete_job(self, request: web.Request) -> web.Response:
+        job = self.jobs.pop(request.match_info["name"], None)
+        if job is None:
+            return web.json_response({"reason": "NotFound"}, status=404)
+        if self.nodes is not None:
+            instance = int(job["metadata"]["labels"][INSTANCE])
+            await asyncio.to_thread(self.nodes.leave, self._owner(job), range(instance, instance + 1), True)
         return web.json_response({"kind": "Status", "status": "Success"})
 
     async def _pods(self, request: web.Request) -> web.Response:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from kubernetes_world import CLUSTER, Cluster, running_cluster
-from server_world import Server, running_server, tiny_job
+from server_world import Server, jackpot, running_server, tiny_job
 
 from jackpot.runtime.bus.server import EmbeddedServer
 
@@ -161,3 +161,47 @@ def kill_all(server: Server) -> None:
     server.kill()
     for process in children:
         process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_rollout_replicas_join_and_leave_a_running_jobset(
+    tmp_path: Path, make_model: MakeModel, options: tuple[str, ...], store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = volume(tmp_path)
+    with running_cluster(data, {("jackpot-redis", "url"): store_url}) as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        nodes = cluster.nodes
+        assert nodes is not None
+
+        def rollouts() -> list[tuple[int, bool]]:
+            alive = [pod for pod in nodes.pods if pod.role == "rollout" and pod.phase == "Running"]
+            return sorted((pod.index, pod.joined) for pod in alive)
+
+        with running_server(data, *options) as server:
+            with server.client() as client:
+                job_file = tiny_job(tmp_path, make_model, steps=5000)
+                job = client.submit(job_file | {"rollout": {"replicas": 2}})
+                run = data / "runs" / job.id
+                server.wait_until(lambda: step(run) >= 2, "the second step")
+                client.scale(job.id, 3)
+            server.wait_until(lambda: (run / "rollouts" / "2.json").exists(), "the third replica's announcement")
+            log = run / "logs" / "rollout-2.log"
+            server.wait_until(lambda: log.exists() and " ready" in log.read_text(), "its log")
+            assert rollouts() == [(0, False), (1, False), (2, True)]
+            # The control plane's crash changes nothing, and what was asked for meanwhile is carried out after it.
+            for process in server.sessions():
+                process.kill()
+            server.kill()
+            assert jackpot("scale", str(run), "1", url="").returncode == 0
+            server.start()
+            with server.client() as client:
+                server.wait_until(lambda: rollouts() == [(0, False)], "two replicas to leave")
+                assert cluster.jobs == {} and not (run / "rollouts" / "2.json").exists()
+                before = step(run)
+                server.wait_until(lambda: step(run) > before + 2, "training to go on")
+                client.scale(job.id, 4)
+                server.wait_until(lambda: len(rollouts()) == 4, "four replicas")
+                client.cancel(job.id)
+                server.wait_until(lambda: client.job(job.id).state.finished, "the end")
+    assert cluster.jobsets == {} and cluster.jobs == {}

@@ -12,9 +12,9 @@ import yaml
 from kubernetes_validate import validate
 from kubernetes_world import CLUSTER
 
-from jackpot.config import parse_job
+from jackpot.config import JobSpec, parse_job
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.control_plane.launch.kubernetes.jobset import jobset, variables
+from jackpot.control_plane.launch.kubernetes.jobset import jobset, joining_rollout, variables
 from jackpot.control_plane.launch.kubernetes.naming import MAX_NAME, ROLES, jobset_name
 from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
 from jackpot.control_plane.launch.kubernetes.status import Phase, Status
@@ -57,21 +57,62 @@ CLUSTERS = {"plain": CLUSTER, "gpu": GPU_CLUSTER}
 CASES = list(itertools.product(JOBS, CLUSTERS))
 
 
-def manifest(job: str, cluster: str) -> dict[str, Any]:
+def job_spec(job: str) -> JobSpec:
     content = {
         "name": "chain-sum",
         "policy": {"model": "/var/lib/jackpot/models/policy"},
         "actor": {"model": "/var/lib/jackpot/models/actor"},
         "task": {"name": "complement"},
     }
-    return jobset("chain-sum-1123-1", parse_job(content | JOBS[job]), ClusterSettings.model_validate(CLUSTERS[cluster]))
+    return parse_job(content | JOBS[job])
+
+
+def manifest(job: str, cluster: str) -> dict[str, Any]:
+    return jobset("chain-sum-1123-1", job_spec(job), ClusterSettings.model_validate(CLUSTERS[cluster]))
+
+
+def joining(cluster: str) -> dict[str, Any]:
+    settings = ClusterSettings.model_validate(CLUSTERS[cluster])
+    return joining_rollout("chain-sum-1123-1", job_spec("large"), settings, 4, "0c9a")
 
 
 @pytest.mark.parametrize(("job", "cluster"), CASES)
 def test_it_is_what_the_file_says(job: str, cluster: str) -> None:
     """A change of the JobSet shows as a change of these files: JACKPOT_REGENERATE=1 pytest writes them anew."""
-    path = GOLDEN / f"jobset-{job}-{cluster}.yaml"
-    text = yaml.safe_dump(manifest(job, cluster), sort_keys=False, width=120)
+    compare(GOLDEN / f"jobset-{job}-{cluster}.yaml", manifest(job, cluster))
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_a_replica_that_joins_is_what_the_file_says(cluster: str) -> None:
+    compare(GOLDEN / f"joining-{cluster}.yaml", joining(cluster))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_a_replica_that_joins_is_a_job_that_kubernetes_takes(cluster: str, version: str) -> None:
+    validate(joining(cluster), version, strict=True)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_a_replica_that_joins_is_like_the_others_but_for_its_address(cluster: str) -> None:
+    own = next(one for one in manifest("large", cluster)["spec"]["replicatedJobs"] if one["name"] == "rollout")
+    pods = [own["template"]["spec"]["template"], joining(cluster)["spec"]["template"]]
+    container, joined = (pod["spec"]["containers"][0] for pod in pods)
+    added = {"JACKPOT_INSTANCE", "POD_IP", "JACKPOT_ADVERTISE_ADDRESS"}
+    assert {k: v for k, v in joined.items() if k != "env"} == {k: v for k, v in container.items() if k != "env"}
+    assert [one for one in joined["env"] if one["name"] not in added] == [
+        one for one in container["env"] if one["name"] != "JACKPOT_INSTANCE"
+    ]
+    told = {one["name"]: one.get("value") for one in joined["env"]}
+    assert told["JACKPOT_INSTANCE"] == "4" and told["JACKPOT_ADVERTISE_ADDRESS"] == "$(POD_IP):50051"
+    names = [one["name"] for one in joined["env"]]
+    assert names.index("POD_IP") < names.index("JACKPOT_ADVERTISE_ADDRESS"), "only what stands before is put in"
+    labels = pods[1]["metadata"]["labels"]
+    assert labels == pods[0]["metadata"]["labels"] | {"jackpot/instance": "4"}
+
+
+def compare(path: Path, made: dict[str, Any]) -> None:
+    text = yaml.safe_dump(made, sort_keys=False, width=120)
     if os.environ.get("JACKPOT_REGENERATE"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")

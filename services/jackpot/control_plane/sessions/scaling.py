@@ -51,13 +51,14 @@ class Scaling:
         self._run_dir = run_dir
         self._launcher = launcher
         self._replicas = replicas
+        self._told: int | None = None  # a launcher that takes over a job as it stands does not know how it was scaled
         self._refused: tuple[int, str] | None = None
         self._wait_until = 0.0
 
     async def look(self) -> None:
         """Have the launcher run what is wished for. What it cannot do is asked for again; the job goes on meanwhile."""
         wish = wished_rollout_replicas(self._run_dir)
-        if wish is None or wish == self._replicas or time.monotonic() < self._wait_until:
+        if wish is None or wish == self._told or time.monotonic() < self._wait_until:
             return
         try:
             await self._launcher.scale(wish)
@@ -67,8 +68,10 @@ class Scaling:
                 self._refused = (wish, str(error))
                 self._record(wish, str(error))
             return
-        self._record(wish, None)
-        self._replicas, self._refused = wish, None
+        if wish != self._replicas:
+            self._record(wish, None)
+        self._replicas = self._told = wish
+        self._refused = None
 
     def _record(self, wish: int, error: str | None) -> None:
         row = {"time": time.time(), "rollout_replicas": wish, "before": self._replicas, "error": error}

@@ -43,14 +43,12 @@ async def test_each_wish_is_told_once_and_written_down(tmp_path: Path) -> None:
     launcher = Launcher()
     session = Scaling(tmp_path, launcher, 2)
     await session.look()
-    wish_rollout_replicas(tmp_path, 2)  # as many as there are
-    await session.look()
     assert launcher.told == []
-    for replicas in (3, 1):
+    for replicas in (2, 3, 1):  # first as many as there are
         wish_rollout_replicas(tmp_path, replicas)
         for _ in range(3):
             await session.look()
-    assert launcher.told == [3, 1]
+    assert launcher.told == [2, 3, 1]
     assert rows(tmp_path) == [(2, 3, None), (3, 1, None)]
     assert rollout_replicas(tmp_path, configured=2) == 1
 

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
@@ -14,7 +15,7 @@ from kubernetes_asyncio import client, config, watch
 from kubernetes_asyncio.client.exceptions import ApiException
 from kubernetes_asyncio.config.config_exception import ConfigException
 
-from jackpot.control_plane.launch.kubernetes.naming import JOB_LABEL
+from jackpot.control_plane.launch.kubernetes.naming import INSTANCE_LABEL, JOB_LABEL
 from jackpot.errors import ConfigError, JackpotError
 
 LOG = logging.getLogger(__name__)
@@ -70,17 +71,13 @@ class ClusterApi:
         Raises:
             JackpotError: the API server refuses it, or cannot be reached.
         """
-        try:
+        made = False
+        with _told("the JobSet was refused", unless=409):
             await self._jobsets.create_namespaced_custom_object(
                 GROUP, VERSION, self._namespace, PLURAL, manifest, _request_timeout=TIMEOUT_SECONDS
             )
-        except ApiException as error:
-            if error.status == 409:
-                return False
-            raise JackpotError(f"the JobSet was refused: {_reason(error)}") from error
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise JackpotError(f"the Kubernetes API cannot be reached: {error}") from error
-        return True
+            made = True
+        return made
 
     async def get(self, name: str) -> Object | None:
         """A JobSet; None if there is none.
@@ -88,16 +85,11 @@ class ClusterApi:
         Raises:
             JackpotError: the API server cannot be asked.
         """
-        try:
-            found: Object = await self._jobsets.get_namespaced_custom_object(
+        found: Object | None = None
+        with _told(f"the JobSet {name} cannot be read", unless=404):
+            found = await self._jobsets.get_namespaced_custom_object(
                 GROUP, VERSION, self._namespace, PLURAL, name, _request_timeout=TIMEOUT_SECONDS
             )
-        except ApiException as error:
-            if error.status == 404:
-                return None
-            raise JackpotError(f"the JobSet {name} cannot be read: {_reason(error)}") from error
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise JackpotError(f"the Kubernetes API cannot be reached: {error}") from error
         return found
 
     async def delete(self, name: str) -> None:
@@ -107,15 +99,55 @@ class ClusterApi:
             JackpotError: the API server refuses, or cannot be reached.
         """
         options = client.V1DeleteOptions(propagation_policy="Foreground")
-        try:
+        with _told(f"the JobSet {name} cannot be deleted", unless=404):
             await self._jobsets.delete_namespaced_custom_object(
                 GROUP, VERSION, self._namespace, PLURAL, name, body=options, _request_timeout=TIMEOUT_SECONDS
             )
-        except ApiException as error:
-            if error.status != 404:
-                raise JackpotError(f"the JobSet {name} cannot be deleted: {_reason(error)}") from error
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise JackpotError(f"the Kubernetes API cannot be reached: {error}") from error
+
+    async def joined(self, job_id: str) -> dict[int, str]:
+        """Names of the Jobs of the rollout replicas that joined a job, by instance.
+
+        Raises:
+            JackpotError: the API server cannot be asked.
+        """
+        selector = f"{JOB_LABEL}={job_id},{INSTANCE_LABEL}"
+        with _told("Jobs cannot be listed"):
+            listing = await self._batch.list_namespaced_job(
+                self._namespace, label_selector=selector, _request_timeout=TIMEOUT_SECONDS
+            )
+        return {int(one.metadata.labels[INSTANCE_LABEL]): one.metadata.name for one in listing.items}
+
+    async def create_job(self, manifest: Any) -> None:
+        """Make a Job.
+
+        Raises:
+            JackpotError: the API server refuses it, for example because one of its name is going away, or cannot be
+                reached.
+        """
+        with _told(f"the Job {manifest['metadata']['name']} was refused"):
+            await self._batch.create_namespaced_job(self._namespace, manifest, _request_timeout=TIMEOUT_SECONDS)
+
+    async def delete_job(self, name: str) -> None:
+        """Begin to delete a Job with its pods. One that is gone already stays so.
+
+        Raises:
+            JackpotError: the API server refuses, or cannot be reached.
+        """
+        options = client.V1DeleteOptions(propagation_policy="Foreground")
+        with _told(f"the Job {name} cannot be deleted", unless=404):
+            await self._batch.delete_namespaced_job(
+                name, self._namespace, body=options, _request_timeout=TIMEOUT_SECONDS
+            )
+
+    async def resize_job(self, name: str, pods: int) -> None:
+        """Have an Indexed Job run this many pods, the first ones.
+
+        Raises:
+            JackpotError: the API server refuses, or cannot be reached.
+        """
+        patch = {"spec": {"completions": pods, "parallelism": pods}}
+        with _told(f"the Job {name} cannot be resized"):
+            await self._batch.patch_namespaced_job(name, self._namespace, patch, _request_timeout=TIMEOUT_SECONDS)
 
     async def follow(self, job_id: str) -> AsyncIterator[Object | None]:
         """A job's JobSet as it changes, beginning with how it is; None while there is none. Never ends: what goes
@@ -188,8 +220,28 @@ class ClusterApi:
         return client.CustomObjectsApi(self._api)
 
     @property
+    def _batch(self) -> client.BatchV1Api:
+        return client.BatchV1Api(self._api)
+
+    @property
     def _core(self) -> client.CoreV1Api:
         return client.CoreV1Api(self._api)
+
+
+@contextmanager
+def _told(what: str, unless: int | None = None) -> Iterator[None]:
+    """Errors of the API as ours; an answer with the status ``unless`` is none.
+
+    Raises:
+        JackpotError: ``what`` happened, and why.
+    """
+    try:
+        yield
+    except ApiException as error:
+        if error.status != unless:
+            raise JackpotError(f"{what}: {_reason(error)}") from error
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise JackpotError(f"the Kubernetes API cannot be reached: {error}") from error
 
 
 def _reason(error: ApiException) -> str:

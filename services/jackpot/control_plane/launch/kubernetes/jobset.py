@@ -9,10 +9,12 @@ from jackpot.config.environment import ServiceEnvironment
 from jackpot.control_plane.launch.kubernetes.naming import (
     GRPC_PORT,
     HEALTH_PORT,
+    INSTANCE_LABEL,
     METRICS_PORT,
     ROLES,
     host,
     jobset_name,
+    joined_name,
     labels,
 )
 from jackpot.control_plane.launch.kubernetes.pod import pod_template
@@ -83,6 +85,15 @@ def _replicated_job(role: str, count: int, job_id: str, job: JobSpec, cluster: C
         "completionMode": "Indexed",
         "completions": count,
         "parallelism": count,
+        **_recovery(role, restarts),
+        "template": pod_template(role, job_id, variables(role, job_id, job, cluster), job, cluster),
+    }
+    template = {"metadata": {"labels": labels(job_id, role, cluster.labels)}, "spec": spec}
+    return {"name": role, "replicas": 1, "template": template}
+
+
+def _recovery(role: str, restarts: int) -> Manifest:
+    return {
         "backoffLimit": restarts,
         "podReplacementPolicy": "Failed",  # never two learners at a time
         "podFailurePolicy": {
@@ -94,10 +105,46 @@ def _replicated_job(role: str, count: int, job_id: str, job: JobSpec, cluster: C
                 },
             ]
         },
-        "template": pod_template(role, job_id, variables(role, job_id, job, cluster), job, cluster),
     }
-    template = {"metadata": {"labels": labels(job_id, role, cluster.labels)}, "spec": spec}
-    return {"name": role, "replicas": 1, "template": template}
+
+
+def joining_rollout(job_id: str, job: JobSpec, cluster: ClusterSettings, instance: int, owner_uid: str) -> Manifest:
+    """The Job (``batch/v1``) of a rollout replica that joins a running job.
+
+    It belongs to the JobSet and is deleted with it, but not to its gang: it waits for room in the queue by itself, and
+    its failure is not the job's.
+
+    Args:
+        job_id: the job's id.
+        job: the job as resolved.
+        cluster: the cluster's settings.
+        instance: the replica's number, from ``rollout.replicas`` on.
+        owner_uid: of the JobSet.
+    """
+    metadata: Manifest = {
+        "name": joined_name(job_id, instance),
+        "namespace": cluster.namespace,
+        "labels": {**labels(job_id, "rollout", cluster.labels), INSTANCE_LABEL: str(instance)},
+        "ownerReferences": [
+            {
+                "apiVersion": API_VERSION,
+                "kind": "JobSet",
+                "name": jobset_name(job_id),
+                "uid": owner_uid,
+                "blockOwnerDeletion": False,  # true would need a right to the JobSet's finalizers
+            }
+        ],
+    }
+    template = pod_template(
+        "rollout", job_id, variables("rollout", job_id, job, cluster), job, cluster, instance=instance
+    )
+    spec: Manifest = {"completions": 1, "parallelism": 1, **_recovery("rollout", ENDLESS), "template": template}
+    if cluster.queue is not None:
+        metadata["labels"]["kueue.x-k8s.io/queue-name"] = cluster.queue
+        if cluster.priority_class is not None:
+            metadata["labels"]["kueue.x-k8s.io/priority-class"] = cluster.priority_class
+        spec["suspend"] = True
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
 def variables(role: str, job_id: str, job: JobSpec, cluster: ClusterSettings) -> dict[str, str]:

@@ -9,15 +9,16 @@ from typing import Any
 
 from jackpot.config import JobSpec
 from jackpot.control_plane.launch.kubernetes.cluster_api import ClusterApi
-from jackpot.control_plane.launch.kubernetes.jobset import jobset
-from jackpot.control_plane.launch.kubernetes.naming import jobset_name
+from jackpot.control_plane.launch.kubernetes.jobset import jobset, joining_rollout
+from jackpot.control_plane.launch.kubernetes.naming import jobset_name, rollout_job_name
 from jackpot.control_plane.launch.kubernetes.pod_logs import PodLogs
 from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
 from jackpot.control_plane.launch.kubernetes.status import Phase, Status
 from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.run_directory import RunDirectory
-from jackpot.control_plane.scrape_targets import forget_targets
+from jackpot.control_plane.scrape_targets import forget_target, forget_targets
 from jackpot.errors import ConfigError, JackpotError
+from jackpot.runtime.scaling import forget_rollouts
 
 GONE_SECONDS = 180.0  # pods get a minute of grace, and nodes are slow at times
 STOP_SECONDS = 120.0  # how long an API server that does not answer is asked to delete a JobSet
@@ -80,12 +81,27 @@ class KubernetesLauncher:
         return LaunchStatus(finished=finished, waiting=waiting, error=error, restarts=dict(self._logs.restarts))
 
     async def scale(self, rollout_replicas: int) -> None:
-        """Replicas beyond those of the JobSet run as Jobs of their own, which belong to it and go with it.
+        """Replicas beyond those of the JobSet run as Jobs of their own, which belong to it and go with it; of its own
+        it runs as many as are wanted. Asked again after half of it was done, the rest is.
 
         Raises:
             JackpotError: the API server does not do it.
         """
-        raise JackpotError("rollout replicas on Kubernetes cannot be scaled")
+        job_id, own = self._run.job_id, self._job.rollout.replicas
+        found = await self._api.get(self._name)
+        if found is None or found["metadata"].get("deletionTimestamp"):
+            raise JackpotError(f"the JobSet {self._name} is not there")
+        await self._api.resize_job(rollout_job_name(job_id), min(own, rollout_replicas))
+        joined = await self._api.joined(job_id)
+        for instance, name in joined.items():
+            if instance >= rollout_replicas:
+                await self._api.delete_job(name)
+        for instance in range(rollout_replicas, max([own, *(one + 1 for one in joined)])):
+            forget_target(self._run.path, f"rollout-{instance}")
+        for instance in range(own, rollout_replicas):
+            if instance not in joined:
+                uid = found["metadata"]["uid"]
+                await self._api.create_job(joining_rollout(job_id, self._job, self._cluster, instance, uid))
 
     async def stop(self) -> None:
         """Delete the JobSet and wait until its pods have finished their unit of work and are gone.
@@ -117,6 +133,7 @@ class KubernetesLauncher:
                 raise JackpotError(f"the JobSet {self._name} of an earlier session does not go away; delete it first")
             await asyncio.sleep(POLL_SECONDS)
         forget_targets(self._run.path)
+        forget_rollouts(self._run.path)
 
     async def _delete(self) -> None:
         """Ask until it is done: a job that was cancelled must not hold GPUs because a request got lost."""

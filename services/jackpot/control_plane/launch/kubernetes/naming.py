@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 ROLES = ("orchestrator", "rollout", "evaluator", "scorer", "learner")
 JOB_LABEL = "jackpot/job-id"
+INSTANCE_LABEL = "jackpot/instance"
+"""Of rollout replicas that joined a running job: their number."""
 GRPC_PORT, HEALTH_PORT, METRICS_PORT = 50051, 50052, 9090
 
 # A pod is called <JobSet>-<role>-0-<index>-<5 random>; JobSet asks for a DNS label of RFC 1035: at most 63 characters,
@@ -21,6 +23,16 @@ def jobset_name(job_id: str) -> str:
         return name
     digest = hashlib.sha256(job_id.encode()).hexdigest()[:8]
     return f"{name[: MAX_NAME - 9].rstrip('-')}-{digest}"
+
+
+def joined_name(job_id: str, instance: int) -> str:
+    """The Job of a rollout replica that joined. ``-rollout-0`` and the like are names that JobSet gives."""
+    return f"{jobset_name(job_id)}-joined-{instance}"
+
+
+def rollout_job_name(job_id: str) -> str:
+    """The Job that JobSet makes for the rollout replicas that a job begins with."""
+    return f"{jobset_name(job_id)}-rollout-0"
 
 
 def host(job_id: str, role: str, index: int = 0) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jackpot.config import JobSpec
-from jackpot.control_plane.launch.kubernetes.naming import GRPC_PORT, HEALTH_PORT, METRICS_PORT, labels
+from jackpot.control_plane.launch.kubernetes.naming import GRPC_PORT, HEALTH_PORT, INSTANCE_LABEL, METRICS_PORT, labels
 from jackpot.control_plane.launch.kubernetes.settings import (
     DATA_DIR,
     SCRATCH_DIR,
@@ -23,7 +23,12 @@ PROBE_SECONDS = 10
 
 
 def pod_template(
-    role: str, job_id: str, variables: Mapping[str, str], job: JobSpec, cluster: ClusterSettings
+    role: str,
+    job_id: str,
+    variables: Mapping[str, str],
+    job: JobSpec,
+    cluster: ClusterSettings,
+    instance: int | None = None,
 ) -> Manifest:
     """The pod template of a role.
 
@@ -33,6 +38,7 @@ def pod_template(
         variables: the container's JACKPOT_* variables.
         job: the job as resolved.
         cluster: the cluster's settings.
+        instance: the number of a rollout replica that joins a running job; None for all that a job begins with.
     """
     settings: RoleSettings = getattr(cluster.roles, role)
     spec: Manifest = {
@@ -49,7 +55,7 @@ def pod_template(
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(role, variables, job, cluster, settings)],
+        "containers": [_container(role, variables, job, cluster, settings, instance)],
         "volumes": _volumes(settings, cluster),
     }
     optional = {
@@ -62,13 +68,20 @@ def pod_template(
     }
     spec |= {name: value for name, value in optional.items() if value}
     metadata: Manifest = {"labels": labels(job_id, role, cluster.labels)}
+    if instance is not None:
+        metadata["labels"][INSTANCE_LABEL] = str(instance)
     if cluster.annotations:
         metadata["annotations"] = dict(cluster.annotations)
     return {"metadata": metadata, "spec": spec}
 
 
 def _container(
-    role: str, variables: Mapping[str, str], job: JobSpec, cluster: ClusterSettings, settings: RoleSettings
+    role: str,
+    variables: Mapping[str, str],
+    job: JobSpec,
+    cluster: ClusterSettings,
+    settings: RoleSettings,
+    instance: int | None,
 ) -> Manifest:
     service = "rollout" if role == "evaluator" else role
     container: Manifest = {
@@ -76,7 +89,7 @@ def _container(
         "image": settings.image,
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["python", "-m", f"jackpot.{service}"],
-        "env": _environment(role, variables, cluster, settings),
+        "env": _environment(role, variables, cluster, settings, instance),
         "ports": [{"name": "metrics", "containerPort": METRICS_PORT}],
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -114,7 +127,11 @@ def _probes(job: JobSpec) -> Manifest:
 
 
 def _environment(
-    role: str, variables: Mapping[str, str], cluster: ClusterSettings, settings: RoleSettings
+    role: str,
+    variables: Mapping[str, str],
+    cluster: ClusterSettings,
+    settings: RoleSettings,
+    instance: int | None,
 ) -> list[Manifest]:
     fixed = {
         "HOME": "/tmp",
@@ -128,7 +145,13 @@ def _environment(
     found: list[Manifest] = [
         {"name": name, "value": value} for name, value in {**fixed, **variables, **objects, **settings.env}.items()
     ]
-    if role in ("rollout", "scorer"):
+    if instance is not None:
+        found += [
+            {"name": "JACKPOT_INSTANCE", "value": str(instance)},
+            {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+            {"name": "JACKPOT_ADVERTISE_ADDRESS", "value": f"$(POD_IP):{GRPC_PORT}"},
+        ]
+    elif role in ("rollout", "scorer"):
         index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
         found.append({"name": "JACKPOT_INSTANCE", "valueFrom": {"fieldRef": index}})
     if role in ("orchestrator", "scorer", "learner"):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jackpot.control_plane.launch.kubernetes.cluster_api import ClusterApi
-from jackpot.control_plane.launch.kubernetes.naming import jobset_name
+from jackpot.control_plane.launch.kubernetes.naming import INSTANCE_LABEL, jobset_name
 from jackpot.control_plane.run_directory import RunDirectory
 
 LOOK_SECONDS = 3.0
@@ -93,5 +93,6 @@ def process_name(pod: Mapping[str, Any]) -> str | None:
     role = (pod["metadata"].get("labels") or {}).get(COMPONENT)
     if role is None or role in ONE_OF_A_KIND:
         return role
-    index = (pod["metadata"].get("annotations") or {}).get(INDEX) or (pod["metadata"].get("labels") or {}).get(INDEX)
+    labels = pod["metadata"].get("labels") or {}
+    index = labels.get(INSTANCE_LABEL) or (pod["metadata"].get("annotations") or {}).get(INDEX) or labels.get(INDEX)
     return f"{role}-{index or 0}"
