@@ -37,15 +37,18 @@ def make_runs(runs: Sequence[Run], directory: Path, workers: int, report: Report
         waiting.put(run)
     errors: list[str] = []
     lock = threading.Lock()
+    stopping = threading.Event()
     processes = [_start(directory) for _ in range(min(workers, len(runs)))]
 
     def feed(process: subprocess.Popen[str]) -> None:
-        while True:
+        while not stopping.is_set():
             try:
                 run = waiting.get_nowait()
             except queue.Empty:
                 return
             answer = _ask(process, run)
+            if stopping.is_set():
+                return  # the run did not fail: its process was ended
             with lock:
                 if answer["error"] is not None:
                     errors.append(f"seed {run.job.seed}, {run.key}: {answer['error']}")
@@ -59,9 +62,14 @@ def make_runs(runs: Sequence[Run], directory: Path, workers: int, report: Report
             thread.start()
         for thread in threads:
             thread.join()
-    finally:
+    except BaseException:  # Ctrl-C, above all
+        stopping.set()
         for process in processes:
-            process.kill() if any(thread.is_alive() for thread in threads) else _end(process)
+            process.kill()
+            process.wait()
+        raise
+    for process in processes:
+        _end(process)
     if not waiting.empty():
         errors.append("every worker process has ended early; what is finished is kept")
     return errors
