@@ -53,7 +53,7 @@ class ClusterApi:
             if "KUBERNETES_SERVICE_HOST" in os.environ:
                 config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
             else:
-                await config.load_kube_config(client_configuration=settings)
+                await config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
         except (ConfigException, OSError) as error:
             remedy = "Run in a pod with a service account's token, or set KUBECONFIG."
             raise ConfigError("KUBECONFIG", os.environ.get("KUBECONFIG"), f"no cluster ({error})", remedy) from None
