@@ -58,6 +58,10 @@ ASKS = {
     "list_namespaced_pod": ("", "pods", "list"),
     "list_namespaced_event": ("", "events", "list"),
     "read_namespaced_pod_log": ("", "pods/log", "get"),
+    "list_namespaced_job": ("batch", "jobs", "list"),
+    "create_namespaced_job": ("batch", "jobs", "create"),
+    "patch_namespaced_job": ("batch", "jobs", "patch"),
+    "delete_namespaced_job": ("batch", "jobs", "delete"),
 }
 
 
