@@ -174,8 +174,10 @@ def test_a_running_job_is_scaled_and_keeps_its_number_when_it_is_resumed(
         assert finished.returncode == 0, finished.stderr
         log = server.data_dir / "runs" / job.id / "scalings.jsonl"
         server.wait_until(lambda: len(log.read_text().splitlines()) == 2, "the second replica, again")
+        server.wait_until(lambda: "rollout-1" in targets(server), "its start")
         assert jackpot("scale", job.id, "1", url=server.url).stdout == f"{job.id}: 1 rollout replica wanted\n"
-        server.wait_until(lambda: "rollout-1" not in targets(server), "the second replica to leave")
+        server.wait_until(lambda: len(log.read_text().splitlines()) == 3, "the second replica to leave")
+        server.wait_until(lambda: "rollout-1" not in targets(server), "its metrics' address to go")
         client.cancel(job.id)
         scaled = [event.data for event in client.events(job.id) if event.name == "scale"]
     changes = [(one["before"], one["rollout_replicas"], one["error"]) for one in scaled]

@@ -37,12 +37,14 @@ def test_replicas_join_die_and_leave_while_the_job_trains(tmp_path: Path, make_m
             lambda: run.child("rollout-1") is None and run.child("rollout-2") is None, "two replicas to leave"
         )
         run.wait_until(lambda: not list((directory / "rollouts").glob("[0-9]*.json")), "their traces to go")
-        assert not (directory / "metrics" / "rollout-2.json").exists()
+        run.wait_until(lambda: not (directory / "metrics" / "rollout-2.json").exists(), "its metrics' address to go")
         code, _, stderr = run.finish(200)
     assert code == 0, stderr
     assert run.summary["state"] == "succeeded" and run.summary["restarts_by_process"] == {"rollout-2": 1}
     assert_ledger_adds_up(run.summary, trained=800)
     assert_mirror_agrees(run)
+    refused = scale(directory, 2)
+    assert refused.returncode != 0 and "has succeeded already" in refused.stderr
     rows = [json.loads(line) for line in (directory / "scalings.jsonl").read_text().splitlines()]
     assert [(row["before"], row["rollout_replicas"], row["error"]) for row in rows] == [(1, 3, None), (3, 1, None)]
 

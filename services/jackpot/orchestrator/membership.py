@@ -19,7 +19,7 @@ class RolloutMembership:
     """Keeps a pool to the replicas that the job should have.
 
     Instances from 0 on belong to the job, as many as are wished for. One beyond them is asked for nothing more from the
-    moment of the wish, before its process is told to end: what it has under way it finishes.
+    moment that this sees the wish, before its process is told to end: what it has under way it finishes.
 
     Args:
         pool: the rollout replicas.

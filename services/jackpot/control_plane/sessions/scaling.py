@@ -8,11 +8,14 @@ from pathlib import Path
 
 from jackpot.control_plane.launch.launcher import Launcher
 from jackpot.control_plane.run_directory import RunDirectory
-from jackpot.errors import ConfigError, JackpotError
+from jackpot.errors import ConfigError, JackpotError, JobStateError
 from jackpot.runtime.scaling import wish_rollout_replicas, wished_rollout_replicas
 
 SCALINGS = "scalings.jsonl"
 RETRY_SECONDS = 5.0
+DRAIN_SECONDS = 2.0
+"""From a wish for fewer replicas until they are told to end: the orchestrator looks every half second, and by then asks
+those that leave for nothing more."""
 
 
 def request_scale(run: RunDirectory, replicas: int) -> None:
@@ -20,7 +23,10 @@ def request_scale(run: RunDirectory, replicas: int) -> None:
 
     Raises:
         ConfigError: the number is out of bounds, or the job's replicas cannot change.
+        JobStateError: the job has succeeded.
     """
+    if (run.summary or {}).get("state") == "succeeded":
+        raise JobStateError(f"{run.job_id} has succeeded already; only a job that runs can be scaled")
     transport = run.load_job().weights.transport
     if transport != "store":
         raise ConfigError(
@@ -54,11 +60,15 @@ class Scaling:
         self._told: int | None = None  # a launcher that takes over a job as it stands does not know how it was scaled
         self._refused: tuple[int, str] | None = None
         self._wait_until = 0.0
+        self._leaving: int | None = None  # a wish for fewer, while the orchestrator is given time to see it
 
     async def look(self) -> None:
         """Have the launcher run what is wished for. What it cannot do is asked for again; the job goes on meanwhile."""
         wish = wished_rollout_replicas(self._run_dir)
         if wish is None or wish == self._told or time.monotonic() < self._wait_until:
+            return
+        if wish < self._replicas and wish != self._leaving:
+            self._leaving, self._wait_until = wish, time.monotonic() + DRAIN_SECONDS
             return
         try:
             await self._launcher.scale(wish)
@@ -71,7 +81,7 @@ class Scaling:
         if wish != self._replicas:
             self._record(wish, None)
         self._replicas = self._told = wish
-        self._refused = None
+        self._refused = self._leaving = None
 
     def _record(self, wish: int, error: str | None) -> None:
         row = {"time": time.time(), "rollout_replicas": wish, "before": self._replicas, "error": error}

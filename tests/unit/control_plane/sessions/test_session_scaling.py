@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,28 @@ class Launcher:
 def rows(run_dir: Path) -> list[tuple[int, int, str | None]]:
     lines = (run_dir / SCALINGS).read_text().splitlines()
     return [(row["before"], row["rollout_replicas"], row["error"]) for row in map(json.loads, lines)]
+
+
+@pytest.fixture(autouse=True)
+def no_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "DRAIN_SECONDS", 0.0)
+
+
+async def test_a_wish_for_fewer_is_told_once_the_orchestrator_has_seen_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "DRAIN_SECONDS", 0.2)
+    launcher = Launcher()
+    session = Scaling(tmp_path, launcher, 2)
+    wish_rollout_replicas(tmp_path, 1)
+    began = time.monotonic()
+    while not launcher.told:
+        assert time.monotonic() - began < 10
+        await session.look()
+    assert launcher.told == [1] and time.monotonic() - began >= 0.2
+    wish_rollout_replicas(tmp_path, 3)  # more are told at once
+    await session.look()
+    assert launcher.told == [1, 3]
 
 
 async def test_each_wish_is_told_once_and_written_down(tmp_path: Path) -> None:
