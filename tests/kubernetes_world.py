@@ -211,6 +211,7 @@ class Cluster:
         self.requests: list[str] = []
         self.forget_history = 0  # answer so many watches with 410
         self.unreachable = False
+        self.jobs_linger = False  # what is deleted stays until its pods are gone: here, until let_go()
         self._version = 0
         self._changes: list[tuple[int, str, Object]] = []
         self._loop = asyncio.new_event_loop()
@@ -232,6 +233,10 @@ class Cluster:
         """What the controllers say of a JobSet."""
         self.jobsets[name]["status"] = status
         self._changed("MODIFIED", self.jobsets[name])
+
+    def let_go(self) -> None:
+        """Have Jobs that are being deleted be gone."""
+        self.jobs = {n: job for n, job in self.jobs.items() if "deletionTimestamp" not in job["metadata"]}
 
     def _changed(self, kind: str, jobset: Object) -> None:
         self._version += 1
@@ -374,9 +379,13 @@ class Cluster:
         return web.json_response({"kind": "Job", "apiVersion": "batch/v1", "metadata": {"name": name}})
 
     async def _delete_job(self, request: web.Request) -> web.Response:
-        job = self.jobs.pop(request.match_info["name"], None)
-        if job is None:
+        name = request.match_info["name"]
+        if name not in self.jobs:
             return web.json_response({"reason": "NotFound"}, status=404)
+        if self.jobs_linger:
+            self.jobs[name]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+            return web.json_response({"kind": "Job", "apiVersion": "batch/v1", "metadata": {"name": name}})
+        job = self.jobs.pop(name)
         if self.nodes is not None:
             instance = int(job["metadata"]["labels"][INSTANCE])
             await asyncio.to_thread(self.nodes.leave, self._owner(job), range(instance, instance + 1), True)

@@ -80,6 +80,17 @@ async def until(condition: Callable[[], Any], what: str) -> None:
             await asyncio.sleep(0.1)
 
 
+async def scaled_in_the_end(launcher: KubernetesLauncher, replicas: int) -> None:
+    """As a session does: what is refused is asked for again."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while True:
+            try:
+                return await launcher.scale(replicas)
+            except JackpotError as error:
+                assert "409" in str(error)
+                await asyncio.sleep(0.1)
+
+
 def names(server: ApiServer, path: str) -> set[str]:
     return {one["metadata"]["name"] for one in server.get(path)["items"]}
 
@@ -111,6 +122,11 @@ async def test_a_job_is_made_scaled_and_removed_with_the_rights_of_the_chart(
             assert names(server, JOBS) == {f"{NAME}-{one}" for one in ("rollout-0", "joined-2", "joined-3")}
         joined = server.get(f"{JOBS}/{NAME}-joined-3")
         assert joined["metadata"]["ownerReferences"][0]["uid"] == server.get(f"{JOBSETS}/{NAME}")["metadata"]["uid"]
+        uids = {one: server.get(f"{JOBS}/{NAME}-{one}")["metadata"]["uid"] for one in ("joined-2", "joined-3")}
+        await launcher.scale(2)
+        await scaled_in_the_end(launcher, 4)  # while the two are going away
+        after = {one: server.get(f"{JOBS}/{NAME}-{one}")["metadata"] for one in uids}
+        assert all(after[one]["uid"] != uid and "deletionTimestamp" not in after[one] for one, uid in uids.items())
         await launcher.scale(2)
         await until(lambda: names(server, JOBS) == {f"{NAME}-rollout-0"}, "two replicas to leave")
 

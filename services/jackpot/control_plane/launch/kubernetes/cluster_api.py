@@ -104,8 +104,9 @@ class ClusterApi:
                 GROUP, VERSION, self._namespace, PLURAL, name, body=options, _request_timeout=TIMEOUT_SECONDS
             )
 
-    async def joined(self, job_id: str) -> dict[int, str]:
-        """Names of the Jobs of the rollout replicas that joined a job, by instance.
+    async def joined(self, job_id: str, owner_uid: str) -> dict[int, str]:
+        """Names of the Jobs of the rollout replicas that joined a job, by instance. What is being deleted does not
+        count, nor what belongs to an earlier JobSet and is about to be: neither will be there for long.
 
         Raises:
             JackpotError: the API server cannot be asked.
@@ -115,7 +116,12 @@ class ClusterApi:
             listing = await self._batch.list_namespaced_job(
                 self._namespace, label_selector=selector, _request_timeout=TIMEOUT_SECONDS
             )
-        return {int(one.metadata.labels[INSTANCE_LABEL]): one.metadata.name for one in listing.items}
+        return {
+            int(one.metadata.labels[INSTANCE_LABEL]): one.metadata.name
+            for one in listing.items
+            if one.metadata.deletion_timestamp is None
+            and any(owner.uid == owner_uid for owner in one.metadata.owner_references or [])
+        }
 
     async def create_job(self, manifest: Any) -> None:
         """Make a Job.

@@ -85,14 +85,15 @@ class KubernetesLauncher:
         it runs as many as are wanted. Asked again after half of it was done, the rest is.
 
         Raises:
-            JackpotError: the API server does not do it.
+            JackpotError: the API server does not do it, or a replica's Job of before is still going away: ask again.
         """
         job_id, own = self._run.job_id, self._job.rollout.replicas
         found = await self._api.get(self._name)
         if found is None or found["metadata"].get("deletionTimestamp"):
             raise JackpotError(f"the JobSet {self._name} is not there")
+        uid = found["metadata"]["uid"]
         await self._api.resize_job(rollout_job_name(job_id), min(own, rollout_replicas))
-        joined = await self._api.joined(job_id)
+        joined = await self._api.joined(job_id, uid)
         for instance, name in joined.items():
             if instance >= rollout_replicas:
                 await self._api.delete_job(name)
@@ -100,7 +101,6 @@ class KubernetesLauncher:
             forget_target(self._run.path, f"rollout-{instance}")
         for instance in range(own, rollout_replicas):
             if instance not in joined:
-                uid = found["metadata"]["uid"]
                 await self._api.create_job(joining_rollout(job_id, self._job, self._cluster, instance, uid))
 
     async def stop(self) -> None:
