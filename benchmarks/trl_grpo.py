@@ -20,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def trl_rate(steps: int, threads: int) -> float:
         processing_class=tokenizer,
         callbacks=[Clock()],
         args=GRPOConfig(
-            output_dir="/tmp/trl-benchmark",
+            output_dir=tempfile.mkdtemp(prefix="trl-benchmark-"),
             per_device_train_batch_size=PROMPTS * GROUP_SIZE,
             gradient_accumulation_steps=1,
             steps_per_generation=1,

@@ -89,6 +89,20 @@ def test_a_study_that_is_killed_goes_on_where_it_was_and_reports_alike(
     assert len((tmp_path / "tiny" / "runs.csv").read_text().splitlines()) == 7
 
 
+def test_one_that_is_interrupted_ends_without_a_trace(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    study = write_study(tmp_path, make_model, [1, 2, 3])
+    process = subprocess.Popen(
+        [*COMMAND, str(study), "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not list((tmp_path / "tiny" / "runs").glob("*.json")):
+        assert process.poll() is None and time.monotonic() < deadline, "no run in time"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in stdout + stderr, stderr
+
+
 def test_one_run_that_fails_does_not_cost_the_others(tmp_path: Path, make_model: Callable[..., Path]) -> None:
     study = write_study(tmp_path, make_model, [1])
     data = yaml.safe_load(study.read_text())

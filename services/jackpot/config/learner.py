@@ -14,6 +14,7 @@ from jackpot.config.section import (
     PositiveFloat,
     PositiveInt,
     Section,
+    refuse_shared_device,
 )
 
 
@@ -111,9 +112,5 @@ class LearnerConfig(Section):
             raise ValueError(
                 "cpu_offload brings parameters to a GPU. Set device to auto or cuda, or cpu_offload to false"
             )
-        if self.processes > 1 and self.device.startswith("cuda:"):
-            raise ValueError(
-                f"processes = {self.processes} cannot share device = {self.device!r}. "
-                "Set device to cuda: each process takes a GPU of its own"
-            )
+        refuse_shared_device(self.processes, self.device)
         return self

@@ -27,6 +27,19 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+def refuse_shared_device(processes: int, device: str) -> None:
+    """Several processes each need a GPU of their own.
+
+    Raises:
+        ValueError: one GPU is named for all of them.
+    """
+    if processes > 1 and device.startswith("cuda:"):
+        raise ValueError(
+            f"processes = {processes} cannot share device = {device!r}. "
+            "Set device to cuda: each process takes a GPU of its own"
+        )
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, no silent conversion of strings into numbers."""
 

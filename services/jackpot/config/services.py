@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from jackpot.config.section import Device, NonNegativeInt, Number, PositiveFloat, PositiveInt, Section
+from jackpot.config.section import (
+    Device,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    refuse_shared_device,
+)
 from jackpot.config.vllm import VllmConfig
 
 
@@ -57,7 +65,7 @@ class ScorerConfig(Section):
     For one update per batch and ``target: reference``; the reference is then the policy as the step begins. Off by
     default, where the reference is the version that scored, up to ``max_staleness`` older: only an old reference lets
     the PPO clip act in a batch's only update. Without the clip the learning rate alone bounds a step: halve it. The
-    demo's 1.5e-3 ends at accuracy 0 so, half of it at 0.97 (docs/training.md)."""
+    demo at 1.5e-3 ends at accuracy 0 so, at half of it at 0.97 (docs/training.md)."""
     weight_poll_seconds: PositiveFloat = 0.05
     """How often the scorer looks for a newer policy version."""
     version_timeout_seconds: PositiveFloat = 120.0
@@ -71,11 +79,7 @@ class ScorerConfig(Section):
                 f"processes = {self.processes} share a model, and with reuse_reference the scorer holds none. "
                 "Set processes to 1"
             )
-        if self.processes > 1 and self.device.startswith("cuda:"):
-            raise ValueError(
-                f"processes = {self.processes} cannot share device = {self.device!r}. "
-                "Set device to cuda: each process takes a GPU of its own"
-            )
+        refuse_shared_device(self.processes, self.device)
         return self
 
 

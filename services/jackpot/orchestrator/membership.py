@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jackpot.orchestrator.replicas import ReplicaPool
-from jackpot.runtime.scaling import announced_rollouts, wished_rollout_replicas
+from jackpot.runtime.scaling import announced_rollouts, wanted_replicas
 
 LOG = logging.getLogger(__name__)
 
@@ -18,12 +18,12 @@ LOOK_SECONDS = 0.5
 class RolloutMembership:
     """Keeps a pool to the replicas that the job should have.
 
-    Instances from 0 on belong to the job, as many as are wished for. One beyond them is asked for nothing more from the
-    moment that this sees the wish, before its process is told to end: what it has under way it finishes.
+    Instances from 0 on belong to the job, as many as are wanted. One beyond them is asked for nothing more from the
+    moment that this sees the new number, before its process is told to end: what it has under way it finishes.
 
     Args:
         pool: the rollout replicas.
-        run_dir: of the job: the wish, and what replicas announce.
+        run_dir: of the job: the number wanted, and what replicas announce.
         fixed: addresses of the replicas that the job began with, by instance.
     """
 
@@ -47,7 +47,6 @@ class RolloutMembership:
         self._pool.use(addresses, wanted)
 
     def _read(self) -> tuple[int, list[str]]:
-        wish = wished_rollout_replicas(self._run_dir)
-        wanted = len(self._fixed) if wish is None else wish
+        wanted = wanted_replicas(self._run_dir) or len(self._fixed)
         known = announced_rollouts(self._run_dir) | dict(enumerate(self._fixed))
         return wanted, [address for instance, address in sorted(known.items()) if instance < wanted]

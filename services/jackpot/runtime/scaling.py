@@ -1,7 +1,8 @@
 """How many rollout replicas a running job should have, and where those that there are can be reached.
 
-Both are files in the run directory, which every process of a job shares: ``scale.json`` holds the wish, and each
-replica that joins writes ``rollouts/<instance>.json``. A process that comes back after a crash finds them as they were.
+Both are files in the run directory, which every process of a job shares: ``scale.json`` holds the number wanted, and
+each replica that joins writes ``rollouts/<instance>.json``. A process that comes back after a crash finds them as they
+were.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from pathlib import Path
 
 from jackpot.errors import ConfigError
 
-WISH = "scale.json"
+WANTED_FILE = "scale.json"
 ANNOUNCEMENTS = "rollouts"
 
 MAX_ROLLOUT_REPLICAS = 1024
 """More would be a slip: the orchestrator keeps a connection to each."""
 
 
-def wish_rollout_replicas(run_dir: Path, replicas: int) -> None:
+def set_wanted_replicas(run_dir: Path, replicas: int) -> None:
     """Write down how many rollout replicas a job should have from now on.
 
     Args:
@@ -38,16 +39,16 @@ def wish_rollout_replicas(run_dir: Path, replicas: int) -> None:
             f"is not between 1 and {MAX_ROLLOUT_REPLICAS}",
             "Cancel the job instead to stop sampling." if replicas < 1 else "Ask for fewer.",
         )
-    _write(run_dir / WISH, {"rollout_replicas": replicas})
+    _write(run_dir / WANTED_FILE, {"rollout_replicas": replicas})
 
 
-def wished_rollout_replicas(run_dir: Path) -> int | None:
+def wanted_replicas(run_dir: Path) -> int | None:
     """How many rollout replicas the job should have; None where nobody has asked for other than the job file does."""
     try:
-        wish = json.loads((run_dir / WISH).read_text(encoding="utf-8"))["rollout_replicas"]
+        wanted = json.loads((run_dir / WANTED_FILE).read_text(encoding="utf-8"))["rollout_replicas"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return wish if isinstance(wish, int) and 1 <= wish <= MAX_ROLLOUT_REPLICAS else None
+    return wanted if isinstance(wanted, int) and 1 <= wanted <= MAX_ROLLOUT_REPLICAS else None
 
 
 def announce_rollout(run_dir: Path, instance: str, address: str) -> None:
@@ -83,7 +84,7 @@ def announced_rollouts(run_dir: Path) -> dict[int, str]:
 
 
 def forget_rollouts(run_dir: Path) -> None:
-    """Remove what replicas of an earlier session have announced. The wish stays."""
+    """Remove what replicas of an earlier session have announced. The number wanted stays."""
     shutil.rmtree(run_dir / ANNOUNCEMENTS, ignore_errors=True)
 
 

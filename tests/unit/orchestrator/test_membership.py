@@ -14,7 +14,7 @@ from scripted_rollout import ScriptedRollout, start_scripted
 from jackpot.orchestrator.membership import RolloutMembership
 from jackpot.orchestrator.replicas import ReplicaPool
 from jackpot.runtime.rpc import open_channel
-from jackpot.runtime.scaling import announce_rollout, wish_rollout_replicas, withdraw_rollout
+from jackpot.runtime.scaling import announce_rollout, set_wanted_replicas, withdraw_rollout
 from jackpot.runtime.wire import ids_to_bytes
 from jackpot.v1 import rollout_pb2
 
@@ -75,13 +75,13 @@ async def test_replicas_join_as_they_announce_themselves_and_only_as_many_as_are
     await job.wait_ready(1)  # announced, but nobody has asked for them
     assert job.pool.num_wanted == 1
 
-    wish_rollout_replicas(job.run_dir, 2)
+    set_wanted_replicas(job.run_dir, 2)
     await job.membership.look()
     await job.wait_ready(2)
     await asyncio.gather(*(job.pool.generate(request(str(index))) for index in range(6)))
     assert job.answered() == [3, 3, 0]
 
-    wish_rollout_replicas(job.run_dir, 5)  # two of which are not there yet
+    set_wanted_replicas(job.run_dir, 5)  # two of which are not there yet
     await job.membership.look()
     await job.wait_ready(3)
     assert job.pool.num_wanted == 5
@@ -89,7 +89,7 @@ async def test_replicas_join_as_they_announce_themselves_and_only_as_many_as_are
 
 async def test_one_that_leaves_finishes_what_it_has_and_is_asked_for_nothing_more(job: Job) -> None:
     announce_rollout(job.run_dir, "1", job.addresses[1])
-    wish_rollout_replicas(job.run_dir, 2)
+    set_wanted_replicas(job.run_dir, 2)
     await job.membership.look()
     await job.wait_ready(2)
     release = asyncio.Event()
@@ -102,7 +102,7 @@ async def test_one_that_leaves_finishes_what_it_has_and_is_asked_for_nothing_mor
     async with asyncio.timeout(DEADLINE_SECONDS):
         while job.answered() != [1, 1, 0]:
             await asyncio.sleep(0.01)
-    wish_rollout_replicas(job.run_dir, 1)
+    set_wanted_replicas(job.run_dir, 1)
     await job.membership.look()
     after = [asyncio.create_task(job.pool.generate(request(f"after-{index}"))) for index in range(4)]
     async with asyncio.timeout(DEADLINE_SECONDS):
@@ -117,25 +117,25 @@ async def test_one_that_leaves_finishes_what_it_has_and_is_asked_for_nothing_mor
 async def test_a_group_that_a_leaving_replica_drops_costs_no_attempt(job: Job) -> None:
     """The pool's only attempt is for failures, and a replica that was told to end has not failed."""
     announce_rollout(job.run_dir, "1", job.addresses[1])
-    wish_rollout_replicas(job.run_dir, 2)
+    set_wanted_replicas(job.run_dir, 2)
     await job.membership.look()
     await job.wait_ready(2)
     asked = asyncio.Event()
 
-    async def die_after_the_wish(_: rollout_pb2.GenerateRequest) -> None:
-        wish_rollout_replicas(job.run_dir, 1)
+    async def die_once_fewer_are_wanted(_: rollout_pb2.GenerateRequest) -> None:
+        set_wanted_replicas(job.run_dir, 1)
         await job.membership.look()
         asked.set()
         raise RuntimeError("ended in the middle")
 
-    job.servers[1].before = die_after_the_wish
+    job.servers[1].before = die_once_fewer_are_wanted
     groups = await asyncio.gather(*(job.pool.generate(request(str(index))) for index in range(2)))
     assert asked.is_set() and [len(group) for group in groups] == [2, 2]
 
 
 async def test_one_that_went_away_by_itself_is_forgotten_and_may_come_back_elsewhere(job: Job) -> None:
     announce_rollout(job.run_dir, "1", job.addresses[1])
-    wish_rollout_replicas(job.run_dir, 2)
+    set_wanted_replicas(job.run_dir, 2)
     await job.membership.look()
     await job.wait_ready(2)
     withdraw_rollout(job.run_dir, "1")

@@ -1,4 +1,4 @@
-"""The wish for rollout replicas, and where those that there are can be reached."""
+"""How many rollout replicas are wanted, and where those that there are can be reached."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import pytest
 
 from jackpot.errors import ConfigError
 from jackpot.runtime.scaling import (
-    WISH,
+    WANTED_FILE,
     announce_rollout,
     announced_rollouts,
     forget_rollouts,
-    wish_rollout_replicas,
-    wished_rollout_replicas,
+    set_wanted_replicas,
+    wanted_replicas,
     withdraw_rollout,
 )
 
 
-def test_the_last_wish_counts(tmp_path: Path) -> None:
-    assert wished_rollout_replicas(tmp_path) is None
+def test_the_last_number_counts(tmp_path: Path) -> None:
+    assert wanted_replicas(tmp_path) is None
     for replicas in (3, 1024, 2):
-        wish_rollout_replicas(tmp_path, replicas)
-        assert wished_rollout_replicas(tmp_path) == replicas
+        set_wanted_replicas(tmp_path, replicas)
+        assert wanted_replicas(tmp_path) == replicas
 
 
 @pytest.mark.parametrize("replicas", [0, -1, 1025])
 def test_a_number_out_of_bounds_is_refused_and_changes_nothing(tmp_path: Path, replicas: int) -> None:
-    wish_rollout_replicas(tmp_path, 2)
+    set_wanted_replicas(tmp_path, 2)
     with pytest.raises(ConfigError, match=rf"rollout_replicas = {replicas}: is not between 1 and 1024"):
-        wish_rollout_replicas(tmp_path, replicas)
-    assert wished_rollout_replicas(tmp_path) == 2
+        set_wanted_replicas(tmp_path, replicas)
+    assert wanted_replicas(tmp_path) == 2
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rollout_replicas": "two"}', '{"rollout_replicas": 0}', "{}"])
-def test_a_damaged_wish_is_none(tmp_path: Path, text: str) -> None:
-    (tmp_path / WISH).write_text(text)
-    assert wished_rollout_replicas(tmp_path) is None
+def test_a_damaged_file_wants_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / WANTED_FILE).write_text(text)
+    assert wanted_replicas(tmp_path) is None
 
 
 def test_announcements_come_and_go(tmp_path: Path) -> None:

@@ -1,25 +1,26 @@
-"""A session's part in scaling: what is wished for in the run directory, the launcher is told."""
+"""A session's part in scaling: the number of replicas wanted, in the run directory, the launcher is told."""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
 from jackpot.control_plane.launch.launcher import Launcher
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.errors import ConfigError, JackpotError, JobStateError
-from jackpot.runtime.scaling import wish_rollout_replicas, wished_rollout_replicas
+from jackpot.runtime.scaling import set_wanted_replicas, wanted_replicas
 
 SCALINGS = "scalings.jsonl"
 RETRY_SECONDS = 5.0
 DRAIN_SECONDS = 2.0
-"""From a wish for fewer replicas until they are told to end: the orchestrator looks every half second, and by then asks
-those that leave for nothing more."""
+"""From when fewer replicas are wanted until they are told to end. The orchestrator looks every half second: by then it
+asks those that leave for nothing more."""
 
 
 def request_scale(run: RunDirectory, replicas: int) -> None:
-    """Wish for a number of rollout replicas; the session that runs the job, or the next one, sees to it.
+    """Want this many rollout replicas; the session that runs the job, or the next one, sees to it.
 
     Raises:
         ConfigError: the number is out of bounds, or the job's replicas cannot change.
@@ -35,13 +36,12 @@ def request_scale(run: RunDirectory, replicas: int) -> None:
             "broadcasts weights to the rollout replicas that the job began with, whose number cannot change",
             "Set it to store in a job that is to be scaled.",
         )
-    wish_rollout_replicas(run.path, replicas)
+    set_wanted_replicas(run.path, replicas)
 
 
 def rollout_replicas(run_dir: Path, configured: int) -> int:
-    """How many rollout replicas a job should have: what was wished for, else what its job file says."""
-    wish = wished_rollout_replicas(run_dir)
-    return configured if wish is None else wish
+    """How many rollout replicas a job should have: what was asked for, else what its job file says."""
+    return wanted_replicas(run_dir) or configured
 
 
 class Scaling:
@@ -60,31 +60,38 @@ class Scaling:
         self._told: int | None = None  # a launcher that takes over a job as it stands does not know how it was scaled
         self._refused: tuple[int, str] | None = None
         self._wait_until = 0.0
-        self._leaving: int | None = None  # a wish for fewer, while the orchestrator is given time to see it
+        self._leaving: int | None = None  # wanting fewer, while the orchestrator is given time to see it
 
     async def look(self) -> None:
-        """Have the launcher run what is wished for. What it cannot do is asked for again; the job goes on meanwhile."""
-        wish = wished_rollout_replicas(self._run_dir)
-        if wish is None or wish == self._told or time.monotonic() < self._wait_until:
+        """Have the launcher run what is wanted. What it cannot do is asked for again; the job goes on meanwhile."""
+        wanted = wanted_replicas(self._run_dir)
+        if wanted is None or wanted == self._told:
+            self._leaving = None
             return
-        if wish < self._replicas and wish != self._leaving:
-            self._leaving, self._wait_until = wish, time.monotonic() + DRAIN_SECONDS
+        if time.monotonic() < self._wait_until:
+            return
+        if wanted >= self._replicas:
+            self._leaving = None
+        elif wanted != self._leaving:
+            self._leaving, self._wait_until = wanted, time.monotonic() + DRAIN_SECONDS
             return
         try:
-            await self._launcher.scale(wish)
+            await self._launcher.scale(wanted)
         except JackpotError as error:
             self._wait_until = time.monotonic() + RETRY_SECONDS
-            if self._refused != (wish, str(error)):
-                self._refused = (wish, str(error))
-                self._record(wish, str(error))
+            if self._refused != (wanted, str(error)):
+                self._refused = (wanted, str(error))
+                self._record(wanted, str(error))
             return
-        if wish != self._replicas:
-            self._record(wish, None)
-        self._replicas = self._told = wish
+        if wanted != self._replicas:
+            self._record(wanted, None)
+        self._replicas = self._told = wanted
         self._refused = self._leaving = None
 
-    def _record(self, wish: int, error: str | None) -> None:
-        row = {"time": time.time(), "rollout_replicas": wish, "before": self._replicas, "error": error}
-        print(f"rollout replicas: {self._replicas} → {wish}{'' if error is None else f' failed: {error}'}", flush=True)
+    def _record(self, wanted: int, error: str | None) -> None:
+        row = {"time": time.time(), "rollout_replicas": wanted, "before": self._replicas, "error": error}
+        failed = "" if error is None else f" failed: {error}"
+        # Standard output is the job's own: with --json somebody reads it.
+        print(f"rollout replicas: {self._replicas} → {wanted}{failed}", file=sys.stderr, flush=True)
         with (self._run_dir / SCALINGS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,4 +1,4 @@
-"""A session passes the wish for rollout replicas on to the launcher."""
+"""A session passes the number of rollout replicas wanted on to the launcher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.sessions import scaling
 from jackpot.control_plane.sessions.scaling import SCALINGS, Scaling, rollout_replicas
 from jackpot.errors import JackpotError
-from jackpot.runtime.scaling import wish_rollout_replicas
+from jackpot.runtime.scaling import set_wanted_replicas
 
 
 class Launcher:
@@ -45,30 +45,40 @@ def no_drain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "DRAIN_SECONDS", 0.0)
 
 
-async def test_a_wish_for_fewer_is_told_once_the_orchestrator_has_seen_it(
+async def test_wanting_fewer_is_told_once_the_orchestrator_has_seen_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scaling, "DRAIN_SECONDS", 0.2)
     launcher = Launcher()
     session = Scaling(tmp_path, launcher, 2)
-    wish_rollout_replicas(tmp_path, 1)
+    set_wanted_replicas(tmp_path, 1)
     began = time.monotonic()
     while not launcher.told:
         assert time.monotonic() - began < 10
         await session.look()
     assert launcher.told == [1] and time.monotonic() - began >= 0.2
-    wish_rollout_replicas(tmp_path, 3)  # more are told at once
+    set_wanted_replicas(tmp_path, 3)  # more are told at once
+    await session.look()
+    assert launcher.told == [1, 3]
+    # Taken back in time, nobody leaves; asked for again, there is time again.
+    for replicas in (1, 3):
+        set_wanted_replicas(tmp_path, replicas)
+        await session.look()
+    assert launcher.told == [1, 3]
+    while time.monotonic() < began + 5 and session._wait_until > time.monotonic():
+        await session.look()
+    set_wanted_replicas(tmp_path, 1)
     await session.look()
     assert launcher.told == [1, 3]
 
 
-async def test_each_wish_is_told_once_and_written_down(tmp_path: Path) -> None:
+async def test_each_number_is_told_once_and_written_down(tmp_path: Path) -> None:
     launcher = Launcher()
     session = Scaling(tmp_path, launcher, 2)
     await session.look()
     assert launcher.told == []
     for replicas in (2, 3, 1):  # first as many as there are
-        wish_rollout_replicas(tmp_path, replicas)
+        set_wanted_replicas(tmp_path, replicas)
         for _ in range(3):
             await session.look()
     assert launcher.told == [2, 3, 1]
@@ -80,10 +90,10 @@ async def test_what_is_refused_is_asked_for_again(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(scaling, "RETRY_SECONDS", 0.0)
     launcher = Launcher()
     session = Scaling(tmp_path, launcher, 2)
-    wish_rollout_replicas(tmp_path, 4)
+    set_wanted_replicas(tmp_path, 4)
     for _ in range(3):
         await session.look()
     assert launcher.told == [4, 4, 4] and rows(tmp_path) == [(2, 4, "no room")]
-    wish_rollout_replicas(tmp_path, 3)
+    set_wanted_replicas(tmp_path, 3)
     await session.look()
     assert rows(tmp_path)[1:] == [(2, 3, None)]
