@@ -113,9 +113,14 @@ class ObjectWorld:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
         return [found["Key"] for page in pages for found in page.get("Contents", ())]
 
+    def read(self, key: str) -> bytes:
+        """What an object holds."""
+        content: bytes = self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+        return content
+
     def spoil(self, key: str) -> None:
         """Change a byte in the middle of an object."""
-        data = bytearray(self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read())
+        data = bytearray(self.read(key))
         data[len(data) // 2] ^= 1
         self.client.put_object(Bucket=self.bucket, Key=key, Body=bytes(data))
 

@@ -90,6 +90,10 @@ class WeightCorruptError(WeightError):
     """A weight version whose bytes do not match its manifest, or whose tensors do not fit the model."""
 
 
+class DirectoryDamagedError(JackpotError):
+    """A directory whose files are not those of its manifest. The message names the file."""
+
+
 class ObjectStoreError(JackpotError):
     """An object store did not do what was asked. The message names bucket and key."""
 

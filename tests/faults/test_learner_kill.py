@@ -27,11 +27,11 @@ STEPS, GROUPS_PER_BATCH, CHECKPOINT_EVERY = 6, 2, 4
 DEADLINE_SECONDS = 90.0
 
 
-async def fill(url: str, job: JobSpec, job_id: str, run_dir: Path) -> TrajectoryBus:
-    """Put all groups of the job on the bus, scored."""
+async def fill(url: str, job: JobSpec, job_id: str, run_dir: Path, slots: range | None = None) -> TrajectoryBus:
+    """Put groups of the job on the bus, scored: all of them, or those of some slots."""
     bus = await TrajectoryBus.connect(url, job_id, job.bus, "test", run_dir / "payloads")
     await bus.open()
-    for slot in range(job.num_groups):
+    for slot in slots or range(job.num_groups):
         scored = scored_group(GroupKey(slot, 0, slot).group_id(job_id), np.random.default_rng(slot))
         assert await bus.reserve(scored.group_id, 10_000)
         assert await bus.publish(scored.group) == "published"
@@ -170,6 +170,46 @@ async def test_a_killed_learner_ends_with_the_very_weights_of_an_undisturbed_one
     assert str(STEPS) in newest
     seconds = json.loads((undisturbed.run_dir / "activity" / "learner-0.json").read_text())["seconds"]
     assert {"train", "publish", "checkpoint", "wait_groups"} <= seconds.keys()
+
+
+async def test_a_latest_checkpoint_that_is_damaged_gives_way_and_the_job_still_ends(
+    tmp_path: Path, valkey_url: str, make_model: Callable[..., Path]
+) -> None:
+    """The groups of batches 2 and 3 are closed on the bus, as a checkpoint held their effect: nobody makes others."""
+    environment, job = new_run(tmp_path, "damaged", valkey_url, make_model, "learner.checkpoint_every=2")
+    run_dir = environment.run_dir
+    bus = await fill(valkey_url, job, environment.job_id, run_dir, range(8))
+    process = start_learner(environment)
+    try:
+        for _ in range(int(DEADLINE_SECONDS / 0.02)):
+            if (await bus.ledger()).trained == 8 or process.poll() is not None:
+                break
+            await asyncio.sleep(0.02)
+        assert (run_dir / "checkpoints" / "latest").read_text() == "00000004\n"
+        process.kill()
+        process.wait()
+        (shard,) = (run_dir / "checkpoints" / "00000004").glob("*.safetensors")
+        shard.write_bytes(shard.read_bytes()[:-1])
+
+        await (await fill(valkey_url, job, environment.job_id, run_dir, range(8, 12))).close()
+        process = start_learner(environment)
+        await wait_until(lambda: process.poll() is not None, "the learner to finish")
+        log = (run_dir / "learner.log").read_text()
+        assert process.returncode == 0, log
+        ledger = await bus.ledger()
+        assert (ledger.dispatched, ledger.trained, ledger.dropped, ledger.open) == (12, 12, {}, 0)
+    finally:
+        process.kill()
+        process.wait()
+        await bus.close()
+    assert "checkpoints/00000004 is damaged, an older one is looked for" in log
+    for batch in (2, 3):
+        assert f"batch {batch} (1 steps from step {batch + 1} on) was trained into a checkpoint that is lost" in log
+    assert json.loads((run_dir / "resumed.json").read_text())["resumed_from_step"] == 2
+    assert [row["step"] for row in rows(run_dir)] == [1, 2, 3, 4, 5, 6]
+    assert (run_dir / "checkpoints" / "latest").read_text() == "00000006\n"
+    policy = AutoModelForCausalLM.from_pretrained(run_dir / "export" / "policy")
+    assert all(bool(parameter.isfinite().all()) for parameter in policy.parameters())
 
 
 def rank_process(process: subprocess.Popen[bytes], rank: int) -> psutil.Process:

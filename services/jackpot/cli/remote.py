@@ -189,13 +189,16 @@ def list_checkpoints(job_id: JobId, url: Url = None, ca: Ca = None, as_json: Jso
     """List the checkpoints of a job."""
     with _client(url, ca) as client:
         found = client.checkpoints(job_id)
-    _print(found, as_json, "\n".join(f"{one['name']:<10} {', '.join(one['roles'])}" for one in found) or "none yet")
+    lines = [f"{one['name']:<10} {', '.join(one['roles'])}{'  latest' if one['latest'] else ''}" for one in found]
+    _print(found, as_json, "\n".join(lines) or "none yet")
 
 
 @_checkpoints.command("pull")
 def pull(
     job_id: JobId,
-    name: Annotated[str | None, typer.Argument(help="As in the list; the newest without it.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="As in the list, or latest; without it export, else latest.")
+    ] = None,
     role: Annotated[str, typer.Option(help="policy or actor.")] = "policy",
     to: Annotated[Path | None, typer.Option("--to", help="A new directory for it.")] = None,
     url: Url = None,
@@ -208,7 +211,9 @@ def pull(
             found = client.checkpoints(job_id)
             if not found:
                 raise ApiError(f"{job_id} has no checkpoint yet; see `jackpot show {job_id}`", 404)
-            name = str(found[-1]["name"])
+            name = str(found[-1]["name"])  # the export, if there is one
+            if name != "export":
+                name = next((str(one["name"]) for one in found if one["latest"]), name)
         directory = client.pull(job_id, name, to or Path(f"{job_id}-{name}-{role}"), role)
     _print({"directory": str(directory), "checkpoint": name, "role": role}, as_json, str(directory))
 

@@ -1,18 +1,12 @@
 """Checkpoints: weights, optimizer moments, step and random state, by torch.distributed.checkpoint. No pickle on disk.
 
 Every rank writes its own shards, as safetensors that say where in the whole tensor they lie; what is not a tensor is
-JSON. Any number of ranks reads what any number has written. Writing happens beside training, from a copy. A checkpoint
-is written aside and renamed, so that a directory with a final name is whole; the newest of them is the latest.
-
-With an object store a checkpoint is there once the store holds it; the directory keeps a copy of the newest.
+JSON. Any number of ranks reads what any number has written. Writing happens beside training, from a copy.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shutil
 import warnings
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
@@ -27,14 +21,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from jackpot.errors import JackpotError, ObjectStoreError, ObjectUnavailableError
-from jackpot.learner.best_step import best_step
+from jackpot.errors import JackpotError
 from jackpot.learner.checkpoint_tensors import Learnable, empty_moments, take_up_moments, tensors_of
+from jackpot.learner.kept_checkpoints import KeptCheckpoints
 from jackpot.runtime.object_directories import ObjectDirectories
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.trajectory import Role
-
-LOG = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 _RANDOM = "random/torch"
@@ -73,14 +65,9 @@ class CheckpointStore:
         stored: ObjectDirectories | None = None,
     ) -> None:
         self._directory = directory
-        self._keep = keep
         self._ranks = ranks
-        self._evaluations = evaluations
-        self._stored = stored
-        if ranks.rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            for unfinished in directory.glob(".*"):
-                shutil.rmtree(unfinished)
+        # The others write and read as rank 0 says.
+        self._kept = KeptCheckpoints(directory, keep, evaluations, stored) if ranks.rank == 0 else None
 
     def begin(self, progress: Progress, learnables: Mapping[Role, Learnable]) -> PendingCheckpoint:
         """Copy every learnable as it is now and start to write; a collective.
@@ -89,12 +76,8 @@ class CheckpointStore:
             OSError: there is no place for a checkpoint; the previous one is untouched.
         """
         aside = self._directory / f".{progress.step:08d}"
-        if self._ranks.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            if self._stored is not None:
-                for copy in self._all():  # the store has it: this machine needs space for one checkpoint, not two
-                    shutil.rmtree(copy)
-            aside.mkdir()
+        if self._kept is not None:
+            self._kept.begin(aside)
         _one_process_is_no_warning()
         writing = async_save(
             {**tensors_of(learnables), _RANDOM: torch.get_rng_state()},
@@ -106,7 +89,7 @@ class CheckpointStore:
         return PendingCheckpoint(self, progress, aside, writing)
 
     def save(self, progress: Progress, learnables: Mapping[Role, Learnable]) -> Path:
-        """Write a checkpoint of every learnable by role, atomically, and delete the oldest beyond ``keep``.
+        """Write a checkpoint of every learnable by role, atomically, and delete those that need not stay.
 
         Raises:
             OSError: as :meth:`begin`.
@@ -115,42 +98,23 @@ class CheckpointStore:
         return self.begin(progress, learnables).finish()
 
     def latest(self) -> Path | None:
-        """The newest checkpoint's directory, or None. Rank 0 alone.
-
-        Raises:
-            ObjectStoreError: the newest is in an object store and cannot be read from there.
-        """
-        found = self._all()
-        if self._stored is None:
-            return found[-1] if found else None
-        names = [name for name in self._stored.names() if name.isdigit()]
-        for path in found:
-            if path.name not in names:  # never finished: no group counts as trained by it
-                shutil.rmtree(path)
-        if not names:
-            return None
-        newest = self._directory / names[-1]
-        if newest not in found:
-            self._fetch(self._stored, newest)
-        return newest
+        """The checkpoint to go on from; rank 0 alone. See :meth:`KeptCheckpoints.latest`."""
+        return self._of_rank_0.latest()
 
     @property
     def steps(self) -> Collection[int]:
-        """The steps of which there is a checkpoint, or one is on its way. Rank 0 alone.
+        """The steps of which there is a checkpoint, or one is on its way; rank 0 alone.
 
         Raises:
             ObjectStoreError: they are in an object store that cannot be asked.
         """
-        # Also the copies' own: between them and the store's lies the upload.
-        here = {path.name.removeprefix(".") for path in self._directory.iterdir()}
-        there = self._stored.names() if self._stored is not None else []
-        return {int(name) for name in here.union(there) if name.isdigit()}
+        return self._of_rank_0.steps
 
     def load(self, path: Path, learnables: Mapping[Role, Learnable]) -> Progress:
         """Restore every learnable in place, and torch's random state; a collective.
 
         Raises:
-            JackpotError: the checkpoint is damaged or belongs to other models.
+            JackpotError: the checkpoint belongs to other models, or is damaged.
         """
         try:
             progress = Progress(**json.loads((path / STATE_FILE).read_text(encoding="utf-8")))
@@ -171,61 +135,20 @@ class CheckpointStore:
             torch.set_rng_state(tensors[_RANDOM])
         except (OSError, ValueError, TypeError, KeyError, SafetensorError, CheckpointException) as error:
             raise JackpotError(
-                f"checkpoint {path} cannot be restored ({_short(error)}); delete it to resume from an older one"
+                f"checkpoint {path} cannot be restored ({_short(error)}); if policy or actor are other models than "
+                "those that it was made of, start a new run"
             ) from error
         return progress
 
     def complete(self, progress: Progress, aside: Path) -> Path:
-        """Give what all ranks have written its final name, and delete what need not stay. Rank 0 alone."""
-        final = self._directory / f"{progress.step:08d}"
+        """Make what all ranks have written the latest checkpoint. Rank 0 alone; see :meth:`KeptCheckpoints.add`."""
         (aside / STATE_FILE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        _sync_tree(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        if self._stored is not None:
-            if final.name in self._stored.names():  # of a step that is trained once more
-                self._stored.remove(final.name)
-            self._stored.upload(final.name, final)
-        self._prune()
-        return final
+        return self._of_rank_0.add(aside, f"{progress.step:08d}")
 
-    def _fetch(self, stored: ObjectDirectories, final: Path) -> None:
-        aside = final.with_name(f".{final.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        LOG.info("reading checkpoint %s", stored.where(final.name))
-        try:
-            stored.download(final.name, aside)
-        except ObjectUnavailableError:
-            raise
-        except ObjectStoreError as error:
-            where = stored.where(final.name)
-            raise JackpotError(
-                f"checkpoint {where} cannot be restored ({error}); delete it to resume from an older one"
-            ) from None
-        _sync_tree(aside)
-        aside.rename(final)
-
-    def _all(self) -> list[Path]:
-        return sorted(path for path in self._directory.iterdir() if path.name.isdigit())
-
-    def _prune(self) -> None:
-        if self._stored is None:
-            for name in self._superfluous([path.name for path in self._all()]):
-                shutil.rmtree(self._directory / name)
-            return
-        for path in self._all()[:-1]:
-            shutil.rmtree(path)
-        try:
-            for name in self._superfluous([name for name in self._stored.sweep() if name.isdigit()]):
-                self._stored.remove(name)
-        except ObjectStoreError as error:
-            LOG.warning("older checkpoints stay for now: %s", error)
-
-    def _superfluous(self, names: list[str]) -> list[str]:
-        """Those among the names, ascending, that need not stay."""
-        best = best_step(self._evaluations, [int(name) for name in names]) if self._evaluations else None
-        return [name for name in names[: -self._keep] if int(name) != best]
+    @property
+    def _of_rank_0(self) -> KeptCheckpoints:
+        assert self._kept is not None, "rank 0 alone knows which checkpoints there are"
+        return self._kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,12 +185,3 @@ def _short(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     inner = next(iter(failures.values()))[0] if failures else error
     return " ".join(str(inner).split())[:300]
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory, directory.parent]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
@@ -123,10 +123,12 @@ class Learner:
         LOG.info("resumed from %s", path)
 
     async def _replay(self, stopped: Callable[[], bool]) -> None:
-        """Train the batches again whose manifests were written but whose effect no checkpoint holds."""
+        """Train the batches again whose manifests were written but whose effect the checkpoint does not hold."""
         while not stopped() and (manifest := self._manifests.read(self._progress.batch)) is not None:
             found = await self._collector.with_bus(partial(self._bus.fetch_scored, manifest.group_ids))
             missing = [group_id for group_id in manifest.group_ids if group_id not in found]
+            if missing and await self._passed_over(manifest, missing):
+                continue
             if missing:
                 LOG.warning("batch %d cannot be trained again: %d groups are lost", manifest.batch, len(missing))
                 self._manifests.discard_from(manifest.batch)
@@ -138,6 +140,26 @@ class Learner:
             groups = [found[group_id] for group_id in manifest.group_ids]
             learner, advantage = self._job.learner, self._job.algorithm.advantage
             await self._train(groups, build_batch(groups, advantage, learner.max_sequence_tokens), waited_seconds=0.0)
+
+    async def _passed_over(self, manifest: Manifest, missing: Sequence[str]) -> bool:
+        """Go on behind a batch that is closed on the bus: the checkpoint with its effect is lost, its groups are gone,
+        and nobody makes others for its slots. False if its groups did not end as trained."""
+        states = await self._collector.with_bus(partial(self._bus.terminal_states, missing))
+        if "trained" not in states.values():
+            return False
+        steps = self._job.learner.updates_per_batch
+        LOG.error(
+            "batch %d (%d steps from step %d on) was trained into a checkpoint that is lost, and its groups are gone: "
+            "training goes on without its effect",
+            manifest.batch,
+            steps,
+            manifest.start_step + 1,
+        )
+        controls = self._trainer.controls
+        self._progress = Progress(
+            manifest.start_step + steps, manifest.batch + 1, controls.obrs_lambda, controls.state()
+        )
+        return True
 
     async def _train(
         self, groups: list[ScoredGroup], batch: Batch, waited_seconds: float, *, prefetch: bool = False

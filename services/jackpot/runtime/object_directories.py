@@ -6,12 +6,12 @@ and removes the directories below a prefix; any number reads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jackpot.errors import ObjectConflictError, ObjectCorruptError
+from jackpot.errors import DirectoryDamagedError, ObjectConflictError, ObjectCorruptError, ObjectMissingError
+from jackpot.runtime.directory_manifest import describe_directory, files_of, manifest_of, mismatch
 from jackpot.runtime.objects import ABSENT, Objects
 from jackpot.runtime.weight_manifest import MANIFEST, WeightFile, describe_file
 
@@ -57,12 +57,10 @@ class ObjectDirectories:
             ObjectConflictError: another writer has put a directory of this name there, with other content.
             ObjectStoreError: as :class:`Objects`.
         """
-        paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
-        keys = {str(path.relative_to(directory)): path for path in paths}
         if manifest is None:
-            manifest = manifest_of({key: describe_file(path) for key, path in keys.items()})
-        for key, path in keys.items():
-            self._objects.upload(path, f"{name}/{key}")
+            manifest = manifest_of(describe_directory(directory))
+        for key in files_of(manifest, str(directory / MANIFEST)):
+            self._objects.upload(directory / key, f"{name}/{key}")
         try:
             self._objects.put(f"{name}/{MANIFEST}", manifest, ABSENT)
         except ObjectConflictError:
@@ -87,15 +85,10 @@ class ObjectDirectories:
             ObjectCorruptError: its manifest cannot be read.
             ObjectStoreError: as :class:`Objects`.
         """
-        text = self.manifest(name)
         try:
-            content = json.loads(text)
-            files = {key: WeightFile(str(f["sha256"]), int(f["bytes"])) for key, f in content["files"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ObjectCorruptError(f"{self.where(name, MANIFEST)} cannot be read ({error!r})") from None
-        if any(part in ("", ".", "..") for key in files for part in key.split("/")):
-            raise ObjectCorruptError(f"{self.where(name, MANIFEST)} names files that lie elsewhere")
-        return files
+            return files_of(self.manifest(name), self.where(name, MANIFEST))
+        except DirectoryDamagedError as error:
+            raise ObjectCorruptError(str(error)) from None
 
     def download(self, name: str, target: Path, files: Mapping[str, WeightFile] | None = None) -> None:
         """Read a directory's files into ``target``, which is there, each checked by size and hash.
@@ -110,10 +103,7 @@ class ObjectDirectories:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._objects.download(f"{name}/{key}", path)
             if (got := describe_file(path)) != expected:
-                raise ObjectCorruptError(
-                    f"{self.where(name, key)} does not match its manifest ({got.bytes} bytes, sha256 "
-                    f"{got.sha256[:12]}…, expected {expected.bytes} bytes, sha256 {expected.sha256[:12]}…)"
-                )
+                raise ObjectCorruptError(mismatch(self.where(name, key), got, expected))
 
     def remove(self, name: str) -> None:
         """Remove a directory, the manifest first: it disappears whole."""
@@ -131,6 +121,22 @@ class ObjectDirectories:
             if not whole:
                 self.remove(found.name)
         return [found.name for found, whole in listed if whole]
+
+    def point(self, pointer: str, name: str) -> None:
+        """Have a small object beside the directories name one of them; replaced as a whole.
+
+        Args:
+            pointer: the object's key.
+            name: of the directory.
+        """
+        self._objects.put(pointer, f"{name}\n".encode())
+
+    def pointed(self, pointer: str) -> str | None:
+        """What such an object says, whether there is a directory of that name or not; None without the object."""
+        try:
+            return self._objects.get(pointer)[0].decode(errors="replace").strip()
+        except ObjectMissingError:
+            return None
 
     def where(self, name: str, key: str = "") -> str:
         """The address of a directory, or of a file in it, for messages."""
@@ -151,9 +157,3 @@ class ObjectDirectories:
             (StoredDirectory(name, size, written.get(name, 0.0)), name in written)
             for name, size in sorted(sizes.items())
         ]
-
-
-def manifest_of(files: Mapping[str, WeightFile]) -> bytes:
-    """A manifest of these files and nothing else."""
-    content = {"files": {key: {"sha256": file.sha256, "bytes": file.bytes} for key, file in files.items()}}
-    return (json.dumps(content, indent=1) + "\n").encode()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -57,17 +58,22 @@ def test_only_the_newest_checkpoints_are_kept_and_the_latest_is_found(
     trainer = make_trainer(make_job())
     for step in (1, 2, 10):
         store.save(Progress(step, step, 1.0), trainer.learnables)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000002", "00000010"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000002", "00000010", "latest"]
     assert store.latest() == tmp_path / "00000010"
 
 
-def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer
+) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     trainer = make_trainer(make_job())
-    path = store.save(Progress(1, 1, 1.0), trainer.learnables)
-    next(path.glob("*.safetensors")).write_bytes(b"torn")
-    with pytest.raises(JackpotError, match="delete it to resume from an older one"):
-        store.load(path, trainer.learnables)
+    store.save(Progress(1, 1, 1.0), trainer.learnables)
+    path = store.save(Progress(2, 2, 1.0), trainer.learnables)
+    shard = next(path.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-4] + b"torn")  # of the right size, in the middle of a tensor
+    latest = CheckpointStore(tmp_path, keep=2).latest()
+    assert latest == tmp_path / "00000001"
+    assert store.load(latest, trainer.learnables) == Progress(1, 1, 1.0)
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint(
@@ -112,7 +118,7 @@ def test_the_checkpoint_of_the_best_policy_stays(tmp_path: Path, make_job: MakeJ
         store.save(Progress(step, step, 1.0), learnables)
         with evaluations.open("a") as file:
             file.write(json.dumps({"step": step, "policy_accuracy": accuracy}) + "\n")
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000002", "00000004", "latest"]
 
 
 def test_a_checkpoint_of_other_models_is_refused(
@@ -174,8 +180,12 @@ def test_checkpoints_in_a_bucket_are_read_on_another_machine(
     assert there.latest() == path and not path.with_name("00000010").exists()
 
 
-def test_a_damaged_checkpoint_in_a_bucket_is_named(
-    tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, bucket: ObjectWorld
+def test_a_damaged_checkpoint_in_a_bucket_gives_way_to_the_one_before(
+    tmp_path: Path,
+    make_job: MakeJob,
+    make_trainer: MakeTrainer,
+    bucket: ObjectWorld,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     stored = ObjectDirectories(Objects(bucket.url))
     learnables = make_trainer(make_job()).learnables
@@ -185,10 +195,17 @@ def test_a_damaged_checkpoint_in_a_bucket_is_named(
     (shard, *_) = [key for key in bucket.keys("runs/00000002/") if key.endswith(".safetensors")]
     bucket.spoil(shard)
     fresh = CheckpointStore(tmp_path / "there", keep=2, stored=stored)
-    with pytest.raises(JackpotError, match=r"checkpoint s3://.*/00000002 cannot be restored .*; delete it to resume"):
-        fresh.latest()
-    stored.remove("00000002")
+    assert stored.pointed("latest") == "00000002"
     assert fresh.latest() == tmp_path / "there" / "00000001"
+    assert re.search(r"checkpoint s3://\S*/00000002 is damaged.*safetensors does not match its manifest", caplog.text)
+    # What is whole here already is not read again; what is damaged here is.
+    assert store.latest() == tmp_path / "here" / "00000002"
+    here = next((tmp_path / "here" / "00000002").glob("*.safetensors"))
+    here.write_bytes(b"torn")
+    assert store.latest() == tmp_path / "here" / "00000001"
+    # The damaged one is the first to go.
+    fresh.save(Progress(3, 3, 1.0), learnables)
+    assert stored.names() == ["00000001", "00000003"] and stored.pointed("latest") == "00000003"
 
 
 def test_a_checkpoint_that_the_bucket_does_not_take_says_so(

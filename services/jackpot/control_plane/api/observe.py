@@ -67,6 +67,8 @@ class Checkpoint(Record):
     """After which optimizer step; null for the export."""
     roles: dict[str, int]
     """Models in it, with the bytes of their weights."""
+    latest: bool
+    """Whether training would go on from it."""
     time: float = Field(description="When it was written, in Unix seconds.")
 
 
@@ -182,7 +184,9 @@ async def checkpoints(job_id: JobId, _: Reader, backend: Behind) -> dict[str, An
 @router.get("/checkpoints/{name}", response_class=StreamingResponse, responses=_TAR)
 async def download(
     job_id: JobId,
-    name: Annotated[str, Path(pattern=archive.NAME_PATTERN, description="As in the list.", examples=["export"])],
+    name: Annotated[
+        str, Path(pattern=archive.NAME_PATTERN, description="As in the list; or `latest`.", examples=["export"])
+    ],
     _: Reader,
     backend: Behind,
     role: Annotated[Role, Query(description="Which model of it.")] = "policy",

@@ -16,11 +16,12 @@ from typing import Any
 from jackpot.control_plane.observing.archive_members import FileMember, Member, ObjectMember
 from jackpot.errors import JobNotFoundError, ObjectMissingError
 from jackpot.runtime.job_storage import objects_of_run
+from jackpot.runtime.latest_checkpoint import LATEST, STEP_NAME, by_preference, read_latest
 from jackpot.runtime.object_directories import ObjectDirectories
 from jackpot.runtime.objects import Objects
 
 EXPORT = "export"
-NAME_PATTERN = r"^(export|[0-9]{8})$"
+NAME_PATTERN = r"^(export|latest|[0-9]{8})$"
 ROLES = ("policy", "actor")
 
 # How long a broken download waits for an object store that is out of reach.
@@ -31,34 +32,42 @@ _COMPANIONS = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)"
 )
-_STEP = re.compile(r"[0-9]{8}")
 
 
 def checkpoints(run_dir: Path) -> list[dict[str, Any]]:
-    """What can be downloaded: the checkpoints that are kept, oldest first, and the export if the job has one.
+    """What can be downloaded: the checkpoints that are kept, oldest first, and the export if the job has one. Marked as
+    ``latest`` is the one that training would go on from.
 
     Raises:
         ObjectStoreError: they are in an object store, which refuses or is out of reach.
     """
     objects = objects_of_run(run_dir)
-    found = _in_directory(run_dir) if objects is None else _in_store(objects)
+    found, named = _in_directory(run_dir) if objects is None else _in_store(objects)
+    preferred = by_preference([checkpoint["name"] for checkpoint in found], named)[:1]
+    for checkpoint in found:
+        checkpoint["latest"] = checkpoint["name"] in preferred
     if (run_dir / EXPORT).is_dir():
-        found.append(_describe(run_dir, EXPORT, None))
+        found.append(_describe(run_dir, EXPORT, None) | {"latest": False})
     return [checkpoint for checkpoint in found if checkpoint["roles"]]
 
 
-def _in_directory(run_dir: Path) -> list[dict[str, Any]]:
-    names = [path.name for path in (run_dir / "checkpoints").glob("*") if _STEP.fullmatch(path.name)]
-    return [_describe(run_dir, name, int(name)) for name in sorted(names)]
+def _in_directory(run_dir: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """The checkpoints, and what ``latest`` says."""
+    directory = run_dir / "checkpoints"
+    named = read_latest(directory)
+    names = [path.name for path in directory.glob("*") if STEP_NAME.fullmatch(path.name)]
+    return [_describe(run_dir, name, int(name)) for name in sorted(names)], named
 
 
-def _in_store(objects: Objects) -> list[dict[str, Any]]:
-    whole = [found for found in ObjectDirectories(objects.below("checkpoints")).found() if _STEP.fullmatch(found.name)]
+def _in_store(objects: Objects) -> tuple[list[dict[str, Any]], str | None]:
+    directories = ObjectDirectories(objects.below("checkpoints"))
+    named = directories.pointed(LATEST)
+    whole = [found for found in directories.found() if STEP_NAME.fullmatch(found.name)]
     sizes = {
         role: {found.name: found.bytes for found in ObjectDirectories(objects.below("weights", role)).found()}
         for role in (ROLES if whole else ())
     }
-    return [
+    described = [
         {
             "name": found.name,
             "step": int(found.name),
@@ -67,6 +76,7 @@ def _in_store(objects: Objects) -> list[dict[str, Any]]:
         }
         for found in whole
     ]
+    return described, named
 
 
 def _model(run_dir: Path, name: str, role: str) -> Path:
@@ -93,7 +103,7 @@ class Archive:
 
     Args:
         run_dir: the run directory.
-        name: of the checkpoint, as :func:`checkpoints` tells it.
+        name: of the checkpoint, as :func:`checkpoints` tells it; ``latest`` is the one marked so.
         role: ``policy`` or ``actor``.
         prefix: the directory inside the archive.
 
@@ -129,6 +139,8 @@ class Archive:
 
 def _members(run_dir: Path, name: str, role: str) -> list[Member]:
     known = {checkpoint["name"]: checkpoint for checkpoint in checkpoints(run_dir)}
+    if name == LATEST:
+        name = next((one for one, each in known.items() if each["latest"]), name)
     if name not in known or role not in known[name]["roles"]:
         there = ", ".join(f"{one} ({', '.join(each['roles'])})" for one, each in known.items()) or "none yet"
         raise JobNotFoundError(f"there is no checkpoint {name[:40]!r} of the {role[:40]!r}; there are: {there}")

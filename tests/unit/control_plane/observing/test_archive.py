@@ -14,6 +14,7 @@ from object_world import object_world
 
 from jackpot.control_plane.observing.archive import Archive, checkpoints
 from jackpot.errors import JobNotFoundError, ObjectCorruptError
+from jackpot.runtime.latest_checkpoint import LATEST, write_latest
 from jackpot.runtime.object_directories import ObjectDirectories
 from jackpot.runtime.object_weights import ObjectWeightStore
 from jackpot.runtime.objects import Objects
@@ -47,9 +48,9 @@ def write_model(content: bytes, directory: Path) -> None:
 
 
 def test_a_checkpoint_becomes_a_whole_model_directory(run_dir: Path) -> None:
-    assert [(one["name"], one["step"], one["roles"]) for one in checkpoints(run_dir)] == [
-        ("00000002", 2, {"policy": 700}),
-        ("export", None, {"policy": 700}),
+    assert [(one["name"], one["step"], one["roles"], one["latest"]) for one in checkpoints(run_dir)] == [
+        ("00000002", 2, {"policy": 700}, True),
+        ("export", None, {"policy": 700}, False),
     ]
     packed = Archive(run_dir, "00000002", "policy", "job-2")
     shutil.rmtree(run_dir / "checkpoints")  # pruned while it is sent
@@ -60,6 +61,21 @@ def test_a_checkpoint_becomes_a_whole_model_directory(run_dir: Path) -> None:
         assert sorted(tar.getnames()) == ["job-2/config.json", "job-2/model.safetensors", "job-2/tokenizer.json"]
         weights = tar.extractfile("job-2/model.safetensors")
         assert weights is not None and weights.read() == b"w" * 700
+
+
+def test_the_latest_is_what_the_pointer_names(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "00000003").mkdir()  # whole, and not yet named: its groups are still on the bus
+    write_latest(run_dir / "checkpoints", "00000002")
+    assert {one["name"]: one["latest"] for one in checkpoints(run_dir)} == {
+        "00000002": True,
+        "00000003": False,
+        "export": False,
+    }
+    (run_dir / "weights/policy/00000002/model.safetensors").write_bytes(b"named")
+    content = b"".join(Archive(run_dir, "latest", "policy", "x").chunks())
+    assert b"named" in content and b"w" * 700 not in content
+    write_latest(run_dir / "checkpoints", "00000007")  # gone
+    assert [one["name"] for one in checkpoints(run_dir) if one["latest"]] == ["00000003"]
 
 
 @pytest.mark.parametrize(("name", "role"), [("00000003", "policy"), ("export", "actor"), ("..", "policy")])
@@ -88,7 +104,17 @@ def test_a_checkpoint_in_a_bucket_is_downloaded_from_there(
         ObjectDirectories(objects.below("checkpoints")).upload("00000002", run_dir / "checkpoints" / "00000002")
         assert [(one["name"], one["roles"]) for one in checkpoints(run_dir)] == [("00000002", {"policy": len(content)})]
 
-        packed = Archive(run_dir, "00000002", "policy", "job-2")
+        (run_dir / "checkpoints" / "00000003").mkdir()
+        stored = ObjectDirectories(objects.below("checkpoints"))
+        stored.upload("00000003", run_dir / "checkpoints" / "00000003")
+        stored.point(LATEST, "00000002")
+        assert [(one["name"], one["latest"]) for one in checkpoints(run_dir)] == [
+            ("00000002", True),
+            ("00000003", False),
+        ]
+        stored.remove("00000003")
+
+        packed = Archive(run_dir, "latest", "policy", "job-2")
         data = b"".join(packed.chunks())
         assert len(data) == packed.size
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
