@@ -7,8 +7,9 @@ TRL needs an environment of its own, in which this package can be imported, too 
 the demo's policy on the demo's prompts and rewards, 16 prompts × 8 completions of at most 16 tokens a step, one update
 a batch, AdamW, temperature 1, clip 0.2, no KL penalty, float32, evaluation only before and after. TRL samples with the
 policy itself through transformers' generate, as it does by default on a CPU; more than one thread (--threads) helps it
-on an idle machine and harms it badly on a busy one. Jackpot runs once on-policy (``actor: policy``), the like-for-like
-comparison, and once with the demo's cheaper actor, which is then trained as well.
+on an idle machine and harms it badly on a busy one. Jackpot runs once on-policy (``actor: policy``, with the reference
+from the learner's own pass), the like-for-like comparison, and once with the demo's cheaper actor, which is then
+trained as well, and a scorer.
 The three alternate. The rate is taken from the second step's end to the last one's.
 """
 
@@ -100,7 +101,7 @@ def trl_side(python: str, steps: int, threads: int) -> float:
     command = [python, __file__, "--side", "trl", "--steps", str(steps), "--threads", str(threads)]
     services = str(Path(__file__).parent.parent / "services")
     environment = os.environ | {"PYTHONPATH": services, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["samples_per_second"])
 
 
@@ -122,7 +123,8 @@ def main() -> None:
         f"learner.steps={options.steps}", f"evaluation.every={options.steps}", "learner.checkpoint_every=1000",
         "learner.schedule.name=constant", "learner.schedule.warmup_steps=0", "learner.schedule.final_fraction=1",
     ]  # fmt: skip
-    variants = {"on-policy": ["actor=policy", *common], "cheap actor": common}
+    # As in TRL: with one update a batch the reference is the learner's own pass.
+    variants = {"on-policy": ["actor=policy", "scorer.reuse_reference=true", *common], "cheap actor": common}
     ratios: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(1, options.rounds + 1):
         trl = trl_side(options.trl_python, options.steps, options.threads)

@@ -11,7 +11,7 @@ from bus_world import STORES, Job, bus_settings, eventually, ids, make_scored, p
 from redis.asyncio import Redis
 
 from jackpot.errors import BusError, BusLostError, ConfigError, LeaseLostError, PayloadError
-from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus
+from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus, reader
 from jackpot.trajectory import GroupKey
 
 
@@ -199,6 +199,26 @@ async def test_taking_waits_for_what_is_published_meanwhile(job: Job, bus: Traje
 async def _blocked(job: Job) -> bool:
     async with Redis.from_url(job.url, decode_responses=True) as redis:
         return int((await redis.info("clients"))["blocked_clients"]) > 0
+
+
+async def test_groups_that_come_close_together_are_taken_together(
+    job: Job, bus: TrajectoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "GATHER_SECONDS", 1.0)
+    taking = asyncio.create_task(bus.take_groups(4, 30.0))
+    groups = await job.publish(bus, 0, 1)
+    assert ids(await taking) == groups
+
+
+async def test_nobody_waits_for_more_than_is_enough(
+    job: Job, bus: TrajectoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await job.publish(bus, 0, 1)
+    for delivery in await bus.take_groups(2, 1.0):
+        await bus.publish_scored(delivery, make_scored(delivery.value))
+    monkeypatch.setattr(reader, "GATHER_SECONDS", 3600.0)
+    async with asyncio.timeout(30):
+        assert len(await bus.take_scored(4, 1.0, enough=2)) == 2
 
 
 async def test_taking_returns_nothing_after_its_time(bus: TrajectoryBus) -> None:

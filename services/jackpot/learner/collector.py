@@ -129,8 +129,8 @@ class BatchCollector:
 
     async def _gather(self, batch: int) -> Collected:
         slots = self._slots(batch)
-        while any(slot not in self._held for slot in slots):
-            for delivery in await self.with_bus(lambda: self._bus.take_scored(self._size, BLOCK_SECONDS)):
+        while missing := sum(slot not in self._held for slot in slots):
+            for delivery in await self.with_bus(partial(self._bus.take_scored, self._size, BLOCK_SECONDS, missing)):
                 self._last_arrival = time.monotonic()
                 await self._hold(delivery)
         groups = [self._held[slot].value for slot in slots]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -33,6 +34,9 @@ Result = TypeVar("Result")
 
 # A full queue empties by whole groups; asking again sooner than this only costs calls.
 RETRY_AFTER_SECONDS = 0.25
+# Of an idle engine, before it starts: no longer than this, and no longer than requests keep coming.
+GATHER_SECONDS = 0.02
+GATHER_PAUSE_SECONDS = 0.004
 NO_VERSION = -1
 _UNLIMITED_POSITIONS = 1 << 30
 _STOPPED = "the engine has stopped. Send the request to another replica."
@@ -199,7 +203,18 @@ class TransformersEngine:
         with self._wake:
             while not (self._closing or self._swaps or self._waiting or self._any_cancelled or self._batch.rows):
                 self._wake.wait()
+            if self._waiting and not self._batch.rows:
+                self._gather()
             return not self._closing
+
+    def _gather(self) -> None:
+        """Nothing is being decoded and a first request is here: its batch, sent at the same time, comes call by call.
+        Rows that start together share every step."""
+        deadline = time.monotonic() + GATHER_SECONDS
+        arrived = 0
+        while arrived < len(self._waiting) and time.monotonic() < deadline and not self._closing:
+            arrived = len(self._waiting)
+            self._wake.wait(GATHER_PAUSE_SECONDS)
 
     def _swap_weights(self) -> None:
         with self._wake:

@@ -11,13 +11,13 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import msgpack
 import numpy as np
 import zstandard
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from jackpot.errors import PayloadError
 from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan
@@ -36,6 +36,8 @@ _MAX_TRAJECTORIES = 1 << 16
 # Log-probabilities come from softmaxes in float32 (and float16 for top-k), which may round to just above zero.
 _LOGPROB_EPSILON = 1e-3
 _FINISH_REASONS = ("stop", "length")
+_UINT32, _FLOAT32, _FLOAT16, _BOOL = (np.dtype(kind) for kind in ("u4", "f4", "f2", "?"))
+_NATIVE = {kind: np.dtype(kind).newbyteorder("=") for kind in ("<u4", "<f4", "<f2", "<i8", "<u1")}
 _SCORE_ARRAYS = ("target_logprobs", "acceptance_probs", "normalizer_head", "normalizer_tail", "topk_mass")
 
 
@@ -268,7 +270,7 @@ def _array(fields: Any, name: str, dtype: str, shape: tuple[int, ...]) -> NDArra
         raise PayloadError(f"field {name!r}: {len(data)} bytes do not fit shape {shape} of {dtype}") from None
     if 0 in array.shape:
         raise PayloadError(f"field {name!r} is empty")
-    return array.astype(np.dtype(dtype).newbyteorder("="))
+    return array.astype(_NATIVE[dtype])
 
 
 # --- rules, the same for writing and reading ---
@@ -286,26 +288,29 @@ def _check_group(group: Group) -> None:
     _require(group.prompt_index >= 0 and group.dispatch_version >= 0, where, "a negative index or version")
     for trajectory in group.trajectories:
         _check_trajectory(trajectory)
+    names = [trajectory.trajectory_id for trajectory in group.trajectories]
+    _check_all(_are_logprobs, [t.actor_logprobs for t in group.trajectories], names, "actor_logprobs")
+    topk = {t.trajectory_id: t.topk_logprobs for t in group.trajectories if t.topk_logprobs is not None}
+    _check_all(_are_logprobs, list(topk.values()), list(topk), "topk_logprobs")
 
 
 def _check_trajectory(trajectory: Trajectory) -> None:
     where, num_tokens = f"trajectory {trajectory.trajectory_id}", trajectory.num_tokens
     _require(num_tokens > 0, where, "it has no tokens")
-    _check_array(trajectory.token_ids, (num_tokens,), np.uint32, where, "token_ids")
-    _check_array(trajectory.actor_logprobs, (num_tokens,), np.float32, where, "actor_logprobs")
-    _check_logprobs(trajectory.actor_logprobs, where, "actor_logprobs")
+    _check_array(trajectory.token_ids, (num_tokens,), _UINT32, where, "token_ids")
+    _check_array(trajectory.actor_logprobs, (num_tokens,), _FLOAT32, where, "actor_logprobs")
     ids, logprobs = trajectory.topk_ids, trajectory.topk_logprobs
     _require((ids is None) == (logprobs is None), where, "top-k ids and log-probabilities come together or not at all")
     if ids is not None and logprobs is not None:
-        _check_array(ids, (num_tokens, ids.shape[-1]), np.uint32, where, "topk_ids")
-        _check_array(logprobs, ids.shape, np.float16, where, "topk_logprobs")
-        _check_logprobs(logprobs, where, "topk_logprobs")
+        _check_array(ids, (num_tokens, ids.shape[-1]), _UINT32, where, "topk_ids")
+        _check_array(logprobs, ids.shape, _FLOAT16, where, "topk_logprobs")
     end = 0
     for span in trajectory.version_spans:
         _require(span.start == end < span.end and span.version >= 0, where, "its version spans are not contiguous")
         end = span.end
     _require(end == num_tokens, where, "its version spans do not cover its tokens")
-    _require(trajectory.finish_reason in _FINISH_REASONS, where, f"finish reason {trajectory.finish_reason!r}")
+    if trajectory.finish_reason not in _FINISH_REASONS:
+        raise PayloadError(f"{where}: finish reason {trajectory.finish_reason!r}")
     _require(trajectory.reward is None or math.isfinite(trajectory.reward), where, "its reward is not finite")
 
 
@@ -314,25 +319,46 @@ def _check_scored(scored: ScoredGroup) -> None:
     _require(len(scored.scores) == len(scored.group.trajectories), where, "scores and trajectories differ in number")
     _require(math.isfinite(scored.obrs_lambda) and scored.obrs_lambda >= 0, where, "λ is not a finite number ≥ 0")
     _require(scored.policy_version >= 0, where, "a negative policy version")
+    names = [trajectory.trajectory_id for trajectory in scored.group.trajectories]
     for scores, trajectory in zip(scored.scores, scored.group.trajectories, strict=True):
         name, shape = f"scores of {trajectory.trajectory_id}", (trajectory.num_tokens,)
         for field in _SCORE_ARRAYS:
-            _check_array(getattr(scores, field), shape, np.float32, name, field)
-            _require(bool(np.isfinite(getattr(scores, field)).all()), name, f"{field} is not finite")
-        _check_array(scores.mask, shape, np.bool_, name, "mask")
-        _check_logprobs(scores.target_logprobs, name, "target_logprobs")
-        bounds = scores.acceptance_probs.min(), scores.acceptance_probs.max()
-        _require(bounds[0] >= 0 and bounds[1] <= 1 + _LOGPROB_EPSILON, name, f"acceptance_probs span {bounds}")
+            _check_array(getattr(scores, field), shape, _FLOAT32, name, field)
+        _check_array(scores.mask, shape, _BOOL, name, "mask")
+    for field in _SCORE_ARRAYS:
+        valid = {"target_logprobs": _are_logprobs, "acceptance_probs": _are_probs}.get(field, _are_finite)
+        _check_all(valid, [getattr(scores, field) for scores in scored.scores], names, field)
 
 
-def _check_array(array: NDArray[Any], shape: tuple[int, ...], dtype: DTypeLike, where: str, field: str) -> None:
-    found, wanted = f"{array.dtype} {array.shape}", f"{np.dtype(dtype)} {shape}"
-    _require(array.dtype == dtype and array.shape == shape, where, f"{field} is {found}, not {wanted}")
+def _check_array(array: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any], where: str, field: str) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise PayloadError(f"{where}: {field} is {array.dtype} {array.shape}, not {dtype} {shape}")
 
 
-def _check_logprobs(logprobs: NDArray[Any], where: str, field: str) -> None:
-    valid = np.isfinite(logprobs).all() and logprobs.max() <= _LOGPROB_EPSILON
-    _require(bool(valid), where, f"{field} are not finite log-probabilities ≤ 0")
+def _check_all(
+    problem: Callable[[NDArray[Any]], str], arrays: Sequence[NDArray[Any]], names: Sequence[str], field: str
+) -> None:
+    """Check the arrays of all trajectories in one go, and one by one only to name the one that is wrong: a group of
+    short trajectories is checked at every stage of the pipeline."""
+    if len(arrays) > 1 and not problem(np.concatenate(arrays)):
+        return
+    for array, name in zip(arrays, names, strict=True):
+        if found := problem(array):
+            raise PayloadError(f"trajectory {name}: {field} {found}")
+
+
+def _are_finite(values: NDArray[Any]) -> str:
+    return "" if np.isfinite(values).all() else "is not finite"
+
+
+def _are_logprobs(values: NDArray[Any]) -> str:
+    valid = np.isfinite(values).all() and values.max() <= _LOGPROB_EPSILON
+    return "" if valid else "are not finite log-probabilities ≤ 0"
+
+
+def _are_probs(values: NDArray[Any]) -> str:
+    low, high = values.min(), values.max()
+    return "" if low >= 0 and high <= 1 + _LOGPROB_EPSILON else f"span [{low}, {high}], not probabilities"
 
 
 def _require(condition: bool, where: str, problem: str) -> None:

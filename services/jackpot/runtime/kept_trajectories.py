@@ -1,17 +1,20 @@
 """The scored groups of the last batches, kept in the run directory to be looked at again. numpy only.
 
-A directory per batch, a file per group, in the bus's own format.
+A file per batch: its groups in the bus's own format, each after its size in bytes (8, little-endian).
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jackpot.errors import PayloadError
 from jackpot.runtime.codec import decode_scored, encode_scored
 from jackpot.trajectory import ScoredGroup
+
+_SIZE = struct.Struct("<Q")
 
 
 class KeptTrajectories:
@@ -34,30 +37,36 @@ class KeptTrajectories:
         """
         if keep == 0:
             return
-        final = self._directory / f"{batch:08d}"
+        self._directory.mkdir(parents=True, exist_ok=True)
         aside = self._directory / f".{batch:08d}.{os.getpid()}"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for place, group in enumerate(groups):
-            data = encode_scored(group, compress=True, max_bytes=self._max_group_bytes)
-            (aside / f"{place:06d}").write_bytes(data)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        with aside.open("wb") as file:
+            for group in groups:
+                data = encode_scored(group, compress=True, max_bytes=self._max_group_bytes)
+                file.write(_SIZE.pack(len(data)))
+                file.write(data)
+        aside.replace(self._directory / f"{batch:08d}")
         for old in self.batches()[:-keep]:
-            shutil.rmtree(self._directory / f"{old:08d}")
+            (self._directory / f"{old:08d}").unlink()
 
     def batches(self) -> list[int]:
         """The numbers of the batches that are there, in order."""
         if not self._directory.is_dir():
             return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+        return sorted(int(name) for name in os.listdir(self._directory) if name.isdigit())
 
     def read(self, batch: int) -> list[ScoredGroup]:
         """The groups of a batch, in their order in the batch.
 
         Raises:
             FileNotFoundError: the batch is not there.
-            PayloadError: one of its files is damaged.
+            PayloadError: the file is damaged.
         """
-        files = sorted((self._directory / f"{batch:08d}").iterdir())
-        return [decode_scored(path.read_bytes(), max_bytes=self._max_group_bytes) for path in files]
+        return list(self._read(self._directory / f"{batch:08d}"))
+
+    def _read(self, path: Path) -> Iterator[ScoredGroup]:
+        with path.open("rb") as file:
+            while head := file.read(_SIZE.size):
+                size = _SIZE.unpack(head)[0] if len(head) == _SIZE.size else 0
+                if not 0 < size <= os.fstat(file.fileno()).st_size:
+                    raise PayloadError(f"{path} is truncated or damaged")
+                yield decode_scored(file.read(size), max_bytes=self._max_group_bytes)

@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from jackpot.errors import EngineError
+from jackpot.rollout import transformers_engine
 from jackpot.rollout.decode_batch import PREFILL_TOKENS
 from jackpot.rollout.engine import GroupRequest
 from jackpot.rollout.transformers_engine import TransformersEngine, eos_token_ids
@@ -88,5 +89,19 @@ async def test_prompts_longer_than_one_prefill_pass_are_split(
         alone = [(await engine.generate(request))[0] for request in requests]
         together = [group[0] for group in await asyncio.gather(*(engine.generate(request) for request in requests))]
         assert [t.token_ids.tolist() for t in alone] == [t.token_ids.tolist() for t in together]
+    finally:
+        await engine.close()
+
+
+async def test_requests_that_find_an_idle_engine_together_start_together(
+    load: Callable[..., PreTrainedModel], ask: Callable[..., GroupRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers_engine, "GATHER_PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr(transformers_engine, "GATHER_SECONDS", 5.0)
+    sizes: list[int] = []
+    engine = TransformersEngine(load(), max_batch_size=8, max_queue=64, on_tokens=sizes.append)
+    try:
+        await asyncio.gather(engine.generate(ask(n=2)), engine.generate(ask(n=3)))
+        assert sizes[0] == 5
     finally:
         await engine.close()

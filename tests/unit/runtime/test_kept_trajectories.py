@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,19 @@ def test_none_are_kept_on_request(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1], "corrupt or truncated"),
+        (lambda data: data + b"\1\2\3", "00000000 is truncated or damaged"),
+        (lambda data: b"\xff" * 8 + data[8:], "00000000 is truncated or damaged"),
+        (lambda data: data[:20] + b"\xff" + data[21:], "corrupt or truncated"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
     kept = KeptTrajectories(tmp_path, 1 << 20)
-    kept.write(0, [make_scored(make_group("job-1"))], keep=1)
-    path = tmp_path / "trajectories" / "00000000" / "000000"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(PayloadError):
+    kept.write(0, [make_scored(make_group("job-1", slot)) for slot in range(2)], keep=1)
+    path = tmp_path / "trajectories" / "00000000"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(PayloadError, match=message):
         kept.read(0)

@@ -202,16 +202,23 @@ class TrajectoryBus(BusReadings):
 
     # --- learner ---
 
-    async def take_scored(self, max_groups: int, block_seconds: float) -> list[Delivery[ScoredGroup]]:
+    async def take_scored(
+        self, max_groups: int, block_seconds: float, enough: int | None = None
+    ) -> list[Delivery[ScoredGroup]]:
         """Take scored groups. They stay this consumer's until :meth:`commit_trained` or :meth:`drop`.
 
         Each group is returned once in the life of this object, over reconnections and server restarts; a new process
         gets first what the old one had not committed. Unreadable groups end here and are not returned.
 
+        Args:
+            max_groups: the most that are returned.
+            block_seconds: how long to wait for the first.
+            enough: with so many, no more are waited for, not even a moment; None is ``max_groups``.
+
         Returns:
             At most ``max_groups``; empty if none came within ``block_seconds``.
         """
-        return await self._take(self._scored, decode_scored, max_groups, block_seconds)
+        return await self._take(self._scored, decode_scored, max_groups, block_seconds, enough)
 
     async def fetch_scored(self, group_ids: Sequence[str]) -> dict[str, ScoredGroup]:
         """Read scored groups again, to train a batch once more; absent: ended, not scored, missing or unreadable."""
@@ -289,12 +296,18 @@ class TrajectoryBus(BusReadings):
             raise BusError(f"group {group_id} does not belong to job {self._job_id}")
 
     async def _take(
-        self, reader: StreamReader, decode: Callable[..., Value], max_groups: int, block_seconds: float
+        self,
+        reader: StreamReader,
+        decode: Callable[..., Value],
+        max_groups: int,
+        block_seconds: float,
+        enough: int | None = None,
     ) -> list[Delivery[Value]]:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + block_seconds
         while True:
-            entries = await reader.next(max_groups, max(0.0, deadline - loop.time()))
+            block = max(0.0, deadline - loop.time())
+            entries = await reader.next(max_groups, block, max_groups if enough is None else enough)
             try:
                 read = [await self._deliver(entry, reader, decode) for entry in entries]
             except BaseException:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from jackpot.runtime.bus.client import MAX_BLOCK_SECONDS, BusClient
 
+GATHER_SECONDS = 0.005
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -62,13 +64,20 @@ class StreamReader:
         self._held: dict[str, Entry] = {}  # by group: handed out
         self._released.set()
 
-    async def next(self, max_entries: int, block_seconds: float) -> list[Entry]:
-        """Entries to work on, at most ``max_entries``; empty if none came within ``block_seconds``."""
+    async def next(self, max_entries: int, block_seconds: float, enough: int) -> list[Entry]:
+        """Entries to work on, at most ``max_entries``; empty if none came within ``block_seconds``.
+
+        If some come, but fewer than ``enough``, others get a moment to join them: groups finish close to one another,
+        and a round for each costs more than the moment.
+        """
         deadline = time.monotonic() + block_seconds
         async with self._lock:
             while True:
                 if not self._held_back():
                     await self._acquire(max_entries)
+                    if 0 < len(self._queue) < enough:
+                        await asyncio.sleep(GATHER_SECONDS)
+                        await self._acquire(max_entries)
                     if chosen := await self._begin(self._choose(max_entries)):
                         return chosen
                 remaining = deadline - time.monotonic()
