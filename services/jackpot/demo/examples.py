@@ -8,11 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jackpot.demo.recipe import ModelRecipe, Recipe
-from jackpot.demo.task import DIGITS, HELD_OUT_MODULUS, NUM_DIGITS, SEPARATORS
+from jackpot.demo.task import DIGITS, HELD_OUT_MODULUS, SEPARATORS
 from jackpot.demo.tokenizer import EOS, TOKEN_IDS
 
-PROMPT_TOKENS = 2 * NUM_DIGITS + 2
-ANSWER_TOKENS = 2 * NUM_DIGITS  # digits, the separators between them, and the end
+
+def prompt_tokens(num_digits: int) -> int:
+    """Tokens of a prompt: all nines, the number, and two signs."""
+    return 2 * num_digits + 2
+
+
+def answer_tokens(num_digits: int) -> int:
+    """Tokens of an answer: digits, the separators between them, and the end."""
+    return 2 * num_digits
 
 
 def style_probabilities(model: ModelRecipe) -> NDArray[np.float64]:
@@ -23,28 +30,30 @@ def style_probabilities(model: ModelRecipe) -> NDArray[np.float64]:
 
 
 def example_batches(recipe: Recipe, model: ModelRecipe, batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Endless batches of token ids [batch, PROMPT_TOKENS + ANSWER_TOKENS]. No held-out number occurs."""
+    """Endless batches of token ids [batch, prompt_tokens + answer_tokens]. No held-out number occurs."""
+    num_digits = recipe.num_digits
+    prompt, length = prompt_tokens(num_digits), prompt_tokens(num_digits) + answer_tokens(num_digits)
     generator = np.random.default_rng([recipe.seed, model.style_seed])
     style = style_probabilities(model)
     digit_ids = np.array([TOKEN_IDS[digit] for digit in DIGITS])
     separator_ids = np.array([TOKEN_IDS[separator] for separator in SEPARATORS])
     while True:
-        digits = _numbers(generator, batch_size)
-        rows = np.empty((batch_size, PROMPT_TOKENS + ANSWER_TOKENS), dtype=np.int64)
-        rows[:, :NUM_DIGITS] = digit_ids[9]
-        rows[:, NUM_DIGITS] = TOKEN_IDS["-"]
-        rows[:, NUM_DIGITS + 1 : PROMPT_TOKENS - 1] = digit_ids[digits]
-        rows[:, PROMPT_TOKENS - 1] = TOKEN_IDS["="]
-        rows[:, PROMPT_TOKENS::2] = digit_ids[_answers(generator, digits, recipe, model.slip_rate)]
-        separators = generator.choice(separator_ids, p=style, size=(batch_size, NUM_DIGITS - 1))
-        rows[:, PROMPT_TOKENS + 1 : -1 : 2] = separators
+        digits = _numbers(generator, batch_size, num_digits)
+        rows = np.empty((batch_size, length), dtype=np.int64)
+        rows[:, :num_digits] = digit_ids[9]
+        rows[:, num_digits] = TOKEN_IDS["-"]
+        rows[:, num_digits + 1 : prompt - 1] = digit_ids[digits]
+        rows[:, prompt - 1] = TOKEN_IDS["="]
+        rows[:, prompt::2] = digit_ids[_answers(generator, digits, recipe, model.slip_rate)]
+        separators = generator.choice(separator_ids, p=style, size=(batch_size, num_digits - 1))
+        rows[:, prompt + 1 : -1 : 2] = separators
         rows[:, -1] = TOKEN_IDS[EOS]
         yield rows
 
 
-def _numbers(generator: np.random.Generator, count: int) -> NDArray[np.int64]:
-    # [count, NUM_DIGITS]. A held-out number is moved off its digit sum by changing its last digit.
-    digits = generator.integers(0, 10, size=(count, NUM_DIGITS))
+def _numbers(generator: np.random.Generator, count: int, num_digits: int) -> NDArray[np.int64]:
+    # [count, num_digits]. A held-out number is moved off its digit sum by changing its last digit.
+    digits = generator.integers(0, 10, size=(count, num_digits))
     held_out = digits.sum(axis=1) % HELD_OUT_MODULUS == 0
     shift = generator.integers(1, 10, size=count)
     digits[held_out, -1] = (digits[held_out, -1] + shift[held_out]) % 10

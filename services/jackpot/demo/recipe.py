@@ -11,17 +11,21 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jackpot.config import JobSpec
+from jackpot.demo.task import NUM_DIGITS
 from jackpot.errors import ConfigError
 
 PREFIX = "builtin:"
-MODEL_NAMES = ("policy", "actor")
+MODEL_NAMES: tuple[Literal["policy", "actor"], ...] = ("policy", "actor")
 FORMAT = 1
 """Part of every key: raise it when the code that makes the models changes what it makes."""
+
+COPIED_SIZES = {"hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"}
+"""What a copy of the policy has from the policy, less the layers dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,9 @@ class ModelRecipe:
     """Draws the separators that this model prefers."""
     style_spread: float
     """Standard deviation of the preferences' logits: 0 uses all separators alike."""
+    drop_layers: int = 0
+    """Only for an actor: more than 0 makes it a copy of the warmed-up policy without this many of its layers, the
+    kept ones evenly spaced. ``steps`` then mend the copy, and its sizes are the policy's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +65,37 @@ class Recipe:
     """Digits that both models have mostly learned wrong (10 − d instead of 9 − d), so that choosing the most
     probable answer is not enough and training has something to teach."""
     misread_rate: float = 0.55
+    num_digits: int = NUM_DIGITS
+    """Digits of a number; an answer has twice as many tokens. The task's ``digits`` must be the same."""
 
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that change with anything in the recipe."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        text = json.dumps({"format": FORMAT, **self.settings()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def settings(self) -> dict[str, Any]:
+        """The recipe as JSON. What came later than the first keys is left out where it is not used: such a recipe keeps
+        its key, and with it its models and results."""
+        settings = asdict(self)
+        if self.num_digits == NUM_DIGITS:
+            del settings["num_digits"]
+        for name in MODEL_NAMES:
+            if not self.model(name).drop_layers:
+                del settings[name]["drop_layers"]
+        return settings
+
+    @staticmethod
+    def of_settings(settings: Mapping[str, Any]) -> Recipe:
+        """The recipe that :meth:`settings` described."""
+        models: dict[str, Any] = {name: ModelRecipe(**settings[name]) for name in MODEL_NAMES}
+        return Recipe(**{**settings, **models})
+
+    @property
+    def shallow_actor(self) -> ModelRecipe:
+        """The actor's recipe with the sizes of the policy that it is a copy of; only where layers are dropped."""
+        sizes = {name: getattr(self.policy, name) for name in COPIED_SIZES}
+        return replace(self.actor, **{**sizes, "num_layers": self.policy.num_layers - self.actor.drop_layers})
 
     def model(self, name: Literal["policy", "actor"]) -> ModelRecipe:
         """The recipe of one of the two models."""

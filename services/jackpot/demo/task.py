@@ -18,7 +18,8 @@ from jackpot.errors import ConfigError
 
 DIGITS = "0123456789"
 SEPARATORS = " ,;.:-/_|+*~!?#$%&@^<>(){}"
-NUM_DIGITS = 6
+NUM_DIGITS = 6  # of the demo
+MAX_DIGITS = 14  # prompt and answer of more do not fit into the built-in models' 64 positions
 DEFAULT_PROMPTS = 4096  # more than the demo's run needs, so that no prompt comes up twice
 MAX_PROMPTS = 100_000
 HELD_OUT_MODULUS = 10
@@ -51,23 +52,23 @@ def is_held_out(number: str) -> bool:
 
 
 class ComplementTask:
-    """Prompts drawn by ``seed``, and the reward. The one parameter is ``prompts``: training prompts in an epoch.
+    """Prompts drawn by ``seed``, and the reward. Parameters: ``prompts``, training prompts in an epoch, and ``digits``,
+    the length of the numbers: the models' own, 6 unless they were warmed up on others.
 
     Raises:
-        ConfigError: an unknown parameter, or ``prompts`` is no number from 1 to 100 000.
+        ConfigError: an unknown parameter, ``prompts`` is no number from 1 to 100 000, or ``digits`` none from 6 to 14.
     """
 
     def __init__(self, params: Mapping[str, Any], seed: int) -> None:
         for name in params:
-            if name != "prompts":
+            if name not in ("prompts", "digits"):
                 problem = "unknown parameter of this task"
-                raise ConfigError(f"task.params.{name}", params[name], problem, "Known here: prompts.")
-        count = params.get("prompts", DEFAULT_PROMPTS)
-        if type(count) is not int or not 1 <= count <= MAX_PROMPTS:
-            problem = f"is not a whole number from 1 to {MAX_PROMPTS}"
-            raise ConfigError("task.params.prompts", count, problem, "More prompts make a longer epoch.")
+                raise ConfigError(f"task.params.{name}", params[name], problem, "Known here: digits, prompts.")
+        count = _whole(params, "prompts", DEFAULT_PROMPTS, 1, MAX_PROMPTS, "More prompts make a longer epoch.")
+        remedy = "Models read numbers of the length that they were warmed up on."
+        self._num_digits = _whole(params, "digits", NUM_DIGITS, NUM_DIGITS, MAX_DIGITS, remedy)
         self._seed = seed
-        self._train = _draw(f"train {seed}", count, held_out=False)
+        self._train = self._draw(f"train {seed}", count, held_out=False)
 
     @property
     def num_prompts(self) -> int:
@@ -77,19 +78,25 @@ class ComplementTask:
         return self._train[index]
 
     def eval_items(self, count: int) -> Sequence[ComplementItem]:
-        return _draw(f"eval {self._seed}", min(count, MAX_PROMPTS // 2), held_out=True)
+        return self._draw(f"eval {self._seed}", min(count, MAX_PROMPTS // 2), held_out=True)
 
     def reward(self, item: ComplementItem, completion: str) -> float:
         """1 if the digits of the completion, everything else stripped, are exactly right, else 0."""
         digits = "".join(character for character in completion if character in DIGITS)
         return float(digits == item.metadata["answer"])
 
+    def _draw(self, seed: str, count: int, *, held_out: bool) -> Sequence[ComplementItem]:
+        generator = random.Random(seed)
+        numbers: dict[str, None] = {}  # distinct, in the order drawn
+        while len(numbers) < count:
+            number = f"{generator.randrange(10**self._num_digits):0{self._num_digits}d}"
+            if is_held_out(number) == held_out:
+                numbers[number] = None
+        return tuple(ComplementItem(prompt_text(number), {"answer": complement(number)}) for number in numbers)
 
-def _draw(seed: str, count: int, *, held_out: bool) -> Sequence[ComplementItem]:
-    generator = random.Random(seed)
-    numbers: dict[str, None] = {}  # distinct, in the order drawn
-    while len(numbers) < count:
-        number = f"{generator.randrange(10**NUM_DIGITS):0{NUM_DIGITS}d}"
-        if is_held_out(number) == held_out:
-            numbers[number] = None
-    return tuple(ComplementItem(prompt_text(number), {"answer": complement(number)}) for number in numbers)
+
+def _whole(params: Mapping[str, Any], name: str, default: int, least: int, most: int, remedy: str) -> int:
+    value = params.get(name, default)
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"task.params.{name}", value, f"is not a whole number from {least} to {most}", remedy)
+    return value

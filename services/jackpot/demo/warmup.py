@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from jackpot.demo.examples import PROMPT_TOKENS, example_batches
+from jackpot.demo.examples import example_batches, prompt_tokens
 from jackpot.demo.recipe import MODEL_NAMES, ModelRecipe, Recipe, models_directory
 from jackpot.demo.tokenizer import EOS, PAD, TOKEN_IDS, save_tokenizer
 from jackpot.errors import DeadlineError
@@ -75,20 +74,39 @@ def build_model(shape: ModelRecipe) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
+def without_layers(model: Qwen3ForCausalLM, shape: ModelRecipe) -> Qwen3ForCausalLM:
+    """A copy that keeps ``shape.num_layers`` of the model's layers, evenly spaced from the first to the last."""
+    layers = model.config.num_hidden_layers
+    kept = [round(index * (layers - 1) / max(1, shape.num_layers - 1)) for index in range(shape.num_layers)]
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.layers.")}
+    for index, layer in enumerate(kept):
+        for name, tensor in model.model.layers[layer].state_dict().items():
+            state[f"model.layers.{index}.{name}"] = tensor
+    copy = build_model(shape)
+    copy.load_state_dict(state)
+    return copy
+
+
 def _warm_up_both(recipe: Recipe, directory: Path) -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]  # its own bar, for a file of 100 kB
+    made: dict[str, Qwen3ForCausalLM] = {}
     for name in MODEL_NAMES:
-        shape = recipe.policy if name == "policy" else recipe.actor
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            model = build_model(shape)
+        shape = recipe.model(name)
+        if shape.drop_layers:
+            shape = recipe.shallow_actor
+            model = without_layers(made["policy"], shape)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(recipe.seed)
+                model = build_model(shape)
+        made[name] = model
         _warm_up(model, recipe, shape, f"warming up the {name} ({model.num_parameters():,} parameters)")
         target = directory / name
         model.save_pretrained(target)
         generation = {"do_sample": True, "eos_token_id": TOKEN_IDS[EOS], "pad_token_id": TOKEN_IDS[PAD]}
         GenerationConfig(**generation).save_pretrained(target)  # type: ignore[no-untyped-call]
         save_tokenizer(target)
-    recipe_text = json.dumps(asdict(recipe), indent=2, sort_keys=True)
+    recipe_text = json.dumps(recipe.settings(), indent=2, sort_keys=True)
     (directory / "recipe.json").write_text(recipe_text + "\n", encoding="utf-8")
 
 
@@ -97,10 +115,11 @@ def _warm_up(model: Qwen3ForCausalLM, recipe: Recipe, shape: ModelRecipe, title:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / LR_WARMUP_STEPS))
     batches = example_batches(recipe, shape, recipe.batch_size)
     model.train()
+    prompt = prompt_tokens(recipe.num_digits)
     for _ in _progress(shape.steps, title):
         tokens = torch.from_numpy(next(batches))
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits[:, PROMPT_TOKENS - 1 :]
-        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, PROMPT_TOKENS:].flatten())
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits[:, prompt - 1 :]
+        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, prompt:].flatten())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from jackpot.config import JobSpec
 from jackpot.demo.recipe import Recipe
+from jackpot.demo.task import NUM_DIGITS
+from jackpot.errors import ConfigError
 from jackpot.experiment.study import PhaseConfig, Study
 
 FORMAT = 1
@@ -58,7 +60,7 @@ class Run:
         """The run as JSON, for the worker process."""
         return {
             "job": self.job.model_dump(mode="json", exclude_unset=True),
-            "recipe": None if self.recipe is None else asdict(self.recipe),
+            "recipe": None if self.recipe is None else self.recipe.settings(),
             "execution": self.execution,
             "staleness": self.staleness,
             "scorer_staleness": self.scorer_staleness,
@@ -67,7 +69,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """All settings that decide about the result, defaults included, the seed left out."""
         job = self.job.model_dump(mode="json", include=set(SECTIONS))
-        recipe = None if self.recipe is None else {k: v for k, v in asdict(self.recipe).items() if k != "seed"}
+        recipe = None if self.recipe is None else {k: v for k, v in self.recipe.settings().items() if k != "seed"}
         ages = {"staleness": self.staleness, "scorer_staleness": self.scorer_staleness}
         return {"job": job, "recipe": recipe, "execution": self.execution, **ages}
 
@@ -93,11 +95,20 @@ def runs_of(study: Study) -> dict[Cell, list[Run]]:
 
 
 def make_run(study: Study, cell: Cell, seed: int) -> Run:
-    """One run of a cell."""
-    inline = study.inline(cell.variant, cell.arm)
+    """One run of a cell.
+
+    Raises:
+        ConfigError: a setting of the arm cannot work, or task and models differ in the length of numbers.
+    """
+    inline, recipe = study.inline(cell.variant, cell.arm), study.recipe(cell.variant, cell.arm, seed)
+    job = study.job(cell.variant, cell.arm, seed)
+    digits = job.task.params.get("digits", NUM_DIGITS)
+    if recipe is not None and digits != recipe.num_digits:
+        remedy = f"Set both task.params.digits and models.num_digits to {digits}, or to {recipe.num_digits}."
+        raise ConfigError("task.params.digits", digits, f"is not models.num_digits = {recipe.num_digits}", remedy)
     return Run(
-        job=study.job(cell.variant, cell.arm, seed),
-        recipe=study.recipe(cell.variant, cell.arm, seed),
+        job=job,
+        recipe=recipe,
         execution=study.config.execution,
         staleness=inline.staleness,
         scorer_staleness=inline.scorer_staleness,

@@ -14,7 +14,8 @@ from pydantic_core import ErrorDetails
 from jackpot.config import InvalidJobError, JobSpec, parse_job
 from jackpot.config.loading import read_yaml
 from jackpot.config.section import Fraction, NonNegativeInt, Number, Section
-from jackpot.demo.recipe import RECIPES, ModelRecipe, Recipe
+from jackpot.demo.recipe import COPIED_SIZES, RECIPES, ModelRecipe, Recipe
+from jackpot.demo.task import MAX_DIGITS, NUM_DIGITS
 from jackpot.errors import ConfigError
 
 MAX_STUDY_BYTES = 1 << 20
@@ -32,7 +33,12 @@ class ModelsConfig(Section):
     policy: dict[str, int | float] = Field(default_factory=dict)
     """What differs from the recipe's policy, e.g. ``{steps: 400}``."""
     actor: dict[str, int | float] = Field(default_factory=dict)
-    """What differs from the recipe's actor, e.g. ``{hidden_size: 16, num_layers: 1}``."""
+    """What differs from the recipe's actor, e.g. ``{hidden_size: 16, num_layers: 1}``, or ``{drop_layers: 2}`` for a
+    copy of the policy without two of its layers."""
+    num_digits: Annotated[int, Field(ge=NUM_DIGITS, le=MAX_DIGITS)] = NUM_DIGITS
+    """Digits of the numbers, for longer answers; ``task.params.digits`` of the job must be the same."""
+    misread_rate: Fraction | None = None
+    """How often the misread digits are wrong in the warm-up's examples; null keeps the recipe's."""
 
     @model_validator(mode="after")
     def _known(self) -> ModelsConfig:
@@ -42,22 +48,39 @@ class ModelsConfig(Section):
         for name in [*self.policy, *self.actor]:
             if name not in known:
                 raise ValueError(f"{name!r} is no setting of a model's recipe. Known here: {', '.join(sorted(known))}")
+        self._check_dropped_layers()
         return self
+
+    def _check_dropped_layers(self) -> None:
+        if "drop_layers" in self.policy:
+            raise ValueError("policy.drop_layers has no effect. Give it to the actor, which is then the policy's copy")
+        if self.actor.get("drop_layers") and (sizes := sorted(COPIED_SIZES & set(self.actor))):
+            raise ValueError(
+                f"actor.{sizes[0]} has no effect beside drop_layers. Leave it out: the policy says its sizes"
+            )
 
     def merged(self, other: ModelsConfig | None) -> ModelsConfig:
         """This section with another one's settings on top."""
         if other is None:
             return self
-        return ModelsConfig(
-            recipe=other.recipe, policy={**self.policy, **other.policy}, actor={**self.actor, **other.actor}
-        )
+        chosen = {name: getattr(other, name) for name in other.model_fields_set}
+        models = {"policy": {**self.policy, **other.policy}, "actor": {**self.actor, **other.actor}}
+        return ModelsConfig(**{**self.model_dump(), **chosen, **models})
 
     def for_seed(self, seed: int) -> Recipe:
-        """The recipe of one seed."""
+        """The recipe of one seed.
+
+        Raises:
+            ConfigError: the actor would have no layers.
+        """
         recipe = RECIPES[self.recipe]
         changed: dict[str, Any] = {"policy": self.policy, "actor": self.actor}
         models: dict[str, Any] = {name: replace(recipe.model(name), **changed[name]) for name in ("policy", "actor")}
-        return replace(recipe, seed=seed, **models)
+        dropped, layers = models["actor"].drop_layers, models["policy"].num_layers
+        if not 0 <= dropped < layers:
+            raise ConfigError("models.actor.drop_layers", dropped, f"of {layers} layers leaves none", "Drop fewer.")
+        rate = recipe.misread_rate if self.misread_rate is None else self.misread_rate
+        return replace(recipe, seed=seed, num_digits=self.num_digits, misread_rate=rate, **models)
 
 
 class InlineConfig(Section):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from jackpot.config import JobSpec, parse_job
-from jackpot.demo.recipe import RECIPES, ModelRecipe, Recipe, builtin_models_missing, cache_root, resolve_builtin
+from jackpot.demo.recipe import RECIPES, Recipe, builtin_models_missing, cache_root, resolve_builtin
 from jackpot.demo.warmup import make_models
 from jackpot.errors import JackpotError
 from jackpot.experiment.grid import Run
@@ -100,10 +100,7 @@ def _directory(model: str) -> str:
 
 
 def _run(request: Mapping[str, Any]) -> Run:
-    recipe = request["recipe"]
-    if recipe is not None:
-        models = {name: ModelRecipe(**recipe[name]) for name in ("policy", "actor")}
-        recipe = Recipe(**{**recipe, **models})
+    recipe = None if request["recipe"] is None else Recipe.of_settings(request["recipe"])
     return Run(
         parse_job(request["job"]), recipe, request["execution"], request["staleness"], request["scorer_staleness"]
     )

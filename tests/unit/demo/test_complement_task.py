@@ -87,7 +87,18 @@ def test_fewer_evaluation_prompts_are_the_first_of_more() -> None:
     assert task.eval_items(16) == task.eval_items(256)[:16]
 
 
-@pytest.mark.parametrize("params", [{"prompts": 0}, {"prompts": "many"}, {"prompts": True}, {"prompt": 5}])
+def test_numbers_may_be_longer() -> None:
+    task = ComplementTask({"digits": 10, "prompts": 50}, seed=0)
+    item = task.train_prompt(0)
+    number = item.prompt.removeprefix("9999999999-").removesuffix("=")
+    assert len(number) == 10 and item.prompt == prompt_text(number)
+    assert task.reward(item, complement(number)) == 1.0
+    assert {len(item.prompt) for item in task.eval_items(20)} == {22}
+
+
+@pytest.mark.parametrize(
+    "params", [{"prompts": 0}, {"prompts": "many"}, {"prompts": True}, {"prompt": 5}, {"digits": 5}]
+)
 def test_bad_parameters_are_named(params: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"task.params.{next(iter(params))}"):
         ComplementTask(params, seed=0)

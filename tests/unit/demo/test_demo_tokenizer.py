@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from jackpot.demo.examples import ANSWER_TOKENS, PROMPT_TOKENS, example_batches, style_probabilities
+from jackpot.demo.examples import answer_tokens, example_batches, prompt_tokens, style_probabilities
 from jackpot.demo.recipe import COMPLEMENT
 from jackpot.demo.task import ComplementTask, complement, is_held_out
 from jackpot.demo.tokenizer import VOCABULARY, build_tokenizer, save_tokenizer
@@ -36,9 +36,9 @@ def _texts(slip_rate: float, misread_rate: float) -> list[tuple[str, str]]:
     recipe = replace(COMPLEMENT, misread_rate=misread_rate)
     model = replace(recipe.policy, slip_rate=slip_rate)
     rows = next(example_batches(recipe, model, 512))
-    assert rows.shape == (512, PROMPT_TOKENS + ANSWER_TOKENS)
+    assert rows.shape == (512, prompt_tokens(6) + answer_tokens(6))
     texts = ["".join(VOCABULARY[index] for index in row) for row in rows]
-    return [(text[:PROMPT_TOKENS], text[PROMPT_TOKENS:]) for text in texts]
+    return [(text[: prompt_tokens(6)], text[prompt_tokens(6) :]) for text in texts]
 
 
 def test_examples_without_slips_are_right_and_never_held_out() -> None:

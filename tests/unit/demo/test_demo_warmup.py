@@ -68,6 +68,26 @@ def test_the_same_recipe_makes_the_same_weights(made: Path, tmp_path: Path) -> N
         assert (again / name / "model.safetensors").read_bytes() == (made / name / "model.safetensors").read_bytes()
 
 
+def test_recipes_of_before_keep_their_key() -> None:
+    """The key names the cache's directories, and studies' results."""
+    assert COMPLEMENT.key == "7d567460506ee8d3"
+
+
+def test_a_shallow_actor_is_the_policy_without_layers(tmp_path: Path) -> None:
+    recipe = replace(
+        TINY,
+        policy=replace(TINY.policy, num_layers=4),
+        actor=replace(TINY.actor, drop_layers=2, steps=0),
+        num_digits=10,
+    )
+    made = make_models(recipe, tmp_path)
+    policy, actor = (load_causal_lm(made / name, "float32", "cpu").state_dict() for name in ("policy", "actor"))
+    assert {name.split(".")[2] for name in actor if name.startswith("model.layers.")} == {"0", "1"}
+    for name, tensor in actor.items():
+        source = name.replace("model.layers.1.", "model.layers.3.")  # the first and the last of four
+        assert torch.equal(tensor, policy[source]), name
+
+
 def test_a_warm_up_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     broken = replace(TINY, actor=replace(TINY.actor, num_heads=3))
     with pytest.raises((ValueError, RuntimeError)):

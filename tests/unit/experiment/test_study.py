@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from jackpot.demo.recipe import Recipe
 from jackpot.errors import ConfigError
 from jackpot.experiment.grid import Cell, agrees, make_run, runs_of
 from jackpot.experiment.study import Study, load_study
@@ -53,6 +55,9 @@ def read(directory: Path, **changes: Any) -> Study:
         ({"compare_to": "nobody"}, "study file", "compare_to names the arm 'nobody'"),
         ({"models": {"recipe": "none"}}, "models", "is no built-in recipe"),
         ({"models": {"actor": {"width": 3}}}, "models", "'width' is no setting of a model's recipe"),
+        ({"models": {"policy": {"drop_layers": 1}}}, "models", "policy.drop_layers has no effect"),
+        ({"models": {"actor": {"drop_layers": 1, "head_dim": 8}}}, "models", "actor.head_dim has no effect beside"),
+        ({"models": {"num_digits": 15}}, "models.num_digits", "less than or equal to 14"),
         ({"metrics": {"dip": {"below": 2}}}, "metrics.dip.below", "less than or equal to 1"),
     ],
 )
@@ -127,6 +132,9 @@ def test_the_key_changes_with_every_setting_and_with_nothing_else(tmp_path: Path
         key(inline={"staleness": 1, "scorer_staleness": 1}),
         key(models={}),
         key(models={"actor": {"steps": 7}}),
+        key(models={"actor": {"drop_layers": 1}}),
+        key(models={"misread_rate": 0.2}),
+        key(models={"num_digits": 8}, settings=["learner.steps=4", "task.params.digits=8"]),
         key(arms={"tis": {"settings": ["algorithm.correction={name: tis, cap: 3}"]}}),
     ]
     assert len({plain, *different}) == 1 + len(different)
@@ -144,6 +152,27 @@ def test_models_are_made_for_the_seed_and_arms_may_change_them(tmp_path: Path) -
     assert (changed.actor.hidden_size, changed.actor.num_layers) == (16, 2)
     assert len({changed.key, plain.key}) == 2
     assert read(tmp_path).recipe(None, "tis", 11) is None
+
+
+def test_a_variant_changes_only_what_it_names_of_the_models(tmp_path: Path) -> None:
+    study = read(
+        tmp_path,
+        models={"num_digits": 8, "misread_rate": 0.2, "policy": {"num_layers": 4}, "actor": {"drop_layers": 1}},
+        variants={"shallower": {"models": {"actor": {"drop_layers": 3}}}, "longer": {"models": {"num_digits": 10}}},
+    )
+    plain, shallower, longer = (study.recipe(name, "tis", 11) for name in (None, "shallower", "longer"))
+    assert plain is not None and shallower is not None and longer is not None
+    assert (plain.num_digits, plain.misread_rate, plain.shallow_actor.num_layers) == (8, 0.2, 3)
+    assert (shallower.num_digits, shallower.misread_rate, shallower.shallow_actor.num_layers) == (8, 0.2, 1)
+    assert (longer.num_digits, longer.misread_rate, longer.shallow_actor.hidden_size) == (10, 0.2, 64)
+    assert Recipe.of_settings(json.loads(json.dumps(longer.settings()))) == longer
+
+
+def test_models_that_cannot_be_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"models\.actor\.drop_layers = 2: of 2 layers leaves none"):
+        runs_of(read(tmp_path, models={"actor": {"drop_layers": 2}}))
+    with pytest.raises(ConfigError, match=r"task\.params\.digits = 6: is not models\.num_digits = 8"):
+        runs_of(read(tmp_path, models={"num_digits": 8}))
 
 
 def test_settings_agree_where_both_know_them() -> None:
