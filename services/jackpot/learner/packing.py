@@ -13,6 +13,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from jackpot.config import LearnerConfig
 from jackpot.errors import ConfigError
 from jackpot.runtime.forward import CompletionStates, completion_hidden, packed_completion_hidden
+from jackpot.runtime.ranks.group import SOLO, Ranks
 
 LOG = logging.getLogger(__name__)
 
@@ -21,14 +22,15 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 def states_of(
-    config: LearnerConfig, models: Sequence[tuple[PreTrainedModel, str]], device: torch.device
+    config: LearnerConfig, models: Sequence[tuple[PreTrainedModel, str]], device: torch.device, ranks: Ranks = SOLO
 ) -> tuple[bool, CompletionStates]:
-    """Whether passes are packed, and the function that makes hidden states of them.
+    """Whether passes are packed, and the function that makes hidden states of them; a collective.
 
     Args:
         config: the job's ``packing``.
         models: what learns, not yet sharded, and what each computes in; gets flash attention where that is there.
         device: where they will compute.
+        ranks: of which rank 0 has the models' weights.
 
     Raises:
         ConfigError: packing is asked for, and a model lets packed sequences see each other.
@@ -40,7 +42,7 @@ def states_of(
     for model, _ in models:
         if varlen:
             model.set_attn_implementation("flash_attention_2")
-        elif not packs_exactly(model):
+        elif ranks.broadcast(b"exact" if ranks.rank == 0 and packs_exactly(model) else b"") != b"exact":
             raise ConfigError(
                 "learner.packing",
                 config.packing,

@@ -18,6 +18,7 @@ from jackpot.learner.profiling import StepProfiler
 from jackpot.learner.trainer import Trainer
 from jackpot.runtime.models import load_causal_lm, resolve_device, set_threads
 from jackpot.runtime.ranks.group import SOLO, Ranks, join_ranks
+from jackpot.runtime.ranks.loading import load_on_ranks
 
 LOG = logging.getLogger(__name__)
 
@@ -43,12 +44,14 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
     if job.learner.compile:
         require_compiler(device)
     ranks = join_ranks("learner", job.learner, device) if is_sharded(job) else SOLO
-    # A sharded model is loaded on the CPU: its whole never has to fit a GPU.
-    place = device if ranks.mesh is None else torch.device("cpu")
-    policy = _load(job.policy, place, learns=True, field="policy.model")
+    policy = _load_learning(job.policy, device, ranks, field="policy.model")
     actor = None
-    if not isinstance(job.actor, str) and job.actor.weights == "own" and (job.actor.train or ranks.rank == 0):
-        actor = _load(job.actor, place, learns=job.actor.train, field="actor.model")
+    if not isinstance(job.actor, str) and job.actor.weights == "own":
+        if job.actor.train:
+            actor = _load_learning(job.actor, device, ranks, field="actor.model")
+        elif ranks.rank == 0:
+            place = device if ranks.mesh is None else torch.device("cpu")
+            actor = load_causal_lm(job.actor.model, job.actor.dtype, place, field="actor.model")
     profiler = StepProfiler(environment.run_dir / "profile", job.learner.profile_steps, ranks.rank)
     kind = LeadTrainer if ranks.size > 1 and ranks.rank == 0 else Trainer
     return kind(job, policy, actor, ranks, profiler), ranks
@@ -69,5 +72,8 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def _load(model: ModelConfig, device: torch.device, *, learns: bool, field: str) -> PreTrainedModel:
-    return load_causal_lm(model.model, "float32" if learns else model.dtype, device, field=field)
+def _load_learning(model: ModelConfig, device: torch.device, ranks: Ranks, *, field: str) -> PreTrainedModel:
+    if ranks.mesh is None:
+        return load_causal_lm(model.model, "float32", device, field=field)
+    # On the CPU, and by rank 0: its whole never has to fit a GPU, nor the machine as often as there are ranks.
+    return load_on_ranks(model.model, "float32", ranks, field=field)

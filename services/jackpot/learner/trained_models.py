@@ -28,7 +28,8 @@ class TrainedModels:
         job: the job as resolved.
         policy: θ.
         actor: ω, or None when the policy samples for itself.
-        ranks: the processes that train together; with a mesh, models that learn are sharded over it.
+        ranks: the processes that train together; with a mesh, models that learn are sharded over it, and rank 0 alone
+            has their weights before.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class TrainedModels:
             model.requires_grad_(role in self._peak_lr)
         self._dtypes: dict[Role, str] = {"policy": job.policy.dtype, "actor": job.rollout_model.dtype}
         learning = [(self.models[role], self._dtypes[role]) for role in self._peak_lr]
-        self._packed, self._states = states_of(job.learner, learning, self.device)
+        self._packed, self._states = states_of(job.learner, learning, self.device, ranks)
         self._prepare(learning)
         self.learnables: dict[Role, Learnable] = {
             role: Learnable(self.models[role], build_optimizer(self.models[role], lr, job.learner))
@@ -73,7 +74,7 @@ class TrainedModels:
         for model, dtype in [*learning, *initial]:
             prepare_blocks(model, self._job.learner)
             if self._ranks.mesh is not None:
-                shard(model, self._ranks.mesh, dtype, cpu_offload=self._job.learner.cpu_offload)
+                shard(model, self._ranks, dtype, cpu_offload=self._job.learner.cpu_offload)
 
     @property
     def job(self) -> JobSpec:

@@ -134,4 +134,18 @@ def own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return own, aliases
 
 
+def tie(model: nn.Module, aliases: Mapping[str, str]) -> None:
+    """Have each name of the state dict mean the tensor that it stands for, see :func:`own_tensors`."""
+    tensors = model.state_dict(keep_vars=True)
+    for name, own in aliases.items():
+        if name != own and tensors[name] is not tensors[own]:
+            put_tensor(model, name, tensors[own])
+
+
+def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter or buffer by its name in the state dict."""
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, tensor)
+
+
 _SAME_MODEL = "Weights must come from a model of the same configuration."

@@ -76,7 +76,7 @@ def load_causal_lm(
     """
     path = Path(model_dir)
     _require_model_files(path, field)
-    with _quiet():
+    with quiet():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -195,7 +195,7 @@ def _architecture(model: PreTrainedModel) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and load reports of transformers: what matters in them is checked and raised here."""
     log: Any = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()

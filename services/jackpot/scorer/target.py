@@ -19,6 +19,7 @@ from jackpot.errors import WeightCorruptError, WeightError, WeightMissingError
 from jackpot.runtime.models import load_causal_lm, output_head, resolve_device
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.runtime.ranks.held_tensors import HeldTensors
+from jackpot.runtime.ranks.loading import load_on_ranks
 from jackpot.runtime.ranks.sharding import release, shard
 from jackpot.runtime.weights import WeightStore
 from jackpot.trajectory import Role
@@ -204,8 +205,7 @@ def _load(config: ModelConfig, device: str, ranks: Ranks, *, field: str) -> PreT
     if ranks.mesh is None:
         resolved = resolve_device(device, field="scorer.device")
         return load_causal_lm(config.model, config.dtype, resolved, field=field)
-    # On the CPU first: its whole never has to fit a GPU.
-    model = load_causal_lm(config.model, config.dtype, "cpu", field=field)
+    model = load_on_ranks(config.model, config.dtype, ranks, field=field)
     model.requires_grad_(False)
-    shard(model, ranks.mesh, None)
+    shard(model, ranks, None)
     return model

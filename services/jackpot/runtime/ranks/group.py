@@ -88,6 +88,28 @@ class Ranks:
         except RuntimeError as error:
             raise RankLostError(_LOST.format(error)) from error
 
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Give another rank a CPU tensor, which takes it by :meth:`receive_`.
+
+        Raises:
+            RankLostError: that rank is gone or hangs.
+        """
+        try:
+            dist.send(tensor, rank)
+        except RuntimeError as error:
+            raise RankLostError(_LOST.format(error)) from error
+
+    def receive_(self, tensor: Tensor) -> None:
+        """Fill a CPU tensor with what rank 0 sends.
+
+        Raises:
+            RankLostError: rank 0 is gone or hangs.
+        """
+        try:
+            dist.recv(tensor, 0)
+        except RuntimeError as error:
+            raise RankLostError(_LOST.format(error)) from error
+
     def agree(self, well: bool) -> bool:
         """Whether it went well on all ranks; a collective.
 

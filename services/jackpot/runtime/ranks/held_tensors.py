@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from jackpot.errors import JackpotError
 from jackpot.runtime.model_weights import own_tensors, read_tensors
+from jackpot.runtime.ranks.sharding import rows_of
 
 
 class HeldTensors:
@@ -61,16 +62,13 @@ class HeldTensors:
 
 
 def _own_rows(name: str, tensor: DTensor) -> slice:
-    """Where the local part of a tensor lies in the whole: FSDP2 cuts dimension 0 as ``torch.chunk`` does."""
+    """Where the local part of a tensor lies in the whole."""
     mesh = tensor.device_mesh
-    rows = tensor.shape[0]
-    size = -(-rows // mesh.size())
-    start = min(mesh.get_local_rank() * size, rows)
-    stop = min(start + size, rows)
-    if tuple(tensor.to_local().shape) != (stop - start, *tensor.shape[1:]):
+    rows = rows_of(tensor.shape[0], mesh.size(), mesh.get_local_rank())
+    if tuple(tensor.to_local().shape) != (rows.stop - rows.start, *tensor.shape[1:]):
         raise JackpotError(
             f"this version of torch cuts {name} {tuple(tensor.shape)} otherwise than along its first dimension: "
             f"{tuple(tensor.to_local().shape)} on rank {mesh.get_local_rank()} of {mesh.size()}. "
             "Install the version of torch that the requirements name."
         )
-    return slice(start, stop)
+    return rows

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -26,26 +25,33 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from jackpot.errors import ConfigError
-from jackpot.runtime.model_weights import own_tensors
+from jackpot.runtime.model_weights import own_tensors, tie
 from jackpot.runtime.models import SHARDED_FORWARD
+from jackpot.runtime.ranks.group import Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: str | None, *, cpu_offload: bool = False) -> None:
-    """Shard a model over the mesh, block by block; in place. Its parameters are DTensors then.
+def shard(model: PreTrainedModel, ranks: Ranks, dtype: str | None, *, cpu_offload: bool = False) -> None:
+    """Shard a model over the ranks, block by block; in place, a collective. Its parameters are DTensors then.
 
     The embedding and the output layer stay gathered from a pass to the end of its backward pass: the vocabulary pass
     uses the output layer's weight outside of any module's forward.
 
     Args:
-        model: with float32 parameters if it learns.
-        mesh: all ranks.
+        model: of :func:`load_on_ranks`: rank 0 has its weights. With float32 parameters if it learns.
+        ranks: all of them, with a mesh.
         dtype: what it computes in; None is what its parameters are in.
         cpu_offload: whether parameters wait in the CPU's memory.
+
+    Raises:
+        RankLostError: a rank is gone or hangs.
     """
+    assert ranks.mesh is not None
+    if ranks.rank == 0:
+        _hand_out(model, ranks)
     settings: dict[str, Any] = {
-        "mesh": mesh,
+        "mesh": ranks.mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[dtype] if dtype else None, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
@@ -59,9 +65,46 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: str | None, *, cpu_of
         # sums exist on gloo and NCCL alike.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    if ranks.rank > 0:
+        _take_up(model, ranks, torch.device("cpu") if cpu_offload else ranks.device)
     # The trunk's forward, with the gathering of the root's parameters around it.
     setattr(model, SHARDED_FORWARD, model.base_model.forward)
     register_fsdp_forward_method(model, SHARDED_FORWARD)
+
+
+def rows_of(rows: int, ranks: int, rank: int) -> slice:
+    """Which rows of a tensor a rank holds: FSDP2 cuts dimension 0 as ``torch.chunk`` does."""
+    size = -(-rows // ranks)
+    start = min(rank * size, rows)
+    return slice(start, min(start + size, rows))
+
+
+@torch.no_grad()
+def _hand_out(model: nn.Module, ranks: Ranks) -> None:
+    """Send every other rank its slices of the whole model, and buffers whole."""
+    for tensor in own_tensors(model)[0].values():
+        for rank in range(1, ranks.size):
+            sliced = isinstance(tensor, nn.Parameter)
+            part = tensor[rows_of(len(tensor), ranks.size, rank)] if sliced else tensor
+            if part.numel():
+                ranks.send(part.detach().contiguous(), rank)
+
+
+@torch.no_grad()
+def _take_up(model: nn.Module, ranks: Ranks, device: torch.device | None) -> None:
+    """Give the slices of a model on the meta device memory, and fill them with what rank 0 sends."""
+    _, aliases = own_tensors(model)
+    # As `to_empty`, which would empty buffers, too. It takes tied parameters for several.
+    model._apply(  # type: ignore[no-untyped-call]
+        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+    )
+    tie(model, aliases)
+    for tensor in own_tensors(model)[0].values():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.numel():
+            received = torch.empty(local.shape, dtype=local.dtype)
+            ranks.receive_(received)
+            local.copy_(received)
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
