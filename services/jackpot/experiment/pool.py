@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import subprocess
 import sys
 import threading
@@ -13,11 +12,39 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from jackpot.demo.recipe import models_directory
 from jackpot.errors import JackpotError
 from jackpot.experiment.grid import Run
 from jackpot.runtime.bus.server import dies_with
 
 Report = Callable[[Run, Mapping[str, Any]], None]
+
+
+class Waiting:
+    """Runs that nobody has taken yet. A worker that would wait for another to make its models takes a later run."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = list(runs)
+        self._being_made: list[str] = []  # keys of recipes
+        self._lock = threading.Lock()
+
+    def take(self) -> Run | None:
+        """The next run; None if there is none left."""
+        with self._lock:
+            if not self._runs:
+                return None
+            free = (run for run in self._runs if run.recipe is None or run.recipe.key not in self._being_made)
+            run = next(free, self._runs[0])
+            self._runs.remove(run)
+            if run.recipe is not None and not models_directory(run.recipe).is_dir():
+                self._being_made.append(run.recipe.key)
+            return run
+
+    def ended(self, run: Run) -> None:
+        """Its models are there now, or nobody is making them any more."""
+        with self._lock:
+            if run.recipe is not None and run.recipe.key in self._being_made:
+                self._being_made.remove(run.recipe.key)
 
 
 def make_runs(runs: Sequence[Run], directory: Path, workers: int, report: Report) -> list[str]:
@@ -32,21 +59,16 @@ def make_runs(runs: Sequence[Run], directory: Path, workers: int, report: Report
     Returns:
         What went wrong, a message for each run that failed.
     """
-    waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
-    for run in runs:
-        waiting.put(run)
+    waiting = Waiting(runs)
     errors: list[str] = []
     lock = threading.Lock()
     stopping = threading.Event()
     processes = [_start(directory) for _ in range(min(workers, len(runs)))]
 
     def feed(process: subprocess.Popen[str]) -> None:
-        while not stopping.is_set():
-            try:
-                run = waiting.get_nowait()
-            except queue.Empty:
-                return
+        while not stopping.is_set() and (run := waiting.take()) is not None:
             answer = _ask(process, run)
+            waiting.ended(run)
             if stopping.is_set():
                 return  # the run did not fail: its process was ended
             with lock:
@@ -70,7 +92,7 @@ def make_runs(runs: Sequence[Run], directory: Path, workers: int, report: Report
         raise
     for process in processes:
         _end(process)
-    if not waiting.empty():
+    if waiting.take() is not None:
         errors.append("every worker process has ended early; what is finished is kept")
     return errors
 
