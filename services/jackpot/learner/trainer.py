@@ -1,4 +1,4 @@
-"""One batch through the joint objective: L = L_ppo_obrs(θ) + L_ppo(ω) + λ_distill · L_distill(ω) (paper §4.2)."""
+"""Batches into optimizer steps: weights of the tokens, passes with their losses, gradients, updates, controls."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jackpot.algorithm.distillation import forward_kl
-from jackpot.algorithm.objective import actor_loss_sum, kl_penalty, loss_shares, policy_loss_sum
-from jackpot.algorithm.output_head import OutputHead
-from jackpot.algorithm.vocabulary import VocabularyScores, differentiable_token_logprobs, token_logprobs
+from jackpot.algorithm.objective import loss_shares
+from jackpot.algorithm.vocabulary import token_logprobs
 from jackpot.config import JobSpec
-from jackpot.learner.batch import Batch, TokenArrays
+from jackpot.learner.batch import Batch
+from jackpot.learner.joint_loss import JointLoss, MicroBatch
 from jackpot.learner.optimizer import clip_gradients
 from jackpot.learner.policy_target import ScoringPass, policy_target_weights
 from jackpot.learner.profiling import StepProfiler
@@ -31,18 +29,8 @@ from jackpot.runtime.models import output_head
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.runtime.ranks.partition import MicroRows, plan_passes
 from jackpot.runtime.ranks.sharding import release
-from jackpot.trajectory import Role
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _MicroBatch:
-    """Sequences that go through a model together, and their tokens on its device."""
-
-    rows: Sequence[int]
-    tokens: TokenArrays
-    temperature: float
 
 
 class Trainer(TrainedModels):
@@ -65,6 +53,7 @@ class Trainer(TrainedModels):
         profiler: StepProfiler | None = None,
     ) -> None:
         super().__init__(job, policy, actor, ranks)
+        self._loss = JointLoss(job, self.models, self._initial, self._states, self.controls, self.device)
         self.profiler = profiler or StepProfiler(Path(), steps=0)
         self.show_tokens: Callable[[Tensor, Tensor, Tensor], None] | None = None
         """Given each step's acceptance probabilities, p_target/p_inf and Z, [N] each, for the metrics."""
@@ -98,9 +87,9 @@ class Trainer(TrainedModels):
         for one in self._passes(batch):
             index = batch.token_index(one.rows)
             with torch.no_grad():
-                hidden = self._hidden("actor", batch, one.rows)
+                hidden = self._states(self.models["actor"], *batch.inputs(one.rows))
                 ids = batch.tokens.token_ids[index].to(self.device)
-                scores = token_logprobs(hidden, self._head("actor"), ids, temperature=batch.temperature)
+                scores = token_logprobs(hidden, output_head(self.models["actor"]), ids, temperature=batch.temperature)
             logprobs[index] = scores.logprobs.float().cpu()
         release(self.models["actor"])
         return logprobs
@@ -117,26 +106,44 @@ class Trainer(TrainedModels):
         if self.show_tokens is not None:
             ratio = (weights.target_logprobs - batch.tokens.actor_logprobs).exp()
             self.show_tokens(weights.acceptance_probs, ratio, weights.normalizer)
-        shares = self._shares(batch, weights.mask)
-        actor_shares = self._shares(batch, torch.ones_like(weights.mask))
         for learnable in self.learnables.values():
             learnable.optimizer.zero_grad(set_to_none=True)
-        for one in self._passes(batch):
-            meter.begin_pass(one.counted)
-            index = batch.token_index(one.rows)
-            micro = _MicroBatch(one.rows, batch.tokens.select(index).to(self.device), batch.temperature)
-            hidden = hidden_of_only_pass
-            if hidden is None:
-                hidden = self._hidden("policy", batch, one.rows)
-            loss = self._policy_loss(hidden, batch, micro, weights.select(index), shares[index], meter)
-            if self._actor_learns:
-                reference = None if actor_reference is None else actor_reference[index]
-                loss = loss + self._actor_loss(hidden, batch, micro, reference, actor_shares[index], meter)
-            (loss if one.counted else 0.0 * loss).backward()  # type: ignore[no-untyped-call]
+        self._add_gradients(batch, weights, actor_reference, hidden_of_only_pass, meter)
         meter.add_up(self._ranks)
         self._update(step, meter)
         self._control(weights, batch, meter)
         return meter.row()
+
+    def _add_gradients(
+        self,
+        batch: Batch,
+        weights: TokenWeights,
+        actor_reference: Tensor | None,
+        hidden_of_only_pass: Tensor | None,
+        meter: StepMeter,
+    ) -> None:
+        """The gradient of the batch's loss, summed up over passes."""
+        shares = self._shares(batch, weights.mask)
+        actor_shares = self._shares(batch, torch.ones_like(weights.mask))
+        for one in self._passes(batch):
+            meter.begin_pass(one.counted)
+            index = batch.token_index(one.rows)
+            micro = MicroBatch(
+                batch,
+                one.rows,
+                batch.tokens.select(index).to(self.device),
+                weights.select(index),
+                shares[index],
+                actor_shares[index],
+                None if actor_reference is None else actor_reference[index],
+            )
+            hidden = hidden_of_only_pass
+            if hidden is None:
+                hidden = self._states(self.models["policy"], *batch.inputs(one.rows))
+            loss = self._loss.policy(hidden, micro, meter)
+            if self._actor_learns:
+                loss = loss + self._loss.actor(hidden, micro, meter)
+            (loss if one.counted else 0.0 * loss).backward()  # type: ignore[no-untyped-call]
 
     def _control(self, weights: TokenWeights, batch: Batch, meter: StepMeter) -> None:
         """Let λ and λ_distill follow what this step measured: over all tokens, which rank 0 alone has."""
@@ -195,91 +202,6 @@ class Trainer(TrainedModels):
         self._ranks.of_rank_0_(of_sequences)
         return of_sequences[batch.tokens.sequence_index]
 
-    def _policy_loss(
-        self,
-        hidden: Tensor,
-        batch: Batch,
-        micro: _MicroBatch,
-        weights: TokenWeights,
-        shares: Tensor,
-        meter: StepMeter,
-    ) -> Tensor:
-        """L_ppo_obrs(θ) of the micro-batch (eq. 5), and the penalty on KL to the initial policy."""
-        tokens, shares = micro.tokens, shares.to(self.device)
-        scores = self._sampled(hidden, self._head("policy"), micro, entropy=True)
-        weight, mask = weights.weight.to(self.device), weights.mask.to(self.device)
-        loss = policy_loss_sum(
-            scores.logprobs,
-            tokens.reference_logprobs,
-            tokens.advantages,
-            weight,
-            mask,
-            clip_low=self._job.algorithm.clip_low,
-            clip_high=self._job.algorithm.clip_high,
-            shares=shares,
-        )
-        assert scores.entropy is not None
-        meter.policy(loss, scores.entropy)
-        if self._initial is None:
-            return loss.loss_sum
-        # Weighted as the policy's loss is, so that both are expectations under the policy.
-        penalty = self._kl_to_initial(batch, micro, scores.logprobs) * shares * weight * mask
-        total = penalty.masked_fill(mask == 0, 0.0).sum()
-        meter.kl_to_initial(total)
-        return loss.loss_sum + self._job.algorithm.kl_penalty.weight * total
-
-    def _kl_to_initial(self, batch: Batch, micro: _MicroBatch, policy_logprobs: Tensor) -> Tensor:
-        assert self._initial is not None
-        with torch.no_grad():
-            hidden = self._states(self._initial, *batch.inputs(micro.rows))
-            initial = token_logprobs(
-                hidden,
-                output_head(self._initial),
-                micro.tokens.token_ids,
-                temperature=micro.temperature,
-                chunk_tokens=self._job.scorer.chunk_tokens,
-            ).logprobs
-        release(self._initial)
-        return kl_penalty(policy_logprobs, initial, self._job.algorithm.kl_penalty.estimator)
-
-    def _actor_loss(
-        self,
-        policy_hidden: Tensor,
-        batch: Batch,
-        micro: _MicroBatch,
-        reference: Tensor | None,
-        shares: Tensor,
-        meter: StepMeter,
-    ) -> Tensor:
-        """L_ppo(ω) + λ_distill · L_distill(ω) of the micro-batch; eq. 6 and 7."""
-        algorithm, tokens = self._job.algorithm, micro.tokens
-        hidden, head = self._hidden("actor", batch, micro.rows), self._head("actor")
-        divergence = forward_kl(
-            policy_hidden,
-            self._head("policy"),
-            hidden,
-            head,
-            temperature=micro.temperature,
-            chunk_tokens=algorithm.distillation.chunk_tokens,
-        )
-        meter.distillation(divergence.detach())
-        total = self.controls.distillation_weight * divergence.sum() / batch.num_tokens
-        if not algorithm.actor_ppo:
-            return total
-        logprobs = self._sampled(hidden, head, micro, entropy=False).logprobs
-        loss = actor_loss_sum(
-            logprobs,
-            logprobs.detach() if reference is None else reference.to(self.device),
-            tokens.actor_logprobs,
-            tokens.advantages,
-            cap=algorithm.actor_cap,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            shares=shares.to(self.device),
-        )
-        meter.actor(loss)
-        return total + loss.loss_sum
-
     def _update(self, step: int, meter: StepMeter) -> None:
         learner = self._job.learner
         for role, learnable in self.learnables.items():
@@ -304,20 +226,4 @@ class Trainer(TrainedModels):
             rank=self._ranks.rank,
             size=self._ranks.size,
             packed=self._packed,
-        )
-
-    def _hidden(self, role: Role, batch: Batch, rows: Sequence[int]) -> Tensor:
-        return self._states(self.models[role], *batch.inputs(rows))
-
-    def _head(self, role: Role) -> OutputHead:
-        return output_head(self.models[role])
-
-    def _sampled(self, hidden: Tensor, head: OutputHead, micro: _MicroBatch, *, entropy: bool) -> VocabularyScores:
-        return differentiable_token_logprobs(
-            hidden,
-            head,
-            micro.tokens.token_ids,
-            temperature=micro.temperature,
-            chunk_tokens=self._job.scorer.chunk_tokens,
-            entropy=entropy,
         )
