@@ -60,10 +60,11 @@ def figures(directory: Path) -> list[dict[str, float]]:
 def test_two_ranks_train_as_one_process_does_and_one_process_goes_on_from_their_checkpoint(
     tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
 ) -> None:
-    """Several passes per step, of different lengths on the two ranks, with the clip at work and λ following a rate.
+    """Several packed passes per step, of different lengths on the two ranks, the clip at work, λ following a rate.
     Each rank reads its own groups; of the third batch one is gone, and rank 0 sends it whole."""
     job = make_job(
         "learner={max_grad_norm: 0.5, weight_decay: 0.1, max_batch_tokens: 40, max_sequence_tokens: 12}",
+        "learner.packing=always",
         "algorithm.correction={acceptance_rate: 0.9}",
         "algorithm.loss_normalization=sequence",
     )
