@@ -15,7 +15,7 @@ STUDIES = sorted((Path(__file__).parents[3] / "docs" / "experiments").glob("*.ya
 
 
 def test_they_are_found() -> None:
-    assert [path.stem for path in STUDIES] == ["stale_data", "weaker_actor"]
+    assert [path.stem for path in STUDIES] == ["shallow_actor", "stale_data", "weaker_actor"]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
