@@ -18,7 +18,7 @@ compare: $(VENV)/.local ## On-policy, none, tis and jackpot on the same seed, in
 	$(BIN)/jackpot demo --compare
 
 test: $(VENV)/.dev ## Every test that runs without a GPU
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 vllm-cpu: $(VLLM_VENV)/.installed ## Jackpot with vLLM on CPU, in .venv-vllm: .venv-vllm/bin/jackpot run … rollout.engine=vllm
 
