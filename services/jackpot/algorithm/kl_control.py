@@ -2,8 +2,9 @@
 
 A proportional-integral controller in logarithms, since both λ_distill and the KL are positive and work by factors.
 λ_distill alone keeps the actor from falling behind, but not from coming nearer than it need: its own loss leads it to
-the same answers, and an optimizer like AdamW is indifferent to the scale of a loss. So close to the target the actor's
-learning rate is turned down, too, by the *pace*; at the target the actor waits until the policy has moved on.
+the same answers, and an optimizer like AdamW is indifferent to the scale of a loss. So the nearer the KL is to the
+target, the lower the actor's learning rate, too, by the *pace*; at the target the actor waits until the policy has
+moved on. Nothing but that brings the KL up again: the pace falls gradually, so that the actor does not run past.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-WAITING_BAND = 0.1
-"""The actor slows down once the KL is within this fraction of the target above it, and stands still below it."""
+FULL_PACE_FACTOR = 2.0
+"""The actor learns at its full rate where the KL is this many times the target, more slowly in proportion to the log of
+the factor below, and not at all at the target. A narrow band turns a noisy batch into a full step, and the KL ends a
+standard deviation of that noise below the target."""
 
 GREATEST_ERROR = 1.0
 """A KL off by more than a factor e counts as one by e, so that a single wild batch moves the weight little."""
@@ -43,7 +46,7 @@ class KlControlState:
         """What the actor's learning rate is multiplied by, in [0, 1]: 0 up to ``target``, in nats per token."""
         if self.log_kl is None:
             return 1.0
-        return max(0.0, min(1.0, (math.exp(self.log_kl) / target - 1.0) / WAITING_BAND))
+        return max(0.0, min(1.0, (self.log_kl - math.log(target)) / math.log(FULL_PACE_FACTOR)))
 
 
 def initial_state(settings: KlControlSettings) -> KlControlState:

@@ -215,21 +215,23 @@ class DistillationConfig(Section):
     """λ_distill; with ``kl_target``, where it starts. 1 weighs a nat of KL like a unit of the actor's own loss."""
     kl_target: PositiveFloat | None = None
     """Set point of KL(policy ‖ actor), in nats per token, which λ_distill then follows; null keeps it constant. The KL
-    cannot fall below what the actor's size and learning rate allow: choose it above what a constant 10 leads to. An
-    actor within a tenth above the set point learns more slowly, and below it not at all, until the policy moves on."""
+    cannot fall below what the actor's size and learning rate allow: choose it above what a constant 3 leads to. An
+    actor within twice the set point learns the more slowly the nearer it is, and below it not at all, until the policy
+    moves on."""
     weight_min: PositiveFloat = 0.1
     """Least λ_distill that ``kl_target`` may lead to. Below, distillation counts next to nothing beside the actor's own
     loss, and the way back would only be longer."""
-    weight_max: PositiveFloat = 10.0
-    """Greatest λ_distill that ``kl_target`` may lead to. Beyond, the actor's own loss hardly counts, and AdamW takes no
-    notice of the scale of what is left: more would only be longer to come back from."""
-    proportional_gain: NonNegativeFloat = 1.0
+    weight_max: PositiveFloat = 3.0
+    """Greatest λ_distill that ``kl_target`` may lead to. Beyond, the actor's own loss hardly counts, AdamW takes no
+    notice of the scale of what is left, and the gradient is clipped for its size: with 10 some runs ran away."""
+    proportional_gain: NonNegativeFloat = 0.5
     """Change of log λ_distill per unit of log(KL / target): answers at once."""
-    integral_gain: NonNegativeFloat = 0.2
-    """The same, summed up over optimizer steps: takes away what the proportional part leaves. Five steps at a KL too
+    integral_gain: NonNegativeFloat = 0.1
+    """The same, summed up over optimizer steps: takes away what the proportional part leaves. Ten steps at a KL too
     large by a factor e multiply λ_distill by e; faster would overtake the actor, which needs steps to follow."""
-    kl_smoothing: Annotated[float, Field(ge=0, lt=1), Number] = 0.5
-    """Weight of the past in the measured log KL."""
+    kl_smoothing: Annotated[float, Field(ge=0, lt=1), Number] = 0.8
+    """Weight of the past in the measured log KL. A batch's KL is off by 20 to 30 % in the demo, by which the actor's
+    pace must not jump; five steps' delay do no harm."""
     chunk_tokens: PositiveInt = 512
     """Positions per slice of the full-vocabulary KL."""
 
