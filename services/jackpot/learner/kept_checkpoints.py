@@ -14,7 +14,8 @@ from pathlib import Path
 from jackpot.errors import DirectoryDamagedError, JackpotError, ObjectCorruptError, ObjectMissingError, ObjectStoreError
 from jackpot.learner.best_step import best_step
 from jackpot.runtime.directory_manifest import check_directory, describe_directory, manifest_of
-from jackpot.runtime.latest_checkpoint import LATEST, STEP_NAME, by_preference, read_latest, sync, write_latest
+from jackpot.runtime.durable_files import sync, sync_tree
+from jackpot.runtime.latest_checkpoint import LATEST, STEP_NAME, by_preference, read_latest, write_latest
 from jackpot.runtime.object_directories import ObjectDirectories
 from jackpot.runtime.weight_manifest import MANIFEST
 
@@ -202,9 +203,3 @@ class KeptCheckpoints:
         best = best_step(self._evaluations, [int(name) for name in intact]) if self._evaluations else None
         stay = {newest, *intact[-self._keep :]}
         return [name for name in names if name not in stay and int(name) != best]
-
-
-def sync_tree(directory: Path) -> None:
-    """Have a directory and all that is in it on the disk."""
-    for path in [*directory.rglob("*"), directory]:
-        sync(path)

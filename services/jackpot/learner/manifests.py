@@ -7,11 +7,11 @@ last checkpoint is trained again from its manifest, on the same groups.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jackpot.errors import JackpotError
+from jackpot.runtime.durable_files import replace_synced, sync
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,7 @@ class ManifestLog:
     def write(self, manifest: Manifest) -> None:
         """Store a manifest durably: written aside, synced, renamed."""
         path = self._path(manifest.batch)
-        aside = path.with_suffix(".tmp")
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(asdict(manifest), file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-        _sync_directory(self._directory)
+        replace_synced(path, json.dumps(asdict(manifest)), path.with_suffix(".tmp"))
 
     def read(self, batch: int) -> Manifest | None:
         """The manifest of a batch, or None if that batch never began.
@@ -69,15 +63,7 @@ class ManifestLog:
         for path in self._directory.glob("*.json"):
             if int(path.stem) >= batch:
                 path.unlink()
-        _sync_directory(self._directory)
+        sync(self._directory)
 
     def _path(self, batch: int) -> Path:
         return self._directory / f"{batch:08d}.json"
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jackpot.errors import DirectoryDamagedError
-from jackpot.runtime.weight_manifest import MANIFEST, WeightFile, describe_file
+from jackpot.runtime.weight_manifest import (
+    MANIFEST,
+    WeightFile,
+    describe_file,
+    files_as_json,
+    files_from_json,
+    mismatch,
+)
 
 # Hashing is bound by one core, and does without the interpreter lock.
 _HASHED_AT_ONCE = 4
@@ -22,8 +29,7 @@ def describe_directory(directory: Path) -> dict[str, WeightFile]:
 
 def manifest_of(files: Mapping[str, WeightFile]) -> bytes:
     """A manifest of these files and nothing else."""
-    content = {"files": {key: {"sha256": file.sha256, "bytes": file.bytes} for key, file in files.items()}}
-    return (json.dumps(content, indent=1) + "\n").encode()
+    return (json.dumps({"files": files_as_json(files)}, indent=1) + "\n").encode()
 
 
 def files_of(manifest: bytes, where: str) -> dict[str, WeightFile]:
@@ -37,8 +43,7 @@ def files_of(manifest: bytes, where: str) -> dict[str, WeightFile]:
         DirectoryDamagedError: it cannot be read, or names files outside of the directory.
     """
     try:
-        content = json.loads(manifest)
-        files = {key: WeightFile(str(f["sha256"]), int(f["bytes"])) for key, f in content["files"].items()}
+        files = files_from_json(json.loads(manifest)["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DirectoryDamagedError(f"{where} cannot be read ({error!r})") from None
     if any(part in ("", ".", "..") for key in files for part in key.split("/")):
@@ -61,14 +66,6 @@ def check_directory(directory: Path) -> None:
     for key, expected in files.items():
         if found[key] != expected:
             raise DirectoryDamagedError(mismatch(str(directory / key), found[key], expected))
-
-
-def mismatch(where: str, found: WeightFile, expected: WeightFile) -> str:
-    """How to say that a file is not what its manifest says."""
-    return (
-        f"{where} does not match its manifest ({found.bytes} bytes, sha256 {found.sha256[:12]}…, "
-        f"expected {expected.bytes} bytes, sha256 {expected.sha256[:12]}…)"
-    )
 
 
 def _described(directory: Path, keys: list[str]) -> dict[str, WeightFile]:

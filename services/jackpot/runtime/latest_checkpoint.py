@@ -7,10 +7,11 @@ the bus.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from jackpot.runtime.durable_files import replace_synced
 
 LATEST = "latest"
 STEP_NAME = re.compile(r"[0-9]{8,}")
@@ -27,24 +28,9 @@ def read_latest(directory: Path) -> str | None:
 
 def write_latest(directory: Path, name: str) -> None:
     """Replace ``latest`` durably: written aside, synced, renamed."""
-    aside = directory / f".{LATEST}"
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(f"{name}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(directory / LATEST)
-    sync(directory)
+    replace_synced(directory / LATEST, f"{name}\n", directory / f".{LATEST}")
 
 
 def by_preference(names: Sequence[str], latest: str | None) -> list[str]:
     """Checkpoints in the order in which to go on from them: what ``latest`` says, if it is there, then the newest."""
     return sorted(names, key=lambda name: (name == latest, int(name)), reverse=True)
-
-
-def sync(path: Path) -> None:
-    """Have a file or directory on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

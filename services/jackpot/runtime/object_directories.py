@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jackpot.errors import DirectoryDamagedError, ObjectConflictError, ObjectCorruptError, ObjectMissingError
-from jackpot.runtime.directory_manifest import describe_directory, files_of, manifest_of, mismatch
+from jackpot.runtime.directory_manifest import describe_directory, files_of, manifest_of
 from jackpot.runtime.objects import ABSENT, Objects
-from jackpot.runtime.weight_manifest import MANIFEST, WeightFile, describe_file
+from jackpot.runtime.weight_manifest import MANIFEST, WeightFile, describe_file, mismatch
 
 
 @dataclass(frozen=True, slots=True)

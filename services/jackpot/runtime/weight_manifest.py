@@ -43,10 +43,32 @@ def describe_file(path: Path) -> WeightFile:
         return WeightFile(digest, os.fstat(file.fileno()).st_size)
 
 
+def mismatch(where: str, found: WeightFile, expected: WeightFile) -> str:
+    """How to say that a file is not what its manifest says."""
+    return (
+        f"{where} does not match its manifest ({found.bytes} bytes, sha256 {found.sha256[:12]}…, "
+        f"expected {expected.bytes} bytes, sha256 {expected.sha256[:12]}…)"
+    )
+
+
+def files_as_json(files: Mapping[str, WeightFile]) -> dict[str, dict[str, str | int]]:
+    """What a manifest says of files, by name."""
+    return {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in files.items()}
+
+
+def files_from_json(content: Any) -> dict[str, WeightFile]:
+    """The reverse of :func:`files_as_json`.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is something else.
+    """
+    return {name: WeightFile(str(f["sha256"]), int(f["bytes"])) for name, f in content.items()}
+
+
 def manifest_text(manifest: WeightManifest) -> str:
     """The manifest as JSON, which :func:`parse_manifest` reads back."""
-    files = {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in manifest.files.items()}
-    content = {"role": manifest.role, "version": manifest.version, "files": files, "metadata": manifest.metadata}
+    files, metadata = files_as_json(manifest.files), manifest.metadata
+    content = {"role": manifest.role, "version": manifest.version, "files": files, "metadata": metadata}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
@@ -66,7 +88,7 @@ def parse_manifest(text: str, role: str, version: int, directory: Path, where: s
     where = where or str(directory / MANIFEST)
     try:
         content = json.loads(text)
-        files = {name: WeightFile(str(f["sha256"]), int(f["bytes"])) for name, f in content["files"].items()}
+        files = files_from_json(content["files"])
         named = (content["role"], content["version"])
         metadata = dict(content["metadata"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from jackpot.errors import DeadlineError, WeightCorruptError, WeightError, WeightMissingError
+from jackpot.runtime.durable_files import replace_synced, sync, sync_tree, write_synced
 from jackpot.runtime.weight_manifest import (
     MANIFEST,
     RESTORE,
     WeightManifest,
     describe_file,
     manifest_text,
+    mismatch,
     parse_manifest,
 )
 
@@ -160,14 +162,12 @@ class WeightStore:
             if not files:
                 raise WeightError(f"version {version} of the {role}'s weights has no files. Nothing was published.")
             manifest = WeightManifest(role, version, files, dict(metadata), final)
-            _write_synced(aside / MANIFEST, manifest_text(manifest))
-            for path in aside.iterdir():
-                _sync(path)
-            _sync(aside)
+            write_synced(aside / MANIFEST, manifest_text(manifest))
+            sync_tree(aside)
             if final.exists():
                 self._remove(final)
             aside.rename(final)
-            _sync(final.parent)
+            sync(final.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
             self._being_written.discard(aside)
@@ -183,10 +183,7 @@ class WeightStore:
                 self.manifest(role, version)  # says that the version is missing, if it was pruned meanwhile
                 raise WeightCorruptError(f"{path} is missing although its manifest names it. {RESTORE}") from None
             if found != expected:
-                raise WeightCorruptError(
-                    f"{path} does not match its manifest ({found.bytes} bytes, sha256 {found.sha256[:12]}…, "
-                    f"expected {expected.bytes} bytes, sha256 {expected.sha256[:12]}…). {RESTORE}"
-                )
+                raise WeightCorruptError(f"{mismatch(str(path), found, expected)}. {RESTORE}")
         return manifest
 
     def _read_latest(self, role: str) -> int | None:
@@ -207,9 +204,7 @@ class WeightStore:
         aside = _aside(final)
         self._being_written.add(aside)
         try:
-            _write_synced(aside, f"{version}\n")
-            aside.replace(final)
-            _sync(final.parent)
+            replace_synced(final, f"{version}\n", aside)
         finally:
             aside.unlink(missing_ok=True)
             self._being_written.discard(aside)
@@ -243,21 +238,6 @@ async def wait_for_version(
 
 def _aside(final: Path) -> Path:
     return final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _names_in(directory: Path) -> Iterable[str]:
