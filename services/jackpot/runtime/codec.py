@@ -290,8 +290,8 @@ def _check_group(group: Group) -> None:
         _check_trajectory(trajectory)
     names = [trajectory.trajectory_id for trajectory in group.trajectories]
     _check_all(_are_logprobs, [t.actor_logprobs for t in group.trajectories], names, "actor_logprobs")
-    topk = {t.trajectory_id: t.topk_logprobs for t in group.trajectories if t.topk_logprobs is not None}
-    _check_all(_are_logprobs, list(topk.values()), list(topk), "topk_logprobs")
+    topk = [(t.topk_logprobs, t.trajectory_id) for t in group.trajectories if t.topk_logprobs is not None]
+    _check_all(_are_logprobs, [array for array, _ in topk], [name for _, name in topk], "topk_logprobs")
 
 
 def _check_trajectory(trajectory: Trajectory) -> None:
@@ -340,7 +340,7 @@ def _check_all(
 ) -> None:
     """Check the arrays of all trajectories in one go, and one by one only to name the one that is wrong: a group of
     short trajectories is checked at every stage of the pipeline."""
-    if len(arrays) > 1 and not problem(np.concatenate(arrays)):
+    if len(arrays) > 1 and not problem(np.concatenate([array.ravel() for array in arrays])):
         return
     for array, name in zip(arrays, names, strict=True):
         if found := problem(array):

@@ -48,6 +48,14 @@ def test_groups_come_back_to_the_bit(compress: bool, top_k: int | None) -> None:
     assert plain(decode_scored(encode_scored(scored, compress=compress))) == plain(scored)
 
 
+def test_trajectories_of_a_group_may_differ_in_length_and_candidates() -> None:
+    groups = [make_group("codec-1", 5, top_k=top_k, size=3) for top_k in (3, None, 5)]
+    mixed = tuple(group.trajectories[place] for place, group in enumerate(groups))
+    group = dataclasses.replace(groups[0], trajectories=mixed)
+    assert plain(decode_group(encode_group(group))) == plain(group)
+    assert plain(decode_scored(encode_scored(make_scored(group)))) == plain(make_scored(group))
+
+
 def test_decoded_arrays_belong_to_the_caller() -> None:
     group = decode_group(encode_group(GROUP))
     group.trajectories[0].token_ids[0] = 1
@@ -196,6 +204,24 @@ def changed_trajectory(**fields: Any) -> Group:
 def test_writers_refuse_groups_that_break_a_rule(group: Group, message: str) -> None:
     with pytest.raises(PayloadError, match=message):
         encode_group(group)
+
+
+@pytest.mark.parametrize("field", ["actor_logprobs", "topk_logprobs"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_the_one_trajectory_that_breaks_a_rule_is_named(place: int, field: str) -> None:
+    trajectories = list(make_group("codec-1", 5, top_k=20, size=3).trajectories)
+    one = trajectories[place]
+    trajectories[place] = dataclasses.replace(one, **{field: np.full_like(getattr(one, field), np.nan)})
+    with pytest.raises(PayloadError, match=f"{one.trajectory_id}: {field} are not finite"):
+        encode_group(changed(trajectories=tuple(trajectories)))
+
+
+def test_two_of_the_same_name_are_both_checked() -> None:
+    good = GROUP.trajectories[0]
+    assert good.topk_logprobs is not None
+    bad = dataclasses.replace(good, topk_logprobs=np.full_like(good.topk_logprobs, np.nan))
+    with pytest.raises(PayloadError, match="topk_logprobs are not finite"):
+        encode_group(changed(trajectories=(bad, good)))
 
 
 @pytest.mark.parametrize(
