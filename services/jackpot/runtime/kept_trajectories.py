@@ -38,7 +38,7 @@ class KeptTrajectories:
         if keep == 0:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        aside = self._directory / f".{batch:08d}.{os.getpid()}"
+        aside = self._directory / f".{batch:08d}"  # the same for who trains the batch again after a crash
         with aside.open("wb") as file:
             for group in groups:
                 data = encode_scored(group, compress=True, max_bytes=self._max_group_bytes)
@@ -68,5 +68,5 @@ class KeptTrajectories:
             while head := file.read(_SIZE.size):
                 size = _SIZE.unpack(head)[0] if len(head) == _SIZE.size else 0
                 if not 0 < size <= os.fstat(file.fileno()).st_size:
-                    raise PayloadError(f"{path} is truncated or damaged")
+                    raise PayloadError(f"{path} is truncated or damaged. Delete it; other batches can still be read.")
                 yield decode_scored(file.read(size), max_bytes=self._max_group_bytes)

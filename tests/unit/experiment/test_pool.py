@@ -27,8 +27,9 @@ def test_nobody_waits_for_models_that_another_makes(runs: list[Run]) -> None:
     waiting = Waiting(runs)
     assert waiting.take() is runs[0]
     assert waiting.take() is runs[2]  # not runs[1], whose models are being made
-    waiting.ended(runs[0])
-    assert [waiting.take() for _ in range(3)] == [runs[1], runs[3], None]
+    waiting.ended(runs[2])
+    assert waiting.take() is runs[3]  # whose models are there, and still not runs[1]
+    assert [waiting.take() for _ in range(2)] == [runs[1], None]
 
 
 def test_models_that_are_there_hold_nobody_up(runs: list[Run]) -> None:

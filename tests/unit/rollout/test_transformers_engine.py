@@ -96,12 +96,14 @@ async def test_prompts_longer_than_one_prefill_pass_are_split(
 async def test_requests_that_find_an_idle_engine_together_start_together(
     load: Callable[..., PreTrainedModel], ask: Callable[..., GroupRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers_engine, "GATHER_PAUSE_SECONDS", 0.5)
-    monkeypatch.setattr(transformers_engine, "GATHER_SECONDS", 5.0)
+    monkeypatch.setattr(transformers_engine, "GATHER_PAUSE_SECONDS", 1.0)
+    monkeypatch.setattr(transformers_engine, "GATHER_SECONDS", 2.0)
     sizes: list[int] = []
     engine = TransformersEngine(load(), max_batch_size=8, max_queue=64, on_tokens=sizes.append)
     try:
-        await asyncio.gather(engine.generate(ask(n=2)), engine.generate(ask(n=3)))
+        first = asyncio.create_task(engine.generate(ask(n=2)))
+        await asyncio.sleep(0.1)  # long enough for an engine that does not wait to have started without the second
+        await asyncio.gather(first, engine.generate(ask(n=3)))
         assert sizes[0] == 5
     finally:
         await engine.close()

@@ -76,7 +76,10 @@ def _without_weights(path: Path, layout: dict[str, Any]) -> PreTrainedModel:
         )
     for name, (shape, dtype) in layout["tensors"].items():
         if list(given[name].shape) != shape:
-            raise JackpotError(f"{path} has {name} of shape {list(given[name].shape)} here and {shape} for rank 0")
+            raise JackpotError(
+                f"{path} has {name} of shape {list(given[name].shape)} here and {shape} for rank 0; use one version "
+                "of it"
+            )
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=given[name].device)
         put_tensor(model, name, nn.Parameter(tensor) if isinstance(given[name], nn.Parameter) else tensor)
     tie(model, layout["aliases"])
