@@ -9,6 +9,8 @@ from jackpot.errors import DeadlineError
 from jackpot.runtime.weights import WeightStore
 
 UNPUBLISHED = -1
+GLANCE_SECONDS = 0.005
+"""Between two looks at whether a file was replaced, for stores that can tell: a new version begins a batch."""
 
 
 class VersionWatch:
@@ -38,13 +40,21 @@ class VersionWatch:
     async def watch(self) -> None:
         """Keep looking. Never returns."""
         while True:
+            marks = {role: self._store.mark(role) for role in self._newest}  # before the look: none is missed
             for role in self._newest:
                 manifest = await asyncio.to_thread(self._store.latest, role)
                 if manifest is not None and manifest.version > self._newest[role]:
                     self._newest[role] = manifest.version
                     async with self._changed:
                         self._changed.notify_all()
-            await asyncio.sleep(self._poll_seconds)
+            await self._pause(marks)
+
+    async def _pause(self, marks: Mapping[str, object]) -> None:
+        """Until something is published where the store can tell, and for ``poll_seconds`` at most."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._poll_seconds
+        while loop.time() < until and all(self._store.mark(role) == mark for role, mark in marks.items()):
+            await asyncio.sleep(GLANCE_SECONDS)
 
     async def wait(self, role: str, version: int, timeout_seconds: float | None = None) -> int:
         """The newest version of ``role`` once it is at least ``version``.

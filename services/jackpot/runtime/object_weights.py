@@ -99,6 +99,10 @@ class ObjectWeightStore(WeightStore):
         self._is_out = False
         return self._known[role]
 
+    def mark(self, role: str) -> object:
+        """See :meth:`WeightStore.mark`; a bucket cannot tell for less than a look costs."""
+        return None
+
     def manifest(self, role: str, version: int) -> WeightManifest:
         """As :meth:`WeightStore.manifest`."""
         return self._manifest(self._objects, role, version)

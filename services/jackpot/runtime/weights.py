@@ -87,6 +87,15 @@ class WeightStore:
                 version = newer
         return None
 
+    def mark(self, role: str) -> object:
+        """What is another after each publication, without a look at the version: a hundred times cheaper than
+        :meth:`latest`. A store that cannot tell gives always the same."""
+        try:
+            found = (self._root / role / LATEST).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
     def manifest(self, role: str, version: int) -> WeightManifest:
         """What a version consists of, its files not yet verified.
 
