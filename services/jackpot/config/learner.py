@@ -68,9 +68,10 @@ class LearnerConfig(Section):
     """torch.compile each block: faster steps on GPUs, after a first step that takes minutes. Needs a compiler: g++ on
     CPUs, gcc on GPUs."""
     packing: Literal["auto", "always", "never"] = "auto"
-    """Lay sequences one after the other instead of padding them to rows of similar length. ``auto`` does where
-    attention takes lengths as they are (flash attention: bfloat16 on a GPU); elsewhere the mask that keeps them apart
-    costs memory and time with the square of ``max_batch_tokens``, and rows are cheaper."""
+    """How sequences are laid out. ``auto``: one after the other where attention takes lengths as they are (flash
+    attention: bfloat16 on a GPU); elsewhere rows of similar length, in which completions of one prompt share it where
+    that is less work. ``always``: one after the other, with a mask where it has to be, which costs memory and time with
+    the square of ``max_batch_tokens``. ``never``: a row for every sequence. The result is the same, up to rounding."""
     max_batch_tokens: PositiveInt = 16384
     """Tokens in one forward and backward pass of one process; larger batches accumulate gradients. The split changes
     nothing: losses are divided by what the whole batch holds."""

@@ -58,6 +58,9 @@ class ScorerConfig(Section):
     """Positions per slice of the vocabulary pass. 128 keeps [chunk, vocabulary] small at the same speed."""
     max_batch_tokens: PositiveInt = 16384
     """Tokens (prompt and completion) in one forward pass."""
+    packing: Literal["auto", "never"] = "auto"
+    """``auto`` lets completions of one prompt share a row that holds it once, where that is less work: prompts about as
+    long as completions, or longer. ``never`` gives each a row of its own. The scores are the same, up to rounding."""
     max_groups_per_batch: PositiveInt = 16
     """Groups taken from the bus at once."""
     reuse_reference: bool = False

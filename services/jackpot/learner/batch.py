@@ -13,6 +13,8 @@ from torch import Tensor
 
 from jackpot.algorithm.advantage import estimate_advantages
 from jackpot.config import AdvantageConfig
+from jackpot.runtime.batching import Siblings
+from jackpot.runtime.ranks.partition import MicroRows
 from jackpot.trajectory import EXACT_KL, ScoredGroup, TokenScores
 
 
@@ -83,10 +85,20 @@ class Batch:
         """Positions in the flat arrays of the given sequences' tokens, in the order given; int64."""
         return torch.cat([torch.arange(self.sequences[row].start, self.sequences[row].end) for row in rows])
 
-    def inputs(self, rows: Sequence[int]) -> tuple[list[NDArray[np.int64]], list[int]]:
-        """Model inputs of the given sequences, [P + T] each, and their prompt lengths P."""
-        chosen = [self.sequences[row] for row in rows]
-        return [sequence.input_ids for sequence in chosen], [sequence.prompt_length for sequence in chosen]
+    def inputs(self, one: MicroRows) -> tuple[list[NDArray[np.int64]], list[int], Sequence[int] | None]:
+        """Model inputs of a pass's sequences, [P + T] each, their prompt lengths P, and how many lie in each row."""
+        chosen = [self.sequences[row] for row in one.rows]
+        return (
+            [sequence.input_ids for sequence in chosen],
+            [sequence.prompt_length for sequence in chosen],
+            one.per_row,
+        )
+
+    def siblings(self, attention_tokens: float) -> Siblings:
+        """Which sequences have one prompt: those of a group. Argument as :class:`Siblings`."""
+        sizes = np.diff([*self.group_starts, len(self.sequences)])
+        prompts = np.repeat(np.arange(len(sizes)), sizes)
+        return Siblings(prompts.tolist(), [sequence.prompt_length for sequence in self.sequences], attention_tokens)
 
     def split(self, parts: int) -> list[Batch]:
         """Split into ``parts`` batches of equally many groups (one per optimizer step)."""

@@ -3,7 +3,7 @@ L = L_ppo_obrs(θ) + L_ppo(ω) + λ_distill · L_distill(ω) (paper §4.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from jackpot.learner.step_metrics import StepMeter
 from jackpot.learner.token_weights import TokenWeights
 from jackpot.runtime.forward import CompletionStates
 from jackpot.runtime.models import output_head
+from jackpot.runtime.ranks.partition import MicroRows
 from jackpot.runtime.ranks.sharding import release
 from jackpot.trajectory import Role
 
@@ -30,7 +31,7 @@ class MicroBatch:
     """Sequences that go through a model together, and what the loss takes of their N tokens."""
 
     batch: Batch
-    rows: Sequence[int]
+    rows: MicroRows
     """Which sequences of the batch."""
     tokens: TokenArrays
     """On the models' device."""

@@ -1,9 +1,12 @@
-"""Whether a learner's passes are rows of similar length or one packed row, and the check that a model can be packed."""
+"""How a learner's passes are laid out: rows of similar length, in which siblings may share a prompt, or one packed row;
+and the check that a model can be packed."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from jackpot.config import LearnerConfig
 from jackpot.errors import ConfigError
 from jackpot.runtime.forward import CompletionStates, completion_hidden, packed_completion_hidden
 from jackpot.runtime.ranks.group import SOLO, Ranks
+from jackpot.runtime.shared_prompts import attention_tokens
 
 LOG = logging.getLogger(__name__)
 
@@ -21,10 +25,22 @@ LOG = logging.getLogger(__name__)
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-def states_of(
+@dataclass(frozen=True, slots=True)
+class PassLayout:
+    """How a learner lays out the sequences of a pass."""
+
+    states: CompletionStates
+    """Makes hidden states of them."""
+    packed: bool = False
+    """In one row without padding; else in rows of similar length."""
+    attention_tokens: float | None = None
+    """κ of :class:`jackpot.runtime.batching.Siblings`; None where every sequence has a row of its own."""
+
+
+def layout_of(
     config: LearnerConfig, models: Sequence[tuple[PreTrainedModel, str]], device: torch.device, ranks: Ranks = SOLO
-) -> tuple[bool, CompletionStates]:
-    """Whether passes are packed, and the function that makes hidden states of them; a collective.
+) -> PassLayout:
+    """What the job's ``packing`` comes to with these models; a collective.
 
     Args:
         config: the job's ``packing``.
@@ -37,8 +53,10 @@ def states_of(
     """
     half = all(dtype == "bfloat16" for _, dtype in models)  # flash attention knows nothing wider
     varlen = half and device.type == "cuda" and is_flash_attn_2_available()
-    if config.packing == "never" or (config.packing == "auto" and not varlen):
-        return False, completion_hidden
+    if config.packing == "never":
+        return PassLayout(completion_hidden)
+    if config.packing == "auto" and not varlen:
+        return PassLayout(completion_hidden, attention_tokens=_attention_tokens([model for model, _ in models], ranks))
     for model, _ in models:
         if varlen:
             model.set_attn_implementation("flash_attention_2")
@@ -50,7 +68,16 @@ def states_of(
                 "Set it to never.",
             )
     LOG.info("sequences are packed", extra={"attention": "flash" if varlen else "block-diagonal mask"})
-    return True, packed_completion_hidden
+    return PassLayout(packed_completion_hidden, packed=True)
+
+
+def _attention_tokens(models: Sequence[PreTrainedModel], ranks: Ranks) -> float | None:
+    """Rows are the same for all models: κ of the first, the policy; None if one of them cannot share prompts."""
+    found: list[float | None] = []
+    if ranks.rank == 0:
+        found = [attention_tokens(model) for model in models]
+    told = json.loads(ranks.broadcast(json.dumps(None if None in found else found[:1]).encode()))
+    return float(told[0]) if told else None
 
 
 @torch.no_grad()

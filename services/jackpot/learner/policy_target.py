@@ -84,7 +84,7 @@ def scored_tokens(
     found = torch.zeros(4, batch.num_tokens)
     for one in passes:
         index = batch.token_index(one.rows)
-        hidden = how.states(policy, *batch.inputs(one.rows))
+        hidden = how.states(policy, *batch.inputs(one))
         scores, candidates = _score(policy, hidden, batch, tokens.select(index), correction.top_k, chunk_tokens)
         if one.counted:
             estimate = estimate_normalizer(correction.normalizer, candidates, obrs_lambda)

@@ -44,11 +44,11 @@ def own_reference(
     how: ScoringPass,
 ) -> OwnReference:
     """Score a batch with the policy as it stands before the step. Arguments as :func:`scored_tokens`."""
-    only = how.states(policy, *batch.inputs(passes[0].rows)) if len(passes) == 1 else None
+    only = how.states(policy, *batch.inputs(passes[0])) if len(passes) == 1 else None
     if only is not None:
         detached = only.detach()
         # Gathered parameters stay: the graph of the pass and the losses still need them.
-        how = replace(how, states=lambda _model, _ids, _lengths: detached, releases=False)
+        how = replace(how, states=lambda *_: detached, releases=False)
     if isinstance(correction, JackpotCorrection):
         tokens = scored_tokens(policy, batch, passes, correction, obrs_lambda, job_seed, chunk_tokens, how)
         weights = obrs_weights(tokens, correction, reference_logprobs=None, ranks=how.ranks)
@@ -66,7 +66,7 @@ def _sampled_logprobs(
     logprobs = torch.zeros(batch.num_tokens)
     for one in passes:
         index = batch.token_index(one.rows)
-        hidden = how.states(policy, *batch.inputs(one.rows))
+        hidden = how.states(policy, *batch.inputs(one))
         ids = batch.tokens.token_ids[index].to(hidden.device)
         scores = token_logprobs(
             hidden, output_head(policy), ids, temperature=batch.temperature, chunk_tokens=chunk_tokens

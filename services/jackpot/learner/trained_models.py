@@ -15,7 +15,7 @@ from jackpot.learner.checkpoint import CheckpointStore, PendingCheckpoint, Progr
 from jackpot.learner.checkpoint_tensors import Learnable
 from jackpot.learner.controls import Controls
 from jackpot.learner.optimizer import build_optimizer
-from jackpot.learner.packing import states_of
+from jackpot.learner.packing import layout_of
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.runtime.ranks.sharding import DTYPES, shard, whole_tensors
 from jackpot.trajectory import Role
@@ -60,7 +60,8 @@ class TrainedModels:
             model.requires_grad_(role in self._peak_lr)
         self._dtypes: dict[Role, str] = {"policy": job.policy.dtype, "actor": job.rollout_model.dtype}
         learning = [(self.models[role], self._dtypes[role]) for role in self._peak_lr]
-        self._packed, self._states = states_of(job.learner, learning, self.device, ranks)
+        self._layout = layout_of(job.learner, learning, self.device, ranks)
+        self._states = self._layout.states
         self._prepare(learning)
         self.learnables: dict[Role, Learnable] = {
             role: Learnable(self.models[role], build_optimizer(self.models[role], lr, job.learner))

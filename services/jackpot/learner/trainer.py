@@ -87,7 +87,7 @@ class Trainer(TrainedModels):
         for one in self._passes(batch):
             index = batch.token_index(one.rows)
             with torch.no_grad():
-                hidden = self._states(self.models["actor"], *batch.inputs(one.rows))
+                hidden = self._states(self.models["actor"], *batch.inputs(one))
                 ids = batch.tokens.token_ids[index].to(self.device)
                 scores = token_logprobs(hidden, output_head(self.models["actor"]), ids, temperature=batch.temperature)
             logprobs[index] = scores.logprobs.float().cpu()
@@ -130,7 +130,7 @@ class Trainer(TrainedModels):
             index = batch.token_index(one.rows)
             micro = MicroBatch(
                 batch,
-                one.rows,
+                one,
                 batch.tokens.select(index).to(self.device),
                 weights.select(index),
                 shares[index],
@@ -139,7 +139,7 @@ class Trainer(TrainedModels):
             )
             hidden = hidden_of_only_pass
             if hidden is None:
-                hidden = self._states(self.models["policy"], *batch.inputs(one.rows))
+                hidden = self._states(self.models["policy"], *batch.inputs(one))
             loss = self._loss.policy(hidden, micro, meter)
             if self._actor_learns:
                 loss = loss + self._loss.actor(hidden, micro, meter)
@@ -219,11 +219,13 @@ class Trainer(TrainedModels):
 
     def _passes(self, batch: Batch) -> list[MicroRows]:
         lengths = [len(sequence.input_ids) for sequence in batch.sequences]
+        attention_tokens = self._layout.attention_tokens
         return plan_passes(
             lengths,
             self._job.learner.max_batch_tokens,
             group_starts=batch.group_starts,
             rank=self._ranks.rank,
             size=self._ranks.size,
-            packed=self._packed,
+            packed=self._layout.packed,
+            siblings=None if attention_tokens is None else batch.siblings(attention_tokens),
         )

@@ -1,14 +1,103 @@
-"""Which sequences go through a model together: little padding, bounded memory. numpy only."""
+"""Which sequences go through a model together, and in which rows: no prompt twice where once is less work, little
+padding, bounded memory. numpy only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 # What one more pass through the model costs, as tokens: kernels are launched and weights read for it however few
 # tokens it carries. Splitting a batch pays only where it saves more padding than that.
 PASS_OVERHEAD_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Siblings:
+    """Which sequences begin with the same prompt, so that a row can hold it once for several of them."""
+
+    prompts: Sequence[int]
+    """Of each sequence, the number of its prompt. Siblings stand next to each other."""
+    prompt_lengths: Sequence[int]
+    """Tokens of each sequence's prompt."""
+    attention_tokens: float
+    """How many tokens a token may attend to before that costs as much as everything else done with it."""
+
+    def select(self, sequences: Sequence[int]) -> Siblings:
+        """The same of some of the sequences."""
+        return Siblings(
+            [self.prompts[index] for index in sequences],
+            [self.prompt_lengths[index] for index in sequences],
+            self.attention_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPass:
+    """Sequences that go through a model together, in rows of about the same length."""
+
+    sequences: tuple[int, ...]
+    per_row: tuple[int, ...]
+    """How many of the sequences, one after the other, lie in each row, behind their one prompt."""
+
+
+def plan_rows(lengths: Sequence[int], max_batch_tokens: int, siblings: Siblings | None = None) -> list[ModelPass]:
+    """The passes of sequences through a model: in rows of their own, or with siblings where that is less work.
+
+    Args:
+        lengths: tokens of each sequence, prompt and completion.
+        max_batch_tokens: upper bound of a pass, padding included. A sequence longer than this is a pass of its own.
+        siblings: who may share a row; None is nobody.
+    """
+    rows = [[index] for index in range(len(lengths))]
+    tokens = list(lengths)
+    if siblings is not None:
+        rows = shared_rows(lengths, siblings, max_batch_tokens)
+        prompts = siblings.prompt_lengths
+        tokens = [sum(lengths[index] for index in row) - (len(row) - 1) * prompts[row[0]] for row in rows]
+    return [
+        ModelPass(tuple(index for row in bucket for index in rows[row]), tuple(len(rows[row]) for row in bucket))
+        for bucket in length_buckets(tokens, max_batch_tokens)
+    ]
+
+
+def shared_rows(lengths: Sequence[int], siblings: Siblings, max_row_tokens: int) -> list[list[int]]:
+    """Sequences in rows: of each prompt's the even split that is the least work.
+
+    A sequence of S tokens alone costs S + S²/2κ, its attention being causal; siblings in a row of L tokens, the prompt
+    once, cost L + L²/κ, since what keeps them apart is a mask over the whole row. κ is ``attention_tokens``. So prompts
+    that are short against completions are not shared.
+
+    Args:
+        lengths: tokens of each sequence.
+        siblings: whose prompts are the same.
+        max_row_tokens: a shared row has no more.
+    """
+    bounds = [0, *(i for i in range(1, len(lengths)) if siblings.prompts[i] != siblings.prompts[i - 1]), len(lengths)]
+    rows: list[list[int]] = []
+    for first, last in pairwise(bounds):
+        if last > first:
+            own = [length - siblings.prompt_lengths[first] for length in lengths[first:last]]
+            cuts = _cheapest_split(own, siblings.prompt_lengths[first], siblings.attention_tokens, max_row_tokens)
+            rows += [list(range(first + start, first + end)) for start, end in pairwise(cuts)]
+    return rows
+
+
+def _cheapest_split(own: Sequence[int], prompt: int, attention_tokens: float, max_row_tokens: int) -> list[int]:
+    """Where rows begin and end, of completions of these lengths behind one prompt."""
+    ends = np.concatenate([[0], np.cumsum(own)])
+    best = list(range(len(own) + 1))
+    alone = prompt + np.asarray(own)
+    best_cost = float((alone + alone**2 / (2 * attention_tokens)).sum())
+    for num_rows in range(1, len(own)):
+        cuts = np.linspace(0, len(own), num_rows + 1).round().astype(np.int64)
+        tokens = prompt + np.diff(ends[cuts])
+        cost = float((tokens + tokens**2 / attention_tokens).sum())
+        if cost < best_cost and tokens.max() <= max_row_tokens:
+            best, best_cost = cuts.tolist(), cost
+    return best
 
 
 def length_buckets(

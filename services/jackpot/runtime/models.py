@@ -115,7 +115,8 @@ def hidden_states(
     Args:
         model: a model of :func:`load_causal_lm`.
         input_ids: ``[B, L]``.
-        attention_mask: ``[B, L]``, 1 at real tokens; required for rows that are padded on the left.
+        attention_mask: ``[B, L]``, 1 at real tokens; required for rows that are padded on the left. Or bool
+            ``[B, 1, L, L]``: which tokens each token sees, with SDPA.
         position_ids: ``[B, L]``; None counts each row from 0.
     """
     forward = getattr(model, SHARDED_FORWARD, model.base_model)

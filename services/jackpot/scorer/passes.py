@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.algorithm.vocabulary import token_logprobs
-from jackpot.runtime.batching import length_buckets
+from jackpot.runtime.batching import ModelPass, Siblings, plan_rows
 from jackpot.runtime.forward import completion_hidden
 from jackpot.runtime.models import output_head
 from jackpot.scorer.tokens import Run
@@ -19,11 +19,19 @@ from jackpot.scorer.tokens import Run
 
 @dataclass(frozen=True, slots=True)
 class PassSettings:
-    """How many tokens a forward pass and a slice of the vocabulary pass may have, and the sampling temperature."""
+    """How passes are laid out, and the sampling temperature."""
 
     max_batch_tokens: int
+    """Of a forward pass."""
     chunk_tokens: int
+    """Of a slice of the vocabulary pass."""
     temperature: float
+    attention_tokens: float | None = None
+    """κ of :class:`jackpot.runtime.batching.Siblings`; None: every run has a row of its own."""
+
+    def apart(self) -> PassSettings:
+        """The same, but every run in a row of its own: for the actor, of which κ is not asked."""
+        return replace(self, attention_tokens=None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +45,7 @@ class LookedUp:
 
 def num_passes(runs: Sequence[Run], settings: PassSettings) -> int:
     """How many forward passes the runs take."""
-    return len(_buckets(runs, settings))
+    return len(_passes(runs, settings))
 
 
 def hidden_by_pass(
@@ -55,12 +63,12 @@ def hidden_by_pass(
     Yields:
         (where, hidden): the tokens' places among the N, [n] int64, and their hidden states, [n, H].
     """
-    buckets = _buckets(runs, settings)
-    for bucket in buckets:
-        rows = [runs[place] for place in bucket]
-        hidden = completion_hidden(model, [run.input_ids() for run in rows], [run.num_known for run in rows])
-        yield torch.cat([run.places() for run in rows]).to(model.device), hidden
-    for _ in range(least_passes - len(buckets)):
+    passes = _passes(runs, settings)
+    for one in passes:
+        own = [runs[place] for place in one.sequences]
+        hidden = completion_hidden(model, [run.input_ids() for run in own], [run.num_known for run in own], one.per_row)
+        yield torch.cat([run.places() for run in own]).to(model.device), hidden
+    for _ in range(least_passes - len(passes)):
         completion_hidden(model, [_FILLER], [1])
 
 
@@ -111,8 +119,20 @@ def look_up(
     return found
 
 
-def _buckets(runs: Sequence[Run], settings: PassSettings) -> list[list[int]]:
-    return length_buckets([run.num_inputs for run in runs], settings.max_batch_tokens) if runs else []
+def _passes(runs: Sequence[Run], settings: PassSettings) -> list[ModelPass]:
+    """Runs of one prompt may share a row if they begin with the completion: what each knows is then the prompt."""
+    if not runs:
+        return []
+    siblings = None
+    if settings.attention_tokens is not None and all(run.start == 0 for run in runs):
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(_prompt, runs)))}
+        prompts = [numbers[_prompt(run)] for run in runs]
+        siblings = Siblings(prompts, [run.num_known for run in runs], settings.attention_tokens)
+    return plan_rows([run.num_inputs for run in runs], settings.max_batch_tokens, siblings)
+
+
+def _prompt(run: Run) -> bytes:
+    return run.prompt_token_ids.tobytes()
 
 
 _FILLER = np.zeros(2, dtype=np.int64)  # a prompt and a completion of one token each

@@ -20,6 +20,7 @@ from jackpot.errors import ScoringError
 from jackpot.runtime.models import output_head
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.runtime.ranks.sharding import release
+from jackpot.runtime.shared_prompts import attention_tokens
 from jackpot.scorer.passes import LookedUp, PassSettings, flat_hidden, hidden_by_pass, look_up
 from jackpot.scorer.shares import Share, own_share
 from jackpot.scorer.tokens import FlatTokens, Run, by_version, check_group, flatten, lay_out
@@ -95,6 +96,8 @@ class GroupScorer:
         self._target = target
         self._actors = actors
         self._ranks = ranks
+        self._attention_tokens = attention_tokens(target.model) if job.scorer.packing == "auto" else None
+        release(target.model)
 
     def check(self, groups: Sequence[Group]) -> None:
         """Refuse what cannot be scored before anything is computed. Errors as :meth:`score_groups`."""
@@ -149,7 +152,8 @@ class GroupScorer:
     def _score(
         self, members: Sequence[tuple[Group, Trajectory]], temperature: float, obrs_lambda: float
     ) -> list[_Found]:
-        settings = PassSettings(self._job.scorer.max_batch_tokens, self._job.scorer.chunk_tokens, temperature)
+        scorer = self._job.scorer
+        settings = PassSettings(scorer.max_batch_tokens, scorer.chunk_tokens, temperature, self._attention_tokens)
         share = own_share(members, settings, self._ranks)
         runs = lay_out(members)
         # Each token is scored on one rank and 0 on the others, so that a sum over ranks puts the call together.
@@ -194,7 +198,7 @@ class GroupScorer:
         list(hidden_by_pass(self._target.model, [], settings, share.policy_passes))
         if self._actors is not None:
             for version, passes in share.actor_passes.items():
-                list(hidden_by_pass(self._actors.at(version), [], settings, passes))
+                list(hidden_by_pass(self._actors.at(version), [], settings.apart(), passes))
 
     def _candidates(self, tokens: FlatTokens, target: LookedUp, share: Share, settings: PassSettings) -> Candidates:
         """The actor's returned top-k and the target's own; with the actor's forward, p_inf is exact on both."""
@@ -206,7 +210,7 @@ class GroupScorer:
             for version, passes in share.actor_passes.items():
                 actor = self._actors.at(version)
                 # Runs do not overlap, and what lies outside of them is zero.
-                exact += look_up(actor, runs.get(version, []), union, settings, least_passes=passes).logprobs
+                exact += look_up(actor, runs.get(version, []), union, settings.apart(), least_passes=passes).logprobs
             actor_logprobs, actor_logprobs_on_target = exact.tensor_split([tokens.topk_ids.shape[1]], dim=1)
         return Candidates(
             actor_ids=tokens.topk_ids,
@@ -233,7 +237,7 @@ class GroupScorer:
         runs = by_version(tokens.runs)
         for version, passes in share.actor_passes.items():
             actor = self._actors.at(version)
-            for where, actor_hidden in hidden_by_pass(actor, runs.get(version, []), settings, passes):
+            for where, actor_hidden in hidden_by_pass(actor, runs.get(version, []), settings.apart(), passes):
                 policy_rows = iterate_logprobs(
                     hidden[where], head, temperature=settings.temperature, chunk_tokens=chunk
                 )

@@ -48,5 +48,5 @@ def own_share(members: Sequence[tuple[Group, Trajectory]], settings: PassSetting
 
 
 def _passes(runs: Sequence[Run], settings: PassSettings) -> tuple[int, dict[int, int]]:
-    by_actor = {version: num_passes(own, settings) for version, own in by_version(runs).items()}
+    by_actor = {version: num_passes(own, settings.apart()) for version, own in by_version(runs).items()}
     return num_passes(runs, settings), by_actor

@@ -28,12 +28,13 @@ def test_packed_states_are_those_of_padded_rows(make_model: Any, architecture: s
     assert packing.packs_exactly(model)
 
 
-def test_a_packed_step_is_the_padded_step_however_it_is_split(
+def test_a_step_is_the_same_however_it_is_laid_out_and_split(
     make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
 ) -> None:
     groups = make_groups(make_job(), with_topk=True)
     found = []
-    for overrides in ([], ["learner.packing=always"], ["learner.packing=always", "learner.max_batch_tokens=25"]):
+    never, always, small = "learner.packing=never", "learner.packing=always", "learner.max_batch_tokens=25"
+    for overrides in ([never], [always], [always, small], [], [small]):
         job = make_job("algorithm.correction={target: policy}", *overrides)
         trainer = make_trainer(job)
         row = trainer.train_batch(build_batch(groups, job.algorithm.advantage), 0)[0]
@@ -54,7 +55,25 @@ def test_a_model_that_lets_packed_sequences_see_each_other_is_refused(
     # As an architecture that counts positions by itself would.
     model.base_model.forward = lambda **given: trunk(**{**given, "position_ids": None})
     with pytest.raises(ConfigError, match=r"learner\.packing = 'always'.*see each other.*Set it to never"):
-        packing.states_of(job.learner, [(model, "float32")], torch.device("cpu"))
+        packing.layout_of(job.learner, [(model, "float32")], torch.device("cpu"))
+
+
+def test_siblings_share_rows_where_both_models_can(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    job = make_job()
+    batch = build_batch(make_groups(job), job.algorithm.advantage)
+    trainer = make_trainer(job)
+    per_row = [one.per_row for one in trainer._passes(batch)]
+    assert [sum(sizes) for sizes in per_row] == [len(batch.sequences)]
+    assert max(per_row[0]) > 1
+    assert {size for one in make_trainer(make_job("learner.packing=never"))._passes(batch) for size in one.per_row} == {
+        1
+    }
+    policy, actor = (load_causal_lm(job.policy.model, "float32", "cpu") for _ in range(2))
+    actor.set_attn_implementation("eager")
+    models = [(policy, "float32"), (actor, "float32")]
+    assert packing.layout_of(job.learner, models, torch.device("cpu")).attention_tokens is None
 
 
 @pytest.mark.gpu
@@ -65,8 +84,6 @@ def test_flash_attention_packs_as_padded_rows_do(make_model: Any, make_job: Make
     random = np.random.default_rng(0)
     sequences = [random.integers(3, 40, length) for length in (2, 9, 4, 30)]
     padded = completion_hidden(model, sequences, [1, 5, 3, 10]).float()
-    packed, states = packing.states_of(
-        make_job("learner.packing=auto").learner, [(model, "bfloat16")], torch.device("cuda")
-    )
-    assert packed
-    torch.testing.assert_close(states(model, sequences, [1, 5, 3, 10]).float(), padded, rtol=0.05, atol=0.05)
+    layout = packing.layout_of(make_job("learner.packing=auto").learner, [(model, "bfloat16")], torch.device("cuda"))
+    assert layout.packed
+    torch.testing.assert_close(layout.states(model, sequences, [1, 5, 3, 10]).float(), padded, rtol=0.05, atol=0.05)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jackpot.runtime.batching import PASS_OVERHEAD_TOKENS, length_buckets
+from jackpot.runtime.batching import PASS_OVERHEAD_TOKENS, Siblings, length_buckets, plan_rows, shared_rows
 
 LENGTHS = st.lists(st.integers(min_value=1, max_value=400), max_size=40)
 
@@ -66,3 +66,57 @@ def test_padding_is_small_on_lengths_as_they_occur(seed: int) -> None:
     buckets = length_buckets(lengths.tolist(), 16384)
     total = sum(padded(lengths.tolist(), bucket) for bucket in buckets)
     assert lengths.sum() / total > 0.85
+
+
+def siblings_of(groups: list[tuple[int, list[int]]], attention_tokens: float = 400.0) -> tuple[list[int], Siblings]:
+    """Lengths and siblings of groups: tokens of the prompt, and of each completion."""
+    lengths = [prompt + own for prompt, completions in groups for own in completions]
+    numbers = [number for number, (_, completions) in enumerate(groups) for _ in completions]
+    prompts = [prompt for prompt, completions in groups for _ in completions]
+    return lengths, Siblings(numbers, prompts, attention_tokens)
+
+
+def row_cost(row: list[int], lengths: list[int], siblings: Siblings) -> float:
+    prompt = siblings.prompt_lengths[row[0]]
+    tokens = prompt + sum(lengths[index] - prompt for index in row)
+    return tokens + tokens**2 / siblings.attention_tokens / (2 if len(row) == 1 else 1)
+
+
+GROUPS = st.lists(
+    st.tuples(st.integers(1, 60), st.lists(st.integers(1, 60), min_size=1, max_size=6)), min_size=1, max_size=6
+)
+
+
+@given(groups=GROUPS, limit=st.integers(1, 500))
+def test_only_siblings_share_a_row_and_never_for_more_work(groups: list[tuple[int, list[int]]], limit: int) -> None:
+    lengths, siblings = siblings_of(groups)
+    rows = shared_rows(lengths, siblings, limit)
+    assert [index for row in rows for index in row] == list(range(len(lengths)))
+    assert all(len({siblings.prompts[index] for index in row}) == 1 for row in rows)
+    alone = sum(row_cost([index], lengths, siblings) for index in range(len(lengths)))
+    assert sum(row_cost(row, lengths, siblings) for row in rows) <= alone * (1 + 1e-9)
+    for row in (row for row in rows if len(row) > 1):
+        prompt = siblings.prompt_lengths[row[0]]
+        assert prompt + sum(lengths[index] - prompt for index in row) <= limit
+
+
+@pytest.mark.parametrize(
+    ("prompt", "own", "per_row"),
+    [
+        (14, 12, [8]),  # 110 + 110²/400 = 140 against 8 · (26 + 26²/800) = 215
+        (14, 64, [1] * 8),
+        (64, 64, [3, 2, 3]),  # 1124; four pairs 1137, eight alone 1188, one row of eight 1405
+        (256, 8, [8]),
+    ],
+)
+def test_long_completions_stand_alone_and_short_ones_together(prompt: int, own: int, per_row: list[int]) -> None:
+    lengths, siblings = siblings_of([(prompt, [own] * 8)])
+    assert [len(row) for row in shared_rows(lengths, siblings, 8192)] == per_row
+
+
+def test_passes_of_shared_rows_are_bounded_and_keep_siblings_together() -> None:
+    lengths, siblings = siblings_of([(14, [12] * 8)] * 5)
+    passes = plan_rows(lengths, 250, siblings)
+    assert [one.per_row for one in passes] == [(8,), (8, 8), (8, 8)]
+    assert passes[1].sequences == tuple(range(8, 24))
+    assert [one.per_row for one in plan_rows(lengths, 250)] == [(1,) * 4] + [(1,) * 9] * 4

@@ -181,3 +181,22 @@ def test_an_actor_version_that_is_gone_is_named(world: World) -> None:
     span = replace(group.trajectories[0].version_spans[0], version=7)
     with pytest.raises(WeightMissingError, match="version 7 of the actor's weights"):
         scorer_for(world, jackpot("union_tail")).score_groups([broken(group, version_spans=(span,))])
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_completions_that_share_their_prompts_row_score_as_in_rows_of_their_own(world: World, normalizer: str) -> None:
+    groups = [sample_group(world, lengths=(3, 1, 4, 2), slot=slot) for slot in range(3)]
+    rows: dict[str, list[int]] = {}
+    scored = {}
+    for layout in ("auto", "never"):
+        scorer = scorer_for(world, jackpot(normalizer), packing=layout)
+        trunk = scorer._target.model.base_model
+        seen = rows.setdefault(layout, [])
+        hook = trunk.layers[0].register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].shape[0]))
+        scored[layout] = scorer.score_groups(groups)
+        hook.remove()
+    assert sum(rows["never"]) == 12 > sum(rows["auto"])
+    for group, one, other in zip(groups, scored["auto"], scored["never"], strict=True):
+        assert_expected(world, group, one, normalizer, obrs_lambda=1.3)
+        for mine, theirs in zip(one.scores, other.scores, strict=True):
+            np.testing.assert_allclose(mine.target_logprobs, theirs.target_logprobs, rtol=0, atol=2e-5)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from jackpot.runtime.batching import length_buckets
+from jackpot.runtime.batching import ModelPass, Siblings, plan_rows
 
 # Tokens of the rank that has most, over the mean, that whole groups may bring about: all ranks wait for that one.
 _TOLERATED_LOAD = 1.1
@@ -24,6 +24,8 @@ class MicroRows:
     """
 
     rows: tuple[int, ...]
+    per_row: tuple[int, ...] | None = None
+    """How many of them share each row of the model's input; None is one each."""
     counted: bool = True
 
 
@@ -35,6 +37,7 @@ def plan_passes(
     rank: int = 0,
     size: int = 1,
     packed: bool = False,
+    siblings: Siblings | None = None,
 ) -> list[MicroRows]:
     """The passes of one rank over a batch: as many on every rank, every sequence counted once.
 
@@ -45,13 +48,14 @@ def plan_passes(
         rank: whose passes.
         size: how many ranks.
         packed: sequences lie one after the other, without padding; else they are rows of similar length.
+        siblings: which sequences may share a row, where they are not packed.
     """
     shares = batch_shares(lengths, group_starts, size)
-    plans = [_passes(lengths, share, max_batch_tokens, packed) for share in shares]
+    plans = [_passes(lengths, share, max_batch_tokens, packed, siblings) for share in shares]
     own = plans[rank]
     missing = max(map(len, plans)) - len(own)
     filler = MicroRows((filler_row(lengths, shares[rank]),), counted=False)
-    return [MicroRows(tuple(rows)) for rows in own] + [filler] * missing
+    return [MicroRows(one.sequences, one.per_row) for one in own] + [filler] * missing
 
 
 def filler_row(lengths: Sequence[int], share: Sequence[int]) -> int:
@@ -114,9 +118,14 @@ def packed_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _passes(lengths: Sequence[int], share: Sequence[int], max_batch_tokens: int, packed: bool) -> list[list[int]]:
+def _passes(
+    lengths: Sequence[int], share: Sequence[int], max_batch_tokens: int, packed: bool, siblings: Siblings | None
+) -> list[ModelPass]:
     if not share:
         return []
     own = [lengths[row] for row in share]
-    groups = packed_bins(own, max_batch_tokens) if packed else length_buckets(own, max_batch_tokens)
-    return [[share[index] for index in group] for group in groups]
+    if packed:
+        passes = [ModelPass(tuple(rows), (1,) * len(rows)) for rows in packed_bins(own, max_batch_tokens)]
+    else:
+        passes = plan_rows(own, max_batch_tokens, None if siblings is None else siblings.select(share))
+    return [ModelPass(tuple(share[index] for index in one.sequences), one.per_row) for one in passes]
