@@ -59,14 +59,20 @@ def token_slices(num_tokens: int, vocabulary: int, chunk_tokens: int) -> Iterato
 def uses_triton(kernel: VocabularyKernel, *tensors: OutputHead | Tensor) -> bool:
     """Whether the fused GPU programs do a pass over these heads and hidden states.
 
-    ``auto``: where Triton is installed and everything is on a CUDA device in half precision. In float32, which tensor
-    cores cannot multiply exactly, slices through the library's matrix product are as fast.
+    ``auto``: where Triton is installed and everything is in half precision, with rows of whole 16 bytes, on a Hopper
+    GPU or a newer one. Older ones cannot fetch tiles by themselves, and tensor cores cannot multiply float32 exactly:
+    there slices through the library's matrix product are as fast.
     """
     if kernel != "auto":
         return kernel == "triton"
     plain = [part.weight if isinstance(part, OutputHead) else part for part in tensors]
-    half = (torch.bfloat16, torch.float16)
-    return _triton_installed() and all(tensor.is_cuda and tensor.dtype in half for tensor in plain)
+    return _triton_installed() and all(
+        tensor.is_cuda
+        and tensor.dtype in (torch.bfloat16, torch.float16)
+        and tensor.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+        for tensor in plain
+    )
 
 
 @cache

@@ -1,51 +1,58 @@
 """The Triton programs behind :mod:`jackpot.algorithm.vocabulary_triton`: tiles of logits that stay on the chip.
 
-Each program makes [BLOCK_T, BLOCK_V] logits at a time from hidden states and output layer, in float32, and reduces
-them before it makes the next: logits never reach memory, except as one tile's gradient in the backward pass.
+As many programs run as the GPU has processors. Each makes one tile of [BLOCK_T, BLOCK_V] logits after another from
+hidden states and output layer, in float32, and reduces it while the next tile's operands are already on their way:
+logits never reach memory, except as a block's gradient in the backward pass. Operands come through tensor descriptors,
+which newer GPUs read in hardware and older ones as pointers.
 """
 
 import triton
 import triton.language as tl
 
+# Rows of tiles that are worked on together, so that programs that run at the same time share operands in the cache.
+_ROWS_TOGETHER = tl.constexpr(8)
+# A logit beyond the vocabulary: nothing after exp, and still nothing times itself.
+_NOWHERE = tl.constexpr(-3.0e38)
+
 
 @triton.jit
-def _logits_tile(
-    hidden,
-    weight,
+def _place(tile, num_rows, num_columns):
+    """Row and column of a tile: up and down a few rows, column after column."""
+    per_band = _ROWS_TOGETHER * num_columns
+    first = tile // per_band * _ROWS_TOGETHER
+    rows = tl.minimum(num_rows - first, _ROWS_TOGETHER)
+    return first + tile % per_band % rows, tile % per_band // rows
+
+
+@triton.jit
+def _products(states, weight, row, column, width, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr):
+    """W h, [BLOCK_T, BLOCK_V], of a tile."""
+    products = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    for inner in range(tl.cdiv(width, BLOCK_H)):
+        left = states.load([row * BLOCK_T, inner * BLOCK_H])
+        right = weight.load([column * BLOCK_V, inner * BLOCK_H])
+        # "ieee" matters for float32 alone, which tensor cores would otherwise round to 10 bits.
+        products = tl.dot(left, right.T, products, input_precision="ieee")
+    return products
+
+
+@triton.jit
+def _logits(
+    products,
     bias,
-    rows,
     columns,
-    num_tokens,
-    vocabulary,
-    width,
+    num_columns,
     scale,
     softcap,
     inverse_temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
 ):
-    """Final logits [BLOCK_T, BLOCK_V], and d logits / d (W h + b) in the same shape."""
-    products = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    # 64-bit rows: vocabulary × width passes 2³¹ in the largest models.
-    hidden_rows = hidden + rows.to(tl.int64)[:, None] * width
-    weight_rows = weight + columns.to(tl.int64)[None, :] * width
-    for start in range(0, width, BLOCK_H):
-        inner = start + tl.arange(0, BLOCK_H)
-        left = tl.load(
-            hidden_rows + inner[None, :], mask=(rows < num_tokens)[:, None] & (inner < width)[None, :], other=0.0
-        )
-        right = tl.load(
-            weight_rows + inner[:, None], mask=(columns < vocabulary)[None, :] & (inner < width)[:, None], other=0.0
-        )
-        # "ieee" matters for float32 alone, which tensor cores would otherwise round to 10 bits.
-        products = tl.dot(left, right, products, input_precision="ieee")
+    """Final logits of products [rows, columns], and d logits / d (W h + b)."""
     if HAS_BIAS:
-        products += tl.load(bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)[None, :]
+        products += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
     products *= scale
-    slope = tl.full([BLOCK_T, BLOCK_V], 1.0, tl.float32) * (scale * inverse_temperature)
+    slope = scale * inverse_temperature
     if HAS_SOFTCAP:
         # tanh x = 2 σ(2x) − 1: every backend and the interpreter have σ.
         bent = 2.0 * tl.sigmoid(2.0 * products / softcap) - 1.0
@@ -56,18 +63,17 @@ def _logits_tile(
 
 @triton.jit
 def log_sum_kernel(
-    hidden,
+    states,
     weight,
     bias,
     greatest_out,
     total_out,
     weighted_out,
-    groups_out,
+    best_out,
+    second_out,
     num_tokens,
     vocabulary,
     width,
-    num_tiles,
-    tiles_per_split,
     scale,
     softcap,
     inverse_temperature,
@@ -76,60 +82,78 @@ def log_sum_kernel(
     WITH_ENTROPY: tl.constexpr,
     WITH_GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Online logsumexp over a split of the vocabulary: per token and split max z, Σ e^(z−max) and Σ e^(z−max)·z.
+    """Of every token and tile of the vocabulary max z, Σ e^(z−max) and Σ e^(z−max)·z, [tiles, T] each.
 
-    ``groups_out`` [T, num_tiles · BLOCK_V / GROUP] gets the greatest logit of every GROUP neighbours.
+    ``best_out`` and ``second_out`` [T, tiles · BLOCK_V / GROUP] get the two greatest logits of every GROUP neighbours;
+    the last bits of each are its place among them, so that no two are equal.
     """
-    # Tokens vary fastest, so that programs that run at the same time share a tile of the weight in the cache.
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    split = tl.program_id(1)
-    greatest = tl.full([BLOCK_T], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_T], tl.float32)
-    weighted = tl.zeros([BLOCK_T], tl.float32)
-    for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, num_tiles)):
-        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        logits, _ = _logits_tile(
-            hidden,
-            weight,
-            bias,
-            rows,
-            columns,
-            num_tokens,
-            vocabulary,
-            width,
-            scale,
-            softcap,
-            inverse_temperature,
-            HAS_BIAS,
-            HAS_SOFTCAP,
-            BLOCK_T,
-            BLOCK_V,
-            BLOCK_H,
+    num_rows, num_columns = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(vocabulary, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), num_rows * num_columns, PROGRAMS, flatten=True):
+        row, column = _place(tile, num_rows, num_columns)
+        products = _products(states, weight, row, column, width, BLOCK_T, BLOCK_V, BLOCK_H)
+        columns = column * BLOCK_V + tl.arange(0, BLOCK_V)
+        logits, _ = _logits(
+            products, bias, columns, vocabulary, scale, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP
         )
-        inside = (columns < vocabulary)[None, :]
-        logits = tl.where(inside, logits, float("-inf"))
-        higher = tl.maximum(greatest, tl.max(logits, 1))
-        shrink = tl.exp(greatest - higher)
-        exponentials = tl.exp(logits - higher[:, None])
-        total = total * shrink + tl.sum(exponentials, 1)
+        logits = tl.where((columns < vocabulary)[None, :], logits, _NOWHERE)
+        greatest = tl.max(logits, 1)
+        exponentials = tl.exp(logits - greatest[:, None])
+        rows = row * BLOCK_T + tl.arange(0, BLOCK_T)
+        known = rows < num_tokens
+        out = column.to(tl.int64) * num_tokens + rows
+        tl.store(greatest_out + out, greatest, mask=known)
+        tl.store(total_out + out, tl.sum(exponentials, 1), mask=known)
         if WITH_ENTROPY:
-            weighted = weighted * shrink + tl.sum(exponentials * tl.where(inside, logits, 0.0), 1)
-        greatest = higher
+            tl.store(weighted_out + out, tl.sum(exponentials * logits, 1), mask=known)
         if WITH_GROUPS:
             per_tile: tl.constexpr = BLOCK_V // GROUP
-            best = tl.max(tl.reshape(logits, [BLOCK_T, per_tile, GROUP]), 2)
-            places = tile * per_tile + tl.arange(0, per_tile)
-            group_rows = groups_out + rows.to(tl.int64)[:, None] * (num_tiles * per_tile)
-            tl.store(group_rows + places[None, :], best, mask=(rows < num_tokens)[:, None])
-    out = split * num_tokens + rows
-    tl.store(greatest_out + out, greatest, mask=rows < num_tokens)
-    tl.store(total_out + out, total, mask=rows < num_tokens)
-    if WITH_ENTROPY:
-        tl.store(weighted_out + out, weighted, mask=rows < num_tokens)
+            marked = (logits.to(tl.int32, bitcast=True) & -GROUP) | (columns % GROUP)[None, :]
+            groups = tl.reshape(marked.to(tl.float32, bitcast=True), [BLOCK_T, per_tile, GROUP])
+            best = tl.max(groups, 2)
+            second = tl.max(tl.where(groups == best[:, :, None], _NOWHERE, groups), 2)
+            places = rows.to(tl.int64)[:, None] * (num_columns * per_tile)
+            places += (column * per_tile + tl.arange(0, per_tile))[None, :]
+            tl.store(best_out + places, best, mask=known[:, None])
+            tl.store(second_out + places, second, mask=known[:, None])
+
+
+@triton.jit
+def _logits_at(
+    state,
+    weight,
+    bias,
+    chosen,
+    inside,
+    vocabulary,
+    width,
+    scale,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Final logits of one hidden state at ids [BLOCK_N]; −inf where they are not inside."""
+    products = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, width, BLOCK_H):
+        inner = start + tl.arange(0, BLOCK_H)
+        left = tl.load(state + inner, mask=inner < width, other=0.0).to(tl.float32)
+        right = tl.load(
+            weight + chosen.to(tl.int64)[:, None] * width + inner[None, :],
+            mask=inside[:, None] & (inner < width)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        products += tl.sum(right * left[None, :], 1)
+    logits, _ = _logits(
+        products[None, :], bias, chosen, vocabulary, scale, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP
+    )
+    return tl.where(inside, tl.reshape(logits, [BLOCK_N]), float("-inf"))
 
 
 @triton.jit
@@ -154,30 +178,78 @@ def chosen_logits_kernel(
     token = tl.program_id(0).to(tl.int64)
     places = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     chosen = tl.load(ids + token * num_ids + places, mask=places < num_ids, other=0)
-    # Ids beyond the vocabulary belong to the rim of the last tile; they are never the most probable.
-    inside = (places < num_ids) & (chosen < vocabulary)
-    products = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, width, BLOCK_H):
-        inner = start + tl.arange(0, BLOCK_H)
-        state = tl.load(hidden + token * width + inner, mask=inner < width, other=0.0).to(tl.float32)
-        rows = tl.load(
-            weight + chosen[:, None] * width + inner[None, :],
-            mask=inside[:, None] & (inner < width)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        products += tl.sum(rows * state[None, :], 1)
-    if HAS_BIAS:
-        products += tl.load(bias + chosen, mask=inside, other=0.0).to(tl.float32)
-    products *= scale
-    if HAS_SOFTCAP:
-        products = (2.0 * tl.sigmoid(2.0 * products / softcap) - 1.0) * softcap
-    logits = tl.where(inside, products * inverse_temperature, float("-inf"))
+    logits = _logits_at(
+        hidden + token * width,
+        weight,
+        bias,
+        chosen,
+        (places < num_ids) & (chosen < vocabulary),
+        vocabulary,
+        width,
+        scale,
+        softcap,
+        inverse_temperature,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        BLOCK_N,
+        BLOCK_H,
+    )
     tl.store(out + token * num_ids + places, logits, mask=places < num_ids)
 
 
 @triton.jit
-def logprob_gradient_kernel(
+def candidates_kernel(
     hidden,
+    weight,
+    bias,
+    groups,
+    best,
+    second,
+    out,
+    num_groups,
+    vocabulary,
+    width,
+    scale,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Logits [T, num_groups, GROUP] of the most probable groups, the best first: of all members where the second best
+    may be among the num_groups most probable tokens, too, and else of the best alone, the others being −inf."""
+    token = tl.program_id(0).to(tl.int64)
+    place = token * num_groups + tl.program_id(1)
+    members = tl.arange(0, GROUP)
+    if tl.load(second + place) <= tl.load(best + token * num_groups + num_groups - 1):
+        greatest = tl.load(best + place)
+        marked = greatest.to(tl.int32, bitcast=True) & (GROUP - 1)
+        tl.store(out + place * GROUP + members, tl.where(members == marked, greatest, float("-inf")))
+    else:
+        chosen = tl.load(groups + place) * GROUP + members
+        logits = _logits_at(
+            hidden + token * width,
+            weight,
+            bias,
+            chosen,
+            chosen < vocabulary,
+            vocabulary,
+            width,
+            scale,
+            softcap,
+            inverse_temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            GROUP,
+            BLOCK_H,
+        )
+        tl.store(out + place * GROUP + members, logits)
+
+
+@triton.jit
+def logprob_gradient_kernel(
+    states,
     weight,
     bias,
     ids,
@@ -188,7 +260,6 @@ def logprob_gradient_kernel(
     first_column,
     num_columns,
     num_tokens,
-    vocabulary,
     width,
     scale,
     softcap,
@@ -196,50 +267,40 @@ def logprob_gradient_kernel(
     NUM_IDS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Gradient of W h + b, [T, num_columns] from ``first_column`` on: (Σ_n g_n onehot(id_n) − p Σ g) · slope."""
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    local = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    columns = first_column + local
-    logits, slope = _logits_tile(
-        hidden,
-        weight,
-        bias,
-        rows,
-        columns,
-        num_tokens,
-        vocabulary,
-        width,
-        scale,
-        softcap,
-        inverse_temperature,
-        HAS_BIAS,
-        HAS_SOFTCAP,
-        BLOCK_T,
-        BLOCK_V,
-        BLOCK_H,
-    )
-    known = rows < num_tokens
-    log_sums = tl.load(log_sum + rows, mask=known, other=0.0)
-    result = -tl.load(gradient_sum + rows, mask=known, other=0.0)[:, None] * tl.exp(logits - log_sums[:, None])
-    for n in tl.static_range(NUM_IDS):
-        wanted = tl.load(ids + rows.to(tl.int64) * NUM_IDS + n, mask=known, other=-1)
-        amount = tl.load(gradient + rows.to(tl.int64) * NUM_IDS + n, mask=known, other=0.0)
-        result += tl.where(columns[None, :] == wanted[:, None], amount[:, None], 0.0)
-    result *= slope
-    places = rows.to(tl.int64)[:, None] * num_columns + local[None, :]
-    tl.store(out + places, result.to(out.dtype.element_ty), mask=known[:, None] & (local < num_columns)[None, :])
+    """Gradient of W h + b, [T, num_columns], for columns from ``first_column`` on: (Σ_n g_n onehot(id_n) − p Σ g) ·
+    slope. ``weight`` and ``bias`` are those of these columns."""
+    num_row_tiles, num_column_tiles = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_columns, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, PROGRAMS, flatten=True):
+        row, column = _place(tile, num_row_tiles, num_column_tiles)
+        products = _products(states, weight, row, column, width, BLOCK_T, BLOCK_V, BLOCK_H)
+        columns = column * BLOCK_V + tl.arange(0, BLOCK_V)
+        logits, slope = _logits(
+            products, bias, columns, num_columns, scale, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP
+        )
+        rows = row * BLOCK_T + tl.arange(0, BLOCK_T)
+        known = rows < num_tokens
+        log_sums = tl.load(log_sum + rows, mask=known, other=0.0)
+        result = -tl.load(gradient_sum + rows, mask=known, other=0.0)[:, None] * tl.exp(logits - log_sums[:, None])
+        for n in tl.static_range(NUM_IDS):
+            wanted = tl.load(ids + rows.to(tl.int64) * NUM_IDS + n, mask=known, other=-1) - first_column
+            amount = tl.load(gradient + rows.to(tl.int64) * NUM_IDS + n, mask=known, other=0.0)
+            result += tl.where(columns[None, :] == wanted[:, None], amount[:, None], 0.0)
+        result *= slope
+        places = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+        tl.store(out + places, result.to(out.dtype.element_ty), mask=known[:, None] & (columns < num_columns)[None, :])
 
 
 @triton.jit
 def forward_kl_kernel(
-    policy_hidden,
+    policy_states,
     policy_weight,
     policy_bias,
-    actor_hidden,
+    actor_states,
     actor_weight,
     actor_bias,
     policy_greatest_out,
@@ -251,8 +312,6 @@ def forward_kl_kernel(
     vocabulary,
     policy_width,
     actor_width,
-    num_tiles,
-    tiles_per_split,
     policy_scale,
     policy_softcap,
     actor_scale,
@@ -262,94 +321,71 @@ def forward_kl_kernel(
     POLICY_SOFTCAP: tl.constexpr,
     ACTOR_BIAS: tl.constexpr,
     ACTOR_SOFTCAP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    POLICY_H: tl.constexpr,
+    ACTOR_H: tl.constexpr,
 ):
-    """Both models' logsumexp and Σ e^(z_p − max z_p) (z_p − z_ω) over a split of the vocabulary, in one sweep."""
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    split = tl.program_id(1)
-    policy_greatest = tl.full([BLOCK_T], float("-inf"), tl.float32)
-    actor_greatest = tl.full([BLOCK_T], float("-inf"), tl.float32)
-    policy_total = tl.zeros([BLOCK_T], tl.float32)
-    actor_total = tl.zeros([BLOCK_T], tl.float32)
-    weighted = tl.zeros([BLOCK_T], tl.float32)
-    for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, num_tiles)):
-        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    """Of every token and tile of the vocabulary both models' max z and Σ e^(z−max), and Σ e^(z_p − max z_p)
+    (z_p − z_ω); [tiles, T] each."""
+    num_rows, num_columns = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(vocabulary, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), num_rows * num_columns, PROGRAMS):
+        row, column = _place(tile, num_rows, num_columns)
+        columns = column * BLOCK_V + tl.arange(0, BLOCK_V)
         inside = (columns < vocabulary)[None, :]
-        policy, _ = _logits_tile(
-            policy_hidden,
-            policy_weight,
+        policy, _ = _logits(
+            _products(policy_states, policy_weight, row, column, policy_width, BLOCK_T, BLOCK_V, POLICY_H),
             policy_bias,
-            rows,
             columns,
-            num_tokens,
             vocabulary,
-            policy_width,
             policy_scale,
             policy_softcap,
             inverse_temperature,
             POLICY_BIAS,
             POLICY_SOFTCAP,
-            BLOCK_T,
-            BLOCK_V,
-            BLOCK_H,
         )
-        actor, _ = _logits_tile(
-            actor_hidden,
-            actor_weight,
+        actor, _ = _logits(
+            _products(actor_states, actor_weight, row, column, actor_width, BLOCK_T, BLOCK_V, ACTOR_H),
             actor_bias,
-            rows,
             columns,
-            num_tokens,
             vocabulary,
-            actor_width,
             actor_scale,
             actor_softcap,
             inverse_temperature,
             ACTOR_BIAS,
             ACTOR_SOFTCAP,
-            BLOCK_T,
-            BLOCK_V,
-            BLOCK_H,
         )
         difference = tl.where(inside, policy - actor, 0.0)
-        policy = tl.where(inside, policy, float("-inf"))
-        actor = tl.where(inside, actor, float("-inf"))
-        higher = tl.maximum(policy_greatest, tl.max(policy, 1))
-        exponentials = tl.exp(policy - higher[:, None])
-        shrink = tl.exp(policy_greatest - higher)
-        policy_total = policy_total * shrink + tl.sum(exponentials, 1)
-        weighted = weighted * shrink + tl.sum(exponentials * difference, 1)
-        policy_greatest = higher
-        higher = tl.maximum(actor_greatest, tl.max(actor, 1))
-        actor_total = actor_total * tl.exp(actor_greatest - higher) + tl.sum(tl.exp(actor - higher[:, None]), 1)
-        actor_greatest = higher
-    out = split * num_tokens + rows
-    known = rows < num_tokens
-    tl.store(policy_greatest_out + out, policy_greatest, mask=known)
-    tl.store(policy_total_out + out, policy_total, mask=known)
-    tl.store(weighted_out + out, weighted, mask=known)
-    tl.store(actor_greatest_out + out, actor_greatest, mask=known)
-    tl.store(actor_total_out + out, actor_total, mask=known)
+        policy = tl.where(inside, policy, _NOWHERE)
+        actor = tl.where(inside, actor, _NOWHERE)
+        rows = row * BLOCK_T + tl.arange(0, BLOCK_T)
+        known = rows < num_tokens
+        out = column.to(tl.int64) * num_tokens + rows
+        greatest = tl.max(policy, 1)
+        exponentials = tl.exp(policy - greatest[:, None])
+        tl.store(policy_greatest_out + out, greatest, mask=known)
+        tl.store(policy_total_out + out, tl.sum(exponentials, 1), mask=known)
+        tl.store(weighted_out + out, tl.sum(exponentials * difference, 1), mask=known)
+        greatest = tl.max(actor, 1)
+        tl.store(actor_greatest_out + out, greatest, mask=known)
+        tl.store(actor_total_out + out, tl.sum(tl.exp(actor - greatest[:, None]), 1), mask=known)
 
 
 @triton.jit
 def forward_kl_gradient_kernel(
-    policy_hidden,
+    policy_states,
     policy_weight,
     policy_bias,
-    actor_hidden,
+    actor_states,
     actor_weight,
     actor_bias,
     gradient,
     policy_log_sum,
     actor_log_sum,
     out,
-    first_column,
     num_columns,
     num_tokens,
-    vocabulary,
     policy_width,
     actor_width,
     policy_scale,
@@ -361,55 +397,46 @@ def forward_kl_gradient_kernel(
     POLICY_SOFTCAP: tl.constexpr,
     ACTOR_BIAS: tl.constexpr,
     ACTOR_SOFTCAP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    POLICY_H: tl.constexpr,
+    ACTOR_H: tl.constexpr,
 ):
-    """Gradient of the actor's W h + b, [T, num_columns] from ``first_column`` on: g (p_ω − p_new) · slope."""
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    local = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    columns = first_column + local
-    policy, _ = _logits_tile(
-        policy_hidden,
-        policy_weight,
-        policy_bias,
-        rows,
-        columns,
-        num_tokens,
-        vocabulary,
-        policy_width,
-        policy_scale,
-        policy_softcap,
-        inverse_temperature,
-        POLICY_BIAS,
-        POLICY_SOFTCAP,
-        BLOCK_T,
-        BLOCK_V,
-        BLOCK_H,
-    )
-    actor, slope = _logits_tile(
-        actor_hidden,
-        actor_weight,
-        actor_bias,
-        rows,
-        columns,
-        num_tokens,
-        vocabulary,
-        actor_width,
-        actor_scale,
-        actor_softcap,
-        inverse_temperature,
-        ACTOR_BIAS,
-        ACTOR_SOFTCAP,
-        BLOCK_T,
-        BLOCK_V,
-        BLOCK_H,
-    )
-    known = rows < num_tokens
-    policy_log_sums = tl.load(policy_log_sum + rows, mask=known, other=0.0)
-    actor_log_sums = tl.load(actor_log_sum + rows, mask=known, other=0.0)
-    amount = tl.load(gradient + rows, mask=known, other=0.0)
-    excess = tl.exp(actor - actor_log_sums[:, None]) - tl.exp(policy - policy_log_sums[:, None])
-    result = amount[:, None] * excess * slope
-    places = rows.to(tl.int64)[:, None] * num_columns + local[None, :]
-    tl.store(out + places, result.to(out.dtype.element_ty), mask=known[:, None] & (local < num_columns)[None, :])
+    """Gradient of the actor's W h + b, [T, num_columns]: g (p_ω − p_new) · slope. Weights and biases are those of these
+    columns."""
+    num_row_tiles, num_column_tiles = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_columns, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, PROGRAMS):
+        row, column = _place(tile, num_row_tiles, num_column_tiles)
+        columns = column * BLOCK_V + tl.arange(0, BLOCK_V)
+        policy, _ = _logits(
+            _products(policy_states, policy_weight, row, column, policy_width, BLOCK_T, BLOCK_V, POLICY_H),
+            policy_bias,
+            columns,
+            num_columns,
+            policy_scale,
+            policy_softcap,
+            inverse_temperature,
+            POLICY_BIAS,
+            POLICY_SOFTCAP,
+        )
+        actor, slope = _logits(
+            _products(actor_states, actor_weight, row, column, actor_width, BLOCK_T, BLOCK_V, ACTOR_H),
+            actor_bias,
+            columns,
+            num_columns,
+            actor_scale,
+            actor_softcap,
+            inverse_temperature,
+            ACTOR_BIAS,
+            ACTOR_SOFTCAP,
+        )
+        rows = row * BLOCK_T + tl.arange(0, BLOCK_T)
+        known = rows < num_tokens
+        policy_log_sums = tl.load(policy_log_sum + rows, mask=known, other=0.0)
+        actor_log_sums = tl.load(actor_log_sum + rows, mask=known, other=0.0)
+        amount = tl.load(gradient + rows, mask=known, other=0.0)
+        excess = tl.exp(actor - actor_log_sums[:, None]) - tl.exp(policy - policy_log_sums[:, None])
+        result = amount[:, None] * excess * slope
+        places = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+        tl.store(out + places, result.to(out.dtype.element_ty), mask=known[:, None] & (columns < num_columns)[None, :])

@@ -1,44 +1,94 @@
 """The vocabulary passes as fused GPU programs: the interface of :mod:`jackpot.algorithm.vocabulary` and of
 :func:`jackpot.algorithm.distillation.forward_kl`, which call this module where Triton can run.
 
-Forward: logits exist one tile at a time, on the chip. Backward: a tile of their gradient, [tokens, COLUMNS] in the
-weight's format, goes to memory and from there through two matrix products. What is held beyond inputs and gradients
-is therefore independent of the vocabulary (with top-k: a sixteenth of a slice's logits).
+Forward: logits exist one tile at a time, on the chip; what leaves it are two or three numbers a token and tile.
+Backward: a block of their gradient, [tokens, COLUMNS] in the weight's format, goes to memory and from there through two
+matrix products. What is held beyond inputs and gradients is therefore a hundredth of the logits of :data:`TOKENS`
+tokens and one such block (with top-k: an eighth of the logits of :data:`TOPK_TOKENS`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jackpot.algorithm import vocabulary_kernels as kernels
-from jackpot.algorithm.output_head import OutputHead, matmul
-
-# Tiles of 128 × 128 × 64 in half precision fill an H100's tensor cores and fit twice into its shared memory.
-BLOCK_T, BLOCK_V, BLOCK_H = 128, 128, 64
-LAUNCH = {"num_warps": 8, "num_stages": 3}
-# The forward KL holds two accumulators, so half of the rows.
-KL_BLOCK_T = 64
+from jackpot.algorithm.output_head import OutputHead
 
 GROUP = 16
-"""Neighbouring tokens of which the forward pass keeps the greatest logit, when the most probable are asked for."""
+"""Neighbouring tokens of which the forward pass keeps the two best, when the most probable are asked for."""
 
 TOKENS = 8192
-"""Tokens per launch. With :data:`COLUMNS` this bounds the buffer of gradients: 64 MB in 16 bits."""
+"""Tokens per launch."""
 
-TOPK_TOKENS = 2048
-"""The same when group maxima are kept: 2048 × 152,000 / 16 × 4 bytes = 78 MB."""
+TOPK_TOKENS = 1024
+"""The same when each group's two best are kept: 1024 × 152,000 / 16 × 8 bytes = 78 MB."""
 
 COLUMNS = 4096
-"""Columns of the vocabulary whose gradient is in memory at once."""
+"""Columns of the vocabulary whose gradient is in memory at once: for 8192 tokens 64 MB in 16 bits."""
 
-PROGRAMS = 512
-"""Programs that a launch should have at least, lest a GPU's processors stay idle: a few for each of 132."""
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How the programs cut their work, on a GPU with so much shared memory and so many processors."""
+
+    programs: int
+    """Programs of a launch: one per processor, each with many tiles."""
+    rows: int
+    """Tokens of a tile."""
+    columns: int
+    """Columns of the vocabulary of a tile."""
+    num_stages: int
+    """Steps of 128 bytes along the hidden dimension that are in shared memory, being fetched or multiplied."""
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """What a launch takes besides its arguments."""
+        return {"num_warps": 8, "num_stages": self.num_stages}
+
+
+def tiles_for(shared_memory: int, programs: int, *, accumulators: int = 1, writes: bool = False) -> Tiles:
+    """Tiles for a GPU.
+
+    128 × 256 logits in float32 fill the registers of eight warps; an H100 multiplies with such tiles and four steps in
+    shared memory as fast as its library does, and a quarter slower with 128 × 128.
+
+    Args:
+        shared_memory: bytes that a program can have.
+        programs: the GPU's processors.
+        accumulators: tiles of logits that a program has at the same time.
+        writes: whether it writes a tile, which goes through shared memory in 16 bits.
+    """
+    rows = 128
+    columns = 256 if accumulators == 1 and shared_memory >= 160_000 else 128
+    step = (rows + columns) * _STEP_BYTES
+    free = shared_memory - _RESERVED_BYTES - (2 * rows * columns if writes else 0)
+    return Tiles(programs, rows, columns, max(1, min(4, free // step)))
+
+
+_STEP_BYTES = 128  # a row of the hardware's widest shared-memory layout
+_RESERVED_BYTES = 2048  # barriers, and what reductions exchange between warps
+
+
+@cache
+def _tiles(device: int | None, accumulators: int = 1, writes: bool = False) -> Tiles:
+    if device is None:  # Triton's interpreter, on a CPU
+        return Tiles(2, 128, 128, 1)
+    properties = torch.cuda.get_device_properties(device)
+    return tiles_for(
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        properties.multi_processor_count,
+        accumulators=accumulators,
+        writes=writes,
+    )
 
 
 class _Head:
@@ -52,10 +102,17 @@ class _Head:
         self.has_bias = head.bias is not None
         self.scale, self.softcap = head.scale, head.softcap
         self.vocabulary, self.width = self.weight.shape
+        self.step = _STEP_BYTES // self.weight.element_size()
 
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        return self.weight, self.bias
+    def operands(
+        self, tokens: slice, columns: slice, tiles: Tiles
+    ) -> tuple[TensorDescriptor, TensorDescriptor, Tensor]:
+        """Hidden states, weight and bias."""
+        return (
+            TensorDescriptor.from_tensor(self.hidden[tokens], [tiles.rows, self.step]),
+            TensorDescriptor.from_tensor(self.weight[columns], [tiles.columns, self.step]),
+            self.bias[columns] if self.has_bias else self.bias,
+        )
 
     @property
     def shape(self) -> tuple[float, float]:
@@ -72,25 +129,25 @@ def token_logprobs(
     """As :func:`jackpot.algorithm.vocabulary.token_logprobs`, for ids [T, n]: log-probabilities [T, n], the most
     probable ids [T, k] and theirs [T, k], entropy [T]."""
     with torch.cuda.device_of(hidden):  # type: ignore[no-untyped-call] # programs start on the current device, not on that of their arguments
-        return _token_logprobs(_Head(head, hidden), hidden, ids, temperature, top_k, entropy)
+        return _token_logprobs(_Head(head, hidden), ids, temperature, top_k, entropy)
 
 
 def _token_logprobs(
-    made: _Head, hidden: Tensor, ids: Tensor, temperature: float, top_k: int, entropy: bool
+    made: _Head, ids: Tensor, temperature: float, top_k: int, entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     k = min(top_k, made.vocabulary)
-    logprobs = hidden.new_empty(ids.shape, dtype=torch.float32)
-    topk_ids = hidden.new_empty(len(hidden), k, dtype=torch.int64) if k else None
-    topk_logprobs = hidden.new_empty(len(hidden), k, dtype=torch.float32) if k else None
-    entropies = hidden.new_empty(len(hidden), dtype=torch.float32) if entropy else None
-    for tokens in _slices(len(hidden), TOPK_TOKENS if k else TOKENS):
-        states = made.hidden[tokens]
-        log_sum, mean_logit, groups = _log_sums(made, states, temperature, entropy=entropy, groups=k > 0)
-        logprobs[tokens] = _chosen_logits(made, states, ids[tokens], temperature) - log_sum[:, None]
+    num_tokens = len(made.hidden)
+    logprobs = ids.new_empty(ids.shape, dtype=torch.float32)
+    topk_ids = ids.new_empty(num_tokens, k) if k else None
+    topk_logprobs = ids.new_empty(num_tokens, k, dtype=torch.float32) if k else None
+    entropies = ids.new_empty(num_tokens, dtype=torch.float32) if entropy else None
+    for tokens in _slices(num_tokens, TOPK_TOKENS if k else TOKENS):
+        log_sum, mean_logit, two_best = _log_sums(made, tokens, temperature, entropy=entropy, groups=k > 0)
+        logprobs[tokens] = _chosen_logits(made, tokens, ids[tokens], temperature) - log_sum[:, None]
         if entropies is not None and mean_logit is not None:
             entropies[tokens] = log_sum - mean_logit
-        if topk_ids is not None and topk_logprobs is not None and groups is not None:
-            found_ids, logits = _most_probable(made, states, groups, k, temperature)
+        if topk_ids is not None and topk_logprobs is not None and two_best is not None:
+            found_ids, logits = _most_probable(made, tokens, two_best, k, temperature)
             topk_ids[tokens], topk_logprobs[tokens] = found_ids, logits - log_sum[:, None]
     return logprobs, topk_ids, topk_logprobs, entropies
 
@@ -135,9 +192,8 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = hidden.new_empty(ids.shape, dtype=torch.float32)
         entropies = hidden.new_empty(len(hidden) if entropy else 0, dtype=torch.float32)
         for tokens in _slices(len(hidden), TOKENS):
-            states = made.hidden[tokens]
-            log_sum[tokens], mean_logit, _ = _log_sums(made, states, temperature, entropy=entropy, groups=False)
-            logprobs[tokens] = _chosen_logits(made, states, ids[tokens], temperature) - log_sum[tokens, None]
+            log_sum[tokens], mean_logit, _ = _log_sums(made, tokens, temperature, entropy=entropy, groups=False)
+            logprobs[tokens] = _chosen_logits(made, tokens, ids[tokens], temperature) - log_sum[tokens, None]
             if mean_logit is not None:
                 entropies[tokens] = log_sum[tokens] - mean_logit
         ctx.save_for_backward(hidden, weight, *(() if bias is None else (bias,)), ids, log_sum)
@@ -154,31 +210,33 @@ class _TokenLogprobs(torch.autograd.Function):
         gradient = gradient.contiguous()
         gradient_sum = gradient.sum(-1)
 
-        def tile(tokens: slice, first: int, out: Tensor) -> None:
-            kernels.logprob_gradient_kernel[_grid(out, BLOCK_T)](
-                made.hidden[tokens],
-                *made.tensors,
+        tiles = _tiles(hidden.device.index, writes=True)
+
+        def in_products(tokens: slice, columns: slice, out: Tensor) -> None:
+            kernels.logprob_gradient_kernel[(tiles.programs,)](
+                *made.operands(tokens, columns, tiles),
                 ids[tokens].contiguous(),
                 gradient[tokens],
                 gradient_sum[tokens],
                 log_sum[tokens],
                 out,
-                first,
+                columns.start,
                 out.shape[1],
-                len(out),
-                made.vocabulary,
+                out.shape[0],
                 made.width,
                 *made.shape,
                 1.0 / temperature,
                 ids.shape[1],
                 *made.flags,
-                BLOCK_T,
-                BLOCK_V,
-                BLOCK_H,
-                **LAUNCH,
+                tiles.programs,
+                tiles.rows,
+                tiles.columns,
+                made.step,
+                **tiles.launch,
             )
 
-        return (*_gradients(made, hidden, bias[0] if bias else None, ctx.needs_input_grad[:3], tile), *[None] * 4)
+        gradients = _gradients(made, hidden, bias[0] if bias else None, ctx.needs_input_grad[:3], in_products)
+        return (*gradients, *[None] * 4)
 
 
 class _ForwardKl(torch.autograd.Function):
@@ -214,20 +272,18 @@ class _ForwardKl(torch.autograd.Function):
         actor = _Head(OutputHead(weight, bias[0] if bias else None, softcap, scale), hidden)
         gradient = gradient.contiguous()
 
-        def tile(tokens: slice, first: int, out: Tensor) -> None:
-            kernels.forward_kl_gradient_kernel[_grid(out, KL_BLOCK_T)](
-                policy.hidden[tokens],
-                *policy.tensors,
-                actor.hidden[tokens],
-                *actor.tensors,
+        tiles = _tiles(hidden.device.index, accumulators=2, writes=True)
+
+        def in_products(tokens: slice, columns: slice, out: Tensor) -> None:
+            kernels.forward_kl_gradient_kernel[(tiles.programs,)](
+                *policy.operands(tokens, columns, tiles),
+                *actor.operands(tokens, columns, tiles),
                 gradient[tokens],
                 policy_log_sum[tokens],
                 actor_log_sum[tokens],
                 out,
-                first,
                 out.shape[1],
-                len(out),
-                actor.vocabulary,
+                out.shape[0],
                 policy.width,
                 actor.width,
                 *policy.shape,
@@ -235,77 +291,80 @@ class _ForwardKl(torch.autograd.Function):
                 1.0 / temperature,
                 *policy.flags,
                 *actor.flags,
-                KL_BLOCK_T,
-                BLOCK_V,
-                BLOCK_H,
-                **LAUNCH,
+                tiles.programs,
+                tiles.rows,
+                tiles.columns,
+                policy.step,
+                actor.step,
+                **tiles.launch,
             )
 
-        return (*_gradients(actor, hidden, bias[0] if bias else None, ctx.needs_input_grad[:3], tile), *[None] * 4)
+        gradients = _gradients(actor, hidden, bias[0] if bias else None, ctx.needs_input_grad[:3], in_products)
+        return (*gradients, *[None] * 4)
 
 
 def _log_sums(
-    made: _Head, states: Tensor, temperature: float, *, entropy: bool, groups: bool
+    made: _Head, tokens: slice, temperature: float, *, entropy: bool, groups: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """log Σ exp z and Σ p z of each state, [c] each, and the greatest logit of each group of neighbours."""
-    num_tokens, num_tiles = len(states), triton.cdiv(made.vocabulary, BLOCK_V)
-    num_splits, tiles_per_split = _splits(num_tokens, BLOCK_T, num_tiles)
-    greatest, total, weighted = states.new_empty(3, num_splits, num_tokens, dtype=torch.float32)
-    best = states.new_empty(num_tokens, num_tiles * BLOCK_V // GROUP, dtype=torch.float32) if groups else None
-    kernels.log_sum_kernel[(triton.cdiv(num_tokens, BLOCK_T), num_splits)](
-        states,
-        *made.tensors,
+    """log Σ exp z and Σ p z of a slice of c tokens, [c] each, and the two best of each group of neighbours,
+    [2, c, groups]."""
+    num_tokens = len(made.hidden[tokens])
+    tiles = _tiles(made.hidden.device.index)
+    num_tiles = triton.cdiv(made.vocabulary, tiles.columns)
+    greatest, total, weighted = made.hidden.new_empty(3, num_tiles, num_tokens, dtype=torch.float32)
+    num_groups = num_tiles * tiles.columns // GROUP if groups else 0
+    best, second = two_best = made.hidden.new_empty(2, num_tokens, num_groups, dtype=torch.float32)
+    kernels.log_sum_kernel[(tiles.programs,)](
+        *made.operands(tokens, slice(None), tiles),
         greatest,
         total,
         weighted,
-        greatest if best is None else best,
+        best,
+        second,
         num_tokens,
         made.vocabulary,
         made.width,
-        num_tiles,
-        tiles_per_split,
         *made.shape,
         1.0 / temperature,
         *made.flags,
         entropy,
         groups,
         GROUP,
-        BLOCK_T,
-        BLOCK_V,
-        BLOCK_H,
-        **LAUNCH,
+        tiles.programs,
+        tiles.rows,
+        tiles.columns,
+        made.step,
+        **tiles.launch,
     )
     log_sum, share = _combined(greatest, total)
-    return log_sum, (weighted * share).sum(0) if entropy else None, best
+    return log_sum, (weighted * share).sum(0) if entropy else None, two_best if groups else None
 
 
 def _kl_sums(policy: _Head, actor: _Head, tokens: slice, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """KL(policy ‖ actor) of each of the tokens, and both models' log Σ exp z; [c] each."""
-    states = policy.hidden[tokens]
-    num_tokens, num_tiles = len(states), triton.cdiv(actor.vocabulary, BLOCK_V)
-    num_splits, tiles_per_split = _splits(num_tokens, KL_BLOCK_T, num_tiles)
-    sums = states.new_empty(5, num_splits, num_tokens, dtype=torch.float32)
-    kernels.forward_kl_kernel[(triton.cdiv(num_tokens, KL_BLOCK_T), num_splits)](
-        states,
-        *policy.tensors,
-        actor.hidden[tokens],
-        *actor.tensors,
+    num_tokens = len(actor.hidden[tokens])
+    tiles = _tiles(actor.hidden.device.index, accumulators=2)
+    num_tiles = triton.cdiv(actor.vocabulary, tiles.columns)
+    sums = actor.hidden.new_empty(5, num_tiles, num_tokens, dtype=torch.float32)
+    kernels.forward_kl_kernel[(tiles.programs,)](
+        *policy.operands(tokens, slice(None), tiles),
+        *actor.operands(tokens, slice(None), tiles),
         *sums,
         num_tokens,
         actor.vocabulary,
         policy.width,
         actor.width,
-        num_tiles,
-        tiles_per_split,
         *policy.shape,
         *actor.shape,
         1.0 / temperature,
         *policy.flags,
         *actor.flags,
-        KL_BLOCK_T,
-        BLOCK_V,
-        BLOCK_H,
-        **LAUNCH,
+        tiles.programs,
+        tiles.rows,
+        tiles.columns,
+        policy.step,
+        actor.step,
+        **tiles.launch,
     )
     policy_log_sum, share = _combined(sums[0], sums[1])
     actor_log_sum, _ = _combined(sums[3], sums[4])
@@ -314,21 +373,23 @@ def _kl_sums(policy: _Head, actor: _Head, tokens: slice, temperature: float) -> 
 
 
 def _combined(greatest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """From splits [S, c]: log Σ exp z, [c], and what a split's weighted sum counts towards the mean, [S, c]."""
+    """From tiles [n, c]: log Σ exp z, [c], and what a tile's weighted sum counts towards the mean, [n, c]."""
     highest = greatest.amax(0)
     shrink = (greatest - highest).exp()
     whole = (total * shrink).sum(0)
     return highest + whole.log(), shrink / whole
 
 
-def _chosen_logits(made: _Head, states: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """Final logits at ids [c, n]; −inf beyond the vocabulary."""
+def _chosen_logits(made: _Head, tokens: slice, ids: Tensor, temperature: float) -> Tensor:
+    """Final logits of a slice of tokens at ids [c, n]; −inf beyond the vocabulary."""
+    states = made.hidden[tokens]
     num_tokens, num_ids = ids.shape
     out = states.new_empty(ids.shape, dtype=torch.float32)
     block = min(32, triton.next_power_of_2(num_ids))
     kernels.chosen_logits_kernel[(num_tokens, triton.cdiv(num_ids, block))](
         states,
-        *made.tensors,
+        made.weight,
+        made.bias,
         ids.contiguous(),
         out,
         num_ids,
@@ -343,24 +404,50 @@ def _chosen_logits(made: _Head, states: Tensor, ids: Tensor, temperature: float)
     return out
 
 
-def _most_probable(made: _Head, states: Tensor, groups: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """The k most probable ids [c, k] and their logits, from each group's greatest logit.
+def _most_probable(made: _Head, tokens: slice, two_best: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The k most probable ids [c, k] and their logits, from the two best of each group.
 
-    A token outside of the k best groups has k tokens above it, so only those groups need to be looked into.
+    A token outside of the k best groups has k tokens above it. Within these, all but a group's best matter only where
+    its second exceeds the best of the k-th: few groups, of which all logits are made.
     """
-    best = groups.topk(min(k, groups.shape[1]), dim=-1).indices
-    members = torch.arange(GROUP, device=groups.device)
-    candidates = (best[:, :, None] * GROUP + members).flatten(1)
-    logits, places = _chosen_logits(made, states, candidates, temperature).topk(k, dim=-1)
-    return candidates.gather(1, places), logits
+    best, groups = two_best[0].topk(min(k, two_best.shape[2]), dim=-1)
+    # With fewer groups than k there is no k-th: all are looked into.
+    second = two_best[1].gather(1, groups) if groups.shape[1] == k else torch.full_like(best, float("inf"))
+    logits = best.new_empty(*groups.shape, GROUP)
+    kernels.candidates_kernel[groups.shape](
+        made.hidden[tokens],
+        made.weight,
+        made.bias,
+        groups,
+        best,
+        second,
+        logits,
+        groups.shape[1],
+        made.vocabulary,
+        made.width,
+        *made.shape,
+        1.0 / temperature,
+        *made.flags,
+        GROUP,
+        min(256, triton.next_power_of_2(made.width)),
+    )
+    places = logits.flatten(1).topk(k, dim=-1).indices
+    ids = groups.gather(1, places // GROUP) * GROUP + places % GROUP
+    # What the programs compared lacks its last bits.
+    logits, order = _chosen_logits(made, tokens, ids, temperature).sort(dim=-1, descending=True)
+    return ids.gather(1, order), logits
 
 
 def _gradients(
-    made: _Head, hidden: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], tile: Any
+    made: _Head,
+    hidden: Tensor,
+    bias: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    in_products: Callable[[slice, slice, Tensor], None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight and bias, from tiles of the gradient of W h + b.
+    """Gradients of hidden states, weight and bias, from blocks of the gradient of W h + b.
 
-    ``tile(tokens, first, out)`` fills ``out`` [c, columns] for the columns from ``first`` on.
+    ``in_products(tokens, columns, out)`` fills ``out``, [c, columns].
     """
     num_tokens = len(hidden)
     in_hidden = torch.zeros_like(made.hidden, dtype=torch.float32) if needs[0] else None
@@ -370,14 +457,13 @@ def _gradients(
     in_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
     for tokens in _slices(num_tokens, TOKENS):
         states = made.hidden[tokens]
-        for first in range(0, made.vocabulary, COLUMNS):
-            columns = slice(first, min(first + COLUMNS, made.vocabulary))
-            out = made.weight.new_empty(len(states), columns.stop - first)
-            tile(tokens, first, out)
+        for columns in _slices(made.vocabulary, COLUMNS):
+            out = made.weight.new_empty(len(states), columns.stop - columns.start)
+            in_products(tokens, columns, out)
             if in_hidden is not None:
-                in_hidden[tokens] += _product(out, made.weight[columns])
+                _add_product(out, made.weight[columns], in_hidden[tokens])
             if in_weight is not None:
-                in_weight[columns] += _product(out.t(), states).to(wide)
+                _add_product(out.t(), states, in_weight[columns])
             if in_bias is not None:
                 in_bias[columns] += out.sum(0, dtype=torch.float32)
     return (
@@ -387,22 +473,16 @@ def _gradients(
     )
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left · right in float32; on a CPU, where the interpreter runs, of converted operands."""
-    return matmul(left, right) if left.is_cuda else left.float() @ right.float()
+def _add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Add left · right, summed in float32, to ``out``."""
+    if not left.is_cuda:  # where the interpreter runs, whose library multiplies no mixed formats
+        out += left.float() @ right.float()
+    elif left.dtype == out.dtype:
+        out.addmm_(left, right)
+    else:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
 
 
 def _slices(num_tokens: int, size: int) -> Iterator[slice]:
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
-
-
-def _splits(num_tokens: int, block: int, num_tiles: int) -> tuple[int, int]:
-    """Into how many splits of how many tiles the vocabulary goes, for a launch to have enough programs."""
-    wanted = max(1, min(num_tiles, PROGRAMS // triton.cdiv(num_tokens, block)))
-    tiles_per_split = triton.cdiv(num_tiles, wanted)
-    return triton.cdiv(num_tiles, tiles_per_split), tiles_per_split
-
-
-def _grid(out: Tensor, block: int) -> tuple[int, int]:
-    return triton.cdiv(out.shape[0], block), triton.cdiv(out.shape[1], BLOCK_V)

@@ -127,13 +127,12 @@ def test_a_model_against_itself_diverges_by_nothing(kernel: str) -> None:
 
 @needs_triton
 def test_slices_of_tokens_and_columns_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long inputs go in slices, gradients in tiles of columns; sums over slices are those of one."""
+    """Long inputs go in slices, gradients in blocks of columns; sums over slices are those of one."""
     from jackpot.algorithm import vocabulary_triton
 
     monkeypatch.setattr(vocabulary_triton, "TOKENS", 100)
     monkeypatch.setattr(vocabulary_triton, "TOPK_TOKENS", 70)
     monkeypatch.setattr(vocabulary_triton, "COLUMNS", 128)
-    monkeypatch.setattr(vocabulary_triton, "PROGRAMS", 1)  # one split of the vocabulary instead of one per tile
     hidden, head = make_inputs("bias")
     ids = make_ids(1)[:, 0]
     rows = exact_rows(hidden, head, 1.0)
@@ -151,11 +150,12 @@ def test_slices_of_tokens_and_columns_do_not_show(monkeypatch: pytest.MonkeyPatc
 def test_more_asked_for_than_there_is() -> None:
     """k beyond the vocabulary gives all of it, in order; frozen tensors get no gradient."""
     hidden, head = make_inputs("plain")
-    few = OutputHead(head.weight.detach()[:5])
-    scores = token_logprobs(hidden, few, make_ids(1) % 5, top_k=20, kernel="triton")
-    rows = exact_rows(hidden, few, 1.0).detach()
-    torch.testing.assert_close(scores.topk_logprobs, rows.topk(5).values.float(), rtol=1e-5, atol=1e-5)
-    differentiable_token_logprobs(hidden, few, make_ids(1) % 5, kernel="triton").logprobs.sum().backward()
+    for vocabulary, found in ((5, 5), (128, 20)):  # 128: eight groups of neighbours, fewer than the 20 asked for
+        few = OutputHead(head.weight.detach()[:vocabulary])
+        scores = token_logprobs(hidden, few, make_ids(1) % vocabulary, top_k=20, kernel="triton")
+        rows = exact_rows(hidden, few, 1.0).detach()
+        torch.testing.assert_close(scores.topk_logprobs, rows.topk(found).values.float(), rtol=1e-5, atol=1e-5)
+    differentiable_token_logprobs(hidden, few, make_ids(1) % 128, kernel="triton").logprobs.sum().backward()
     assert few.weight.grad is None
     assert hidden.grad is not None
 
@@ -177,28 +177,57 @@ def test_auto_takes_triton_on_gpus_in_half_precision_alone() -> None:
     assert not uses_triton("auto", head, hidden)
     assert uses_triton("triton", head, hidden)
     half = OutputHead(head.weight.detach().bfloat16())
-    assert uses_triton("auto", half, hidden.bfloat16()) == (GPU and importlib.util.find_spec("triton") is not None)
+    hopper = GPU and torch.cuda.get_device_capability() >= (9, 0)
+    assert uses_triton("auto", half, hidden.bfloat16()) == (hopper and importlib.util.find_spec("triton") is not None)
+    odd = OutputHead(half.weight[:, :-4].contiguous())
+    assert not uses_triton("auto", odd, hidden[:, :-4].bfloat16())
 
 
 @needs_triton
-def test_the_programs_compile_for_a_gpu_without_one(tmp_path: Path) -> None:
+def test_the_most_probable_may_be_neighbours() -> None:
+    """Groups of neighbours are looked into where more than their best is among the most probable."""
+    hidden, head = make_inputs("plain")
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        # For every second token the ids 32 to 47, one group, are far above the others.
+        direction = torch.randn(HIDDEN, generator=generator, dtype=torch.float64).to(DEVICE, torch.float32)
+        hidden[::2] += 2 * direction
+        head.weight[32:48] += direction / HIDDEN**0.5
+        head.weight[40] = head.weight[41]  # and two are equal
+    scores = token_logprobs(hidden, head, make_ids(1), top_k=20, kernel="triton")
+    rows = exact_rows(hidden, head, 1.0).detach()
+    assert scores.topk_ids is not None
+    found = torch.sort(scores.topk_ids).values
+    expected = rows.topk(20).indices
+    expected[expected == 40] = 41
+    found[found == 40] = 41
+    assert torch.equal(torch.sort(found).values, torch.sort(expected).values)
+    torch.testing.assert_close(scores.topk_logprobs, rows.topk(20).values.float(), rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("gpu", ["H100", "B200"])
+def test_the_programs_compile_for_a_gpu_without_one(tmp_path: Path, gpu: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_vocabulary_kernels.py"))],
+        [sys.executable, str(Path(__file__).with_name("compile_vocabulary_kernels.py")), gpu],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         timeout=110,
     )
     assert result.returncode == 0, result.stderr
-    found = {row["program"]: row["tensor_cores"] for row in map(json.loads, result.stdout.splitlines())}
-    assert found == {
-        "log_sum_kernel": True,
-        "chosen_logits_kernel": False,  # a product with one vector: bound by memory
-        "logprob_gradient_kernel": True,
-        "forward_kl_kernel": True,
-        "forward_kl_gradient_kernel": True,
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    instruction = {"H100": "wgmma", "B200": "tcgen05.mma"}[gpu]
+    assert {row["program"]: row["instruction"] for row in rows} == {
+        "log_sum_kernel": instruction,
+        "chosen_logits_kernel": None,  # products with one vector: bound by memory
+        "candidates_kernel": None,
+        "logprob_gradient_kernel": instruction,
+        "forward_kl_kernel": instruction,
+        "forward_kl_gradient_kernel": instruction,
     }
+    assert all(row["fits"] for row in rows)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(d, marks=gpu) for d in (torch.bfloat16, torch.float16)])
@@ -223,7 +252,7 @@ def test_the_compiled_programs_in_half_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("vocabulary", [pytest.param(v, marks=gpu) for v in (32_000, 152_000)])
 def test_memory_does_not_grow_with_the_vocabulary(vocabulary: int) -> None:
-    """Beyond inputs and gradients: a buffer of [tokens, COLUMNS] in 16 bits and one product in float32."""
+    """Beyond inputs and gradients: a block's products in float32, their gradient in 16 bits, one sum for the states."""
     hidden = torch.randn(4096, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocabulary, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     ids = torch.zeros(4096, dtype=torch.int64, device=DEVICE)
