@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from jackpot.runtime import varlen
 from jackpot.runtime.forward import CompletionStates, completion_hidden, packed_completion_hidden
 from jackpot.runtime.packing_trial import packs_exactly, problem_with_varlen
 from jackpot.runtime.ranks.group import SOLO, Ranks
+from jackpot.runtime.ranks.sharding import DTYPES
 from jackpot.runtime.shared_prompts import attention_tokens
 
 LOG = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class PassLayout:
     packed: bool = False
     """In one row without padding; else in rows of similar length."""
     attention_tokens: float | None = None
-    """κ of :class:`jackpot.runtime.batching.Siblings`; None where every sequence has a row of its own."""
+    """κ of :class:`jackpot.runtime.batching.Siblings`; None where no sequences share a prompt."""
 
 
 def layout_of(
@@ -39,7 +40,7 @@ def layout_of(
     models: Sequence[tuple[PreTrainedModel, str]],
     device: torch.device,
     ranks: Ranks = SOLO,
-    has_varlen: Callable[[torch.device], bool] = varlen.is_available,
+    has_varlen: varlen.HasKernel = varlen.is_available,
 ) -> PassLayout:
     """What the job's ``packing`` comes to with these models; a collective.
 
@@ -49,40 +50,40 @@ def layout_of(
             and sequences are packed.
         device: where they will compute.
         ranks: of which rank 0 has the models' weights.
-        has_varlen: whether a device has the kernel for that.
+        has_varlen: whether torch has the kernel for that.
 
     Raises:
         ConfigError: packing is asked for, and a model lets packed sequences see each other.
     """
     if config.packing == "never":
         return PassLayout(completion_hidden)
+    plain = [model for model, _ in models]
+    shared = _attention_tokens(plain, ranks) if config.packing == "auto" else None
     problem = _problem_with_varlen(models, device, ranks, has_varlen)
-    if problem is None:
-        for model, _ in models:
-            varlen.switch(model)
-    elif config.packing == "auto":
+    if problem is not None and config.packing == "auto":
         LOG.info("sequences are not packed: %s", problem)
-        return PassLayout(completion_hidden, attention_tokens=_attention_tokens([model for model, _ in models], ranks))
+        return PassLayout(completion_hidden, attention_tokens=shared)
+    if problem is None:
+        for model in plain:
+            varlen.switch(model)
     else:
-        _require_exact([model for model, _ in models], ranks)
+        _require_exact(plain, ranks)
     LOG.info("sequences are packed", extra={"attention": "block-diagonal mask" if problem else "by lengths"})
-    return PassLayout(packed_completion_hidden, packed=True)
+    return PassLayout(packed_completion_hidden, packed=True, attention_tokens=shared)
 
 
 def _problem_with_varlen(
     models: Sequence[tuple[PreTrainedModel, str]],
     device: torch.device,
     ranks: Ranks,
-    has_varlen: Callable[[torch.device], bool],
+    has_varlen: varlen.HasKernel,
 ) -> str | None:
     """Why not all models can attend by lengths, as rank 0 finds it."""
     found: list[str] = []
     if ranks.rank == 0:
-        wider = [dtype for _, dtype in models if dtype != "bfloat16"]
-        if wider:
-            found = [f"attention by lengths is there for bfloat16, not for {wider[0]}"]
-        elif not has_varlen(device):
-            found = [f"torch {torch.__version__} has no attention by lengths for this {device.type}"]
+        without = [dtype for _, dtype in models if not has_varlen(device, DTYPES[dtype])]
+        if without:
+            found = [f"torch {torch.__version__} has no attention by lengths for {without[0]} on this {device.type}"]
         else:
             found = [problem for model, _ in models if (problem := problem_with_varlen(model))]
     told = json.loads(ranks.broadcast(json.dumps(found).encode()))

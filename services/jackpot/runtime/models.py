@@ -118,7 +118,7 @@ def hidden_states(
         model: a model of :func:`load_causal_lm`.
         input_ids: ``[B, L]``.
         attention_mask: ``[B, L]``, 1 at real tokens; required for rows that are padded on the left. Or bool
-            ``[B, 1, L, L]``: which tokens each token sees, with SDPA.
+            ``[B, 1, L, L]``: which tokens each token sees, with SDPA, or in a model that attends by lengths.
         position_ids: ``[B, L]``; None counts each row from 0.
         packed_lengths: tokens of the sequences that lie one after the other in the only row, by which a model that
             attends by lengths keeps them apart; every other goes by ``position_ids``, which begin anew with each.
@@ -131,8 +131,8 @@ def hidden_states(
     if attends_by_lengths(model):
         if packed_lengths is not None:
             own = bounds(packed_lengths, input_ids.device)
-        elif position_ids is not None:
-            raise ValueError("a model that attends by lengths needs packed_lengths beside position_ids")
+        elif position_ids is not None and attention_mask is None:
+            raise ValueError("a model that attends by lengths needs packed_lengths or a mask beside position_ids")
     output = forward(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **own
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 VARLEN = "jackpot_varlen"
 """Its name among transformers' attention implementations."""
@@ -37,13 +38,18 @@ _VARLEN_ATTN = _kernel()
 _TAKES_GROUPED_HEADS = _VARLEN_ATTN is not None and "enable_gqa" in inspect.signature(_VARLEN_ATTN).parameters
 
 
-def is_available(device: torch.device) -> bool:
-    """Whether torch has the kernel for a device."""
+def is_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has the kernel for what computes on a device in a number format."""
     return (
         device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
         and _VARLEN_ATTN is not None
         and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
     )
+
+
+HasKernel = Callable[[torch.device, torch.dtype], bool]
+"""What :func:`is_available` is."""
 
 
 def switch(model: PreTrainedModel) -> None:
@@ -72,8 +78,7 @@ def attends_by_lengths(model: PreTrainedModel) -> bool:
 def bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """What a switched model's forward is to be given for one row of sequences of these lengths.
 
-    The names are those by which transformers hands such bounds down to flash attention: made once a pass, they reach
-    every layer.
+    Made once a pass, they reach every layer: the names are those by which transformers hands such bounds down.
     """
     cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     longest = max(lengths)
@@ -103,7 +108,7 @@ def attend(
         query: ``[B, H, L, D]``.
         key: ``[B, H_kv, L, D]``.
         value: as ``key``.
-        attention_mask: must be None.
+        attention_mask: a caller's own, bool ``[B, 1, L, L]``, with which SDPA does the work; not beside lengths.
         scaling: what scores are multiplied by; None is 1/√D.
         cu_seq_lens_q: where the sequences of the only row begin, and where the last ends, ``[N + 1]`` int32; None:
             every row is a sequence.
@@ -116,7 +121,12 @@ def attend(
     Raises:
         ValueError: the architecture wants what this cannot do.
     """
-    _refuse_what_is_not_done(module, query, key, value, attention_mask, others)
+    _refuse_what_is_not_done(module, query, key, value, others)
+    if attention_mask is not None:
+        if cu_seq_lens_q is not None:
+            raise ValueError("its layers get a mask beside the lengths of sequences")
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+        return output, None
     rows, heads, length, head_dim = query.shape
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)
@@ -176,16 +186,9 @@ def no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:
 
 
 def _refuse_what_is_not_done(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    others: dict[str, Any],
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, others: dict[str, Any]
 ) -> None:
     head_dim = query.shape[-1]
-    if attention_mask is not None:
-        raise ValueError("attention by lengths takes no mask")
     if not getattr(module, "is_causal", True):
         raise ValueError("its attention is not causal")
     if not query.shape[2] == key.shape[2] == value.shape[2]:

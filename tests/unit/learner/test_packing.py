@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from jackpot.learner.trainer import Trainer
 from jackpot.runtime.forward import completion_hidden, packed_completion_hidden
 from jackpot.runtime.models import load_causal_lm
 from jackpot.runtime.packing_trial import packs_exactly
-from jackpot.runtime.ranks.group import leave_ranks
-from jackpot.runtime.varlen import attends_by_lengths, switch
+from jackpot.runtime.ranks.group import Ranks, leave_ranks
+from jackpot.runtime.varlen import attends_by_lengths, is_available, switch
 
 from .conftest import MakeGroups, MakeJob, MakeTrainer
 
@@ -85,9 +87,9 @@ def test_siblings_share_rows_where_both_models_can(
     assert layout_of(job.learner, models, torch.device("cpu")).attention_tokens is None
 
 
-def with_varlen(_: torch.device) -> bool:
+def with_varlen(_device: torch.device, dtype: torch.dtype) -> bool:
     """As a GPU would have it; on a CPU a loop is in the kernel's place."""
-    return True
+    return dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("packing", ["auto", "always"])
@@ -95,15 +97,16 @@ def test_models_that_compute_in_bfloat16_are_switched_and_packed(make_job: MakeJ
     job = make_job(f"learner.packing={packing}")
     models = [(load_causal_lm(job.policy.model, "float32", "cpu"), "bfloat16") for _ in range(2)]
     layout = layout_of(job.learner, models, torch.device("cpu"), has_varlen=with_varlen)
-    assert layout.packed and layout.attention_tokens is None
+    assert layout.packed
+    assert (layout.attention_tokens is not None) == (packing == "auto")  # prompts worth sharing are shared
     assert all(attends_by_lengths(model) for model, _ in models)
 
 
 @pytest.mark.parametrize(
     ("dtype", "has_varlen", "sees_all", "says"),
     [
-        ("float32", True, True, "is there for bfloat16, not for float32"),
-        ("bfloat16", False, True, "has no attention by lengths for this cpu"),
+        ("float32", True, True, "has no attention by lengths for float32 on this cpu"),
+        ("bfloat16", False, True, "has no attention by lengths for bfloat16 on this cpu"),
         ("bfloat16", True, False, "layers that do not see the whole context"),
     ],
 )
@@ -116,25 +119,50 @@ def test_without_attention_by_lengths_auto_lays_out_rows_and_says_why(
         actor.config.layer_types = ["full_attention", "sliding_attention"]
     models = [(policy, "bfloat16"), (actor, dtype)]
     with caplog.at_level("INFO"):
-        layout = layout_of(job.learner, models, torch.device("cpu"), has_varlen=lambda _: has_varlen)
+        layout = layout_of(
+            job.learner, models, torch.device("cpu"), has_varlen=with_varlen if has_varlen else is_available
+        )
     assert not layout.packed
     assert (layout.attention_tokens is not None) == sees_all
     assert not any(attends_by_lengths(model) for model, _ in models)
     assert "sequences are not packed" in caplog.text and says in caplog.text
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Told(Ranks):
+    """A rank besides rank 0, and what that one says."""
+
+    said: list[object] = field(default_factory=list)
+
+    def broadcast(self, payload: bytes = b"") -> bytes:
+        assert payload in (b"[]", b"null"), "a rank without weights has nothing to say"
+        return json.dumps(self.said.pop(0)).encode()
+
+
+@pytest.mark.parametrize("problem", [[], ["Qwen3ForCausalLM lets packed sequences see each other"]])
+def test_other_ranks_follow_rank_0_without_weights_to_try(make_job: MakeJob, problem: list[str]) -> None:
+    job = make_job()
+    model = load_causal_lm(job.policy.model, "float32", "cpu").to("meta")
+    ranks = Told(rank=1, size=2, said=[[386.0], problem])
+    layout = layout_of(job.learner, [(model, "bfloat16")], torch.device("cpu"), ranks, has_varlen=is_available)
+    assert layout.packed == attends_by_lengths(model) == (not problem)
+    assert layout.attention_tokens == 386.0
+
+
 def test_always_packs_with_a_mask_where_a_model_cannot_be_switched(make_job: MakeJob) -> None:
     job = make_job("learner.packing=always")
     model = load_causal_lm(job.policy.model, "float32", "cpu")
     layout = layout_of(job.learner, [(model, "float32")], torch.device("cpu"), has_varlen=with_varlen)
-    assert layout.packed and not attends_by_lengths(model)
+    assert layout.packed and layout.attention_tokens is None and not attends_by_lengths(model)
 
 
 @pytest.mark.parametrize("prepared", [[], ["learner.activation_checkpointing=true"]])
+@pytest.mark.parametrize("kappa", [None, 100.0])
 def test_a_step_is_the_same_with_attention_by_lengths(
-    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups, prepared: list[str]
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups, prepared: list[str], kappa: float | None
 ) -> None:
-    """Also where blocks are computed again in the backward pass. A small limit makes several passes."""
+    """Also where blocks are computed again in the backward pass, and where rows share a prompt. A small limit makes
+    several passes."""
     penalty, small = "algorithm.kl_penalty.weight=0.1", "learner.max_batch_tokens=40"
     groups = make_groups(make_job())
     found = []
@@ -144,6 +172,7 @@ def test_a_step_is_the_same_with_attention_by_lengths(
         if found:
             for model in (*trainer.models.values(), trainer._initial):
                 switch(model)
+            trainer._layout = replace(trainer._layout, attention_tokens=kappa)
         row = trainer.train_batch(build_batch(groups, job.algorithm.advantage), 0)[0]
         found.append((row, gradient_of(trainer)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4, abs=1e-6)

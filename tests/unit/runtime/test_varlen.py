@@ -46,6 +46,9 @@ SIZES = {
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+FOUR = bounds([4], torch.device("cpu"))
+
+
 def sequences(lengths: tuple[int, ...] = LENGTHS) -> list[np.ndarray]:
     random = np.random.default_rng(0)
     return [random.integers(3, 40, length) for length in lengths]
@@ -110,7 +113,7 @@ def test_queries_and_keys_wider_than_values_are_narrowed() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"attention_mask": torch.ones(1, 1, 4, 4, dtype=torch.bool)}, "takes no mask"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4, dtype=torch.bool), **FOUR}, "a mask beside the lengths"),
         ({"sliding_window": 4}, "wants sliding_window"),
         ({"softcap": 50.0}, "wants softcap"),
         ({"s_aux": torch.zeros(4)}, "wants s_aux"),
@@ -140,7 +143,8 @@ def test_a_mask_over_right_padding_is_dropped_and_any_other_refused() -> None:
 
 
 def test_the_kernel_is_for_gpus() -> None:
-    assert not is_available(torch.device("cpu"))
+    assert not is_available(torch.device("cpu"), torch.bfloat16)
+    assert not is_available(torch.device("cuda"), torch.float32)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
@@ -165,21 +169,25 @@ def test_a_switched_model_passes_the_check_of_its_logits(make_model: MakeModel) 
     assert packs_exactly(model)
 
 
-def test_a_switched_model_is_given_lengths_with_positions_and_no_masks_of_ones_own(make_model: MakeModel) -> None:
+def test_a_switched_model_is_given_lengths_with_positions(make_model: MakeModel) -> None:
     model = load_causal_lm(make_model("qwen3", seed=3), "float32", "cpu")
-    ids = torch.arange(3, 9)[None]
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    shared = [np.r_[1, 2, 3, 4], np.r_[1, 2, 3, 5]]
-    with switched(model):
-        with pytest.raises(ValueError, match="needs packed_lengths"):
-            hidden_states(model, ids, position_ids=positions)
-        with pytest.raises(ValueError, match="needs packed_lengths"):
-            completion_hidden(model, shared, [3, 3], [2])
-        with pytest.raises(ValueError, match="takes no mask"):
-            hidden_states(model, ids, torch.ones(1, 1, 6, 6, dtype=torch.bool).tril())
+    ids, positions = torch.arange(3, 9)[None], torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with switched(model), pytest.raises(ValueError, match="needs packed_lengths"):
+        hidden_states(model, ids, position_ids=positions)
     assert not attends_by_lengths(model)
     hidden_states(model, ids, position_ids=positions)
-    completion_hidden(model, shared, [3, 3], [2])
+
+
+@pytest.mark.parametrize("states", [completion_hidden, packed_completion_hidden])
+def test_completions_share_a_prompts_row_in_a_switched_model(
+    make_model: MakeModel, states: Callable[..., Tensor]
+) -> None:
+    model = load_causal_lm(make_model("qwen3", seed=3), "float32", "cpu")
+    siblings = [np.r_[7, 8, 9, own] for own in ([3, 4], [5, 6, 11], [12])]
+    alone = completion_hidden(model, siblings, [3, 3, 3])
+    with switched(model):
+        shared = states(model, siblings, [3, 3, 3], [2, 1])
+    torch.testing.assert_close(shared, alone, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(
