@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scoring_world import (
     SEED,
     VOCABULARY,
@@ -226,3 +227,24 @@ def test_packed_completions_score_as_in_rows_of_their_own(world: World, normaliz
         assert rows == [3] if kappa else set(rows) == {1} and len(rows) > 1
         for group, one in zip(groups, scored, strict=True):
             assert_expected(world, group, one, normalizer, obrs_lambda=1.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_on_a_gpu_packs_and_scores_as_rows_do(world: World, dtype: str) -> None:
+    groups = [sample_group(world, lengths=(3, 1, 4, 2), slot=slot) for slot in range(3)]
+    policy = {"model": str(world.run_dir / "policy"), "dtype": dtype}
+    found = {}
+    for packing in ("auto", "never"):
+        job = world.job(jackpot("tail"), policy=policy, scorer={"packing": packing, "max_batch_tokens": 40})
+        target = TargetPolicy(job.policy, world.store, "cuda", 1.3)
+        pending = target.read_newer()
+        assert pending is not None
+        target.apply(pending)
+        scorer = GroupScorer(job, target)
+        scorer._pass_settings = replace(scorer._pass_settings, attention_tokens=None)  # through the kernel, all of it
+        assert scorer._pass_settings.packed == attends_by_lengths(target.model) == (packing == "auto")
+        scores = [one for group in scorer.score_groups(groups) for one in group.scores]
+        found[packing] = np.concatenate([one.target_logprobs for one in scores])
+    np.testing.assert_allclose(found["auto"], found["never"], rtol=0, atol=0.15 if dtype == "bfloat16" else 0.03)
