@@ -231,10 +231,9 @@ def test_packed_completions_score_as_in_rows_of_their_own(world: World, normaliz
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_on_a_gpu_packs_and_scores_as_rows_do(world: World, dtype: str) -> None:
+def test_bfloat16_on_a_gpu_packs_and_scores_as_rows_do(world: World) -> None:
     groups = [sample_group(world, lengths=(3, 1, 4, 2), slot=slot) for slot in range(3)]
-    policy = {"model": str(world.run_dir / "policy"), "dtype": dtype}
+    policy = {"model": str(world.run_dir / "policy"), "dtype": "bfloat16"}
     found = {}
     for packing in ("auto", "never"):
         job = world.job(jackpot("tail"), policy=policy, scorer={"packing": packing, "max_batch_tokens": 40})
@@ -247,4 +246,4 @@ def test_half_precision_on_a_gpu_packs_and_scores_as_rows_do(world: World, dtype
         assert scorer._pass_settings.packed == attends_by_lengths(target.model) == (packing == "auto")
         scores = [one for group in scorer.score_groups(groups) for one in group.scores]
         found[packing] = np.concatenate([one.target_logprobs for one in scores])
-    np.testing.assert_allclose(found["auto"], found["never"], rtol=0, atol=0.15 if dtype == "bfloat16" else 0.03)
+    np.testing.assert_allclose(found["auto"], found["never"], rtol=0, atol=0.15)
