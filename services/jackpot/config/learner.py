@@ -68,8 +68,8 @@ class LearnerConfig(Section):
     """torch.compile each block: faster steps on GPUs, after a first step that takes minutes. Needs a compiler: g++ on
     CPUs, gcc on GPUs."""
     packing: Literal["auto", "always", "never"] = "auto"
-    """How sequences are laid out. ``auto``: one after the other where attention takes lengths as they are (flash
-    attention: bfloat16 on a GPU); elsewhere rows of similar length, in which completions of one prompt share it where
+    """How sequences are laid out. ``auto``: one after the other, without padding, where torch attends to them by their
+    lengths (bfloat16 on a GPU); elsewhere rows of similar length. Either way completions of one prompt share it where
     that is less work. ``always``: one after the other, with a mask where it has to be, which costs memory and time with
     the square of ``max_batch_tokens``. ``never``: a row for every sequence. The result is the same, up to rounding."""
     max_batch_tokens: PositiveInt = 16384

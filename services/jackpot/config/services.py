@@ -59,8 +59,10 @@ class ScorerConfig(Section):
     max_batch_tokens: PositiveInt = 16384
     """Tokens (prompt and completion) in one forward pass."""
     packing: Literal["auto", "never"] = "auto"
-    """``auto`` lets completions of one prompt share a row that holds it once, where that is less work: prompts about as
-    long as completions, or longer. ``never`` gives each a row of its own. The scores are the same, up to rounding."""
+    """``auto``: one after the other, without padding, where torch attends to sequences by their lengths (bfloat16 on
+    a GPU); elsewhere rows of similar length. Either way completions of one prompt share it where that is less work:
+    prompts about as long as completions, or longer. ``never`` gives each a row of its own. The scores are the same, up
+    to rounding."""
     max_groups_per_batch: PositiveInt = 16
     """Groups taken from the bus at once."""
     reuse_reference: bool = False

@@ -1,5 +1,5 @@
-"""How a learner's passes are laid out: rows of similar length, in which siblings may share a prompt, or one packed row;
-and the check that a model can be packed."""
+"""How a learner's passes are laid out: rows of similar length, in which siblings may share a prompt, or one packed
+row."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from jackpot.config import LearnerConfig
 from jackpot.errors import ConfigError
+from jackpot.runtime import varlen
 from jackpot.runtime.forward import CompletionStates, completion_hidden, packed_completion_hidden
+from jackpot.runtime.packing_trial import packs_exactly, problem_with_varlen
 from jackpot.runtime.ranks.group import SOLO, Ranks
+from jackpot.runtime.ranks.sharding import DTYPES
 from jackpot.runtime.shared_prompts import attention_tokens
 
 LOG = logging.getLogger(__name__)
-
-# Largest difference of hidden states accepted by the check, relative to the largest: rounding, no more.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,41 +32,73 @@ class PassLayout:
     packed: bool = False
     """In one row without padding; else in rows of similar length."""
     attention_tokens: float | None = None
-    """κ of :class:`jackpot.runtime.batching.Siblings`; None where every sequence has a row of its own."""
+    """κ of :class:`jackpot.runtime.batching.Siblings`; None where no sequences share a prompt."""
 
 
 def layout_of(
-    config: LearnerConfig, models: Sequence[tuple[PreTrainedModel, str]], device: torch.device, ranks: Ranks = SOLO
+    config: LearnerConfig,
+    models: Sequence[tuple[PreTrainedModel, str]],
+    device: torch.device,
+    ranks: Ranks = SOLO,
+    has_varlen: varlen.HasKernel = varlen.is_available,
 ) -> PassLayout:
     """What the job's ``packing`` comes to with these models; a collective.
 
     Args:
         config: the job's ``packing``.
-        models: what learns, not yet sharded, and what each computes in; gets flash attention where that is there.
+        models: what learns, not yet sharded, and what each computes in; attends by lengths afterwards, where all can
+            and sequences are packed.
         device: where they will compute.
         ranks: of which rank 0 has the models' weights.
+        has_varlen: whether torch has the kernel for that.
 
     Raises:
         ConfigError: packing is asked for, and a model lets packed sequences see each other.
     """
-    half = all(dtype == "bfloat16" for _, dtype in models)  # flash attention knows nothing wider
-    varlen = half and device.type == "cuda" and is_flash_attn_2_available()
     if config.packing == "never":
         return PassLayout(completion_hidden)
-    if config.packing == "auto" and not varlen:
-        return PassLayout(completion_hidden, attention_tokens=_attention_tokens([model for model, _ in models], ranks))
-    for model, _ in models:
-        if varlen:
-            model.set_attn_implementation("flash_attention_2")
-        elif ranks.broadcast(b"exact" if ranks.rank == 0 and packs_exactly(model) else b"") != b"exact":
+    plain = [model for model, _ in models]
+    shared = _attention_tokens(plain, ranks) if config.packing == "auto" else None
+    problem = _problem_with_varlen(models, device, ranks, has_varlen)
+    if problem is not None and config.packing == "auto":
+        LOG.info("sequences are not packed: %s", problem)
+        return PassLayout(completion_hidden, attention_tokens=shared)
+    if problem is None:
+        for model in plain:
+            varlen.switch(model)
+    else:
+        _require_exact(plain, ranks)
+    LOG.info("sequences are packed", extra={"attention": "block-diagonal mask" if problem else "by lengths"})
+    return PassLayout(packed_completion_hidden, packed=True, attention_tokens=shared)
+
+
+def _problem_with_varlen(
+    models: Sequence[tuple[PreTrainedModel, str]],
+    device: torch.device,
+    ranks: Ranks,
+    has_varlen: varlen.HasKernel,
+) -> str | None:
+    """Why not all models can attend by lengths, as rank 0 finds it."""
+    found: list[str] = []
+    if ranks.rank == 0:
+        without = [dtype for _, dtype in models if not has_varlen(device, DTYPES[dtype])]
+        if without:
+            found = [f"torch {torch.__version__} has no attention by lengths for {without[0]} on this {device.type}"]
+        else:
+            found = [problem for model, _ in models if (problem := problem_with_varlen(model))]
+    told = json.loads(ranks.broadcast(json.dumps(found).encode()))
+    return str(told[0]) if told else None
+
+
+def _require_exact(models: Sequence[PreTrainedModel], ranks: Ranks) -> None:
+    for model in models:
+        if ranks.broadcast(b"exact" if ranks.rank == 0 and packs_exactly(model) else b"") != b"exact":
             raise ConfigError(
                 "learner.packing",
-                config.packing,
+                "always",
                 f"{type(model).__name__} lets packed sequences see each other",
                 "Set it to never.",
             )
-    LOG.info("sequences are packed", extra={"attention": "flash" if varlen else "block-diagonal mask"})
-    return PassLayout(packed_completion_hidden, packed=True)
 
 
 def _attention_tokens(models: Sequence[PreTrainedModel], ranks: Ranks) -> float | None:
@@ -78,14 +108,3 @@ def _attention_tokens(models: Sequence[PreTrainedModel], ranks: Ranks) -> float 
         found = [attention_tokens(model) for model in models]
     told = json.loads(ranks.broadcast(json.dumps(None if None in found else found[:1]).encode()))
     return float(told[0]) if told else None
-
-
-@torch.no_grad()
-def packs_exactly(model: PreTrainedModel) -> bool:
-    """Whether packed sequences have the hidden states that they have alone."""
-    random = np.random.default_rng(0)
-    sequences = [random.integers(0, model.config.vocab_size, length) for length in (5, 3, 7)]
-    packed = packed_completion_hidden(model, sequences, [2, 1, 3]).float()
-    alone = torch.cat([completion_hidden(model, [s], [p]) for s, p in zip(sequences, [2, 1, 3], strict=True)]).float()
-    bound = _TOLERANCE.get(model.dtype, 0.1) * float(alone.abs().max())
-    return bool((packed - alone).abs().max() <= bound)

@@ -45,11 +45,6 @@ class TrainedModels:
         self.models: dict[Role, PreTrainedModel] = {"policy": policy}
         if actor is not None:
             self.models["actor"] = actor
-        # What a checkpoint restores later goes into the policy alone: this stays the job's initial model.
-        self._initial = copy.deepcopy(policy) if job.algorithm.kl_penalty.weight > 0 else None
-        if self._initial is not None:
-            self._initial.eval()  # type: ignore[no-untyped-call]
-            self._initial.requires_grad_(False)
         self._actor_learns = actor is not None and not isinstance(job.actor, str) and job.actor.train
         self._peak_lr: dict[Role, float] = {"policy": job.learner.lr}
         if self._actor_learns:
@@ -62,6 +57,11 @@ class TrainedModels:
         learning = [(self.models[role], self._dtypes[role]) for role in self._peak_lr]
         self._layout = layout_of(job.learner, learning, self.device, ranks)
         self._states = self._layout.states
+        # Copied once the policy attends as its passes want it. What a checkpoint restores later goes into the policy
+        # alone: this stays the job's initial model.
+        self._initial = copy.deepcopy(policy) if job.algorithm.kl_penalty.weight > 0 else None
+        if self._initial is not None:
+            self._initial.requires_grad_(False)
         self._prepare(learning)
         self.learnables: dict[Role, Learnable] = {
             role: Learnable(self.models[role], build_optimizer(self.models[role], lr, job.learner))

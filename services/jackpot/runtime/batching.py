@@ -52,11 +52,19 @@ def plan_rows(lengths: Sequence[int], max_batch_tokens: int, siblings: Siblings 
         siblings: who may share a row; None is nobody.
     """
     rows = [[index] for index in range(len(lengths))]
-    tokens = list(lengths)
     if siblings is not None:
         rows = shared_rows(lengths, siblings, max_batch_tokens)
+    return passes_of_rows(rows, lengths, max_batch_tokens, siblings)
+
+
+def passes_of_rows(
+    rows: Sequence[Sequence[int]], lengths: Sequence[int], max_batch_tokens: int, siblings: Siblings | None
+) -> list[ModelPass]:
+    """Rows of about the same length together; arguments as :func:`plan_rows`, which says what lies in each row."""
+    tokens = [sum(lengths[index] for index in row) for row in rows]
+    if siblings is not None:
         prompts = siblings.prompt_lengths
-        tokens = [sum(lengths[index] for index in row) - (len(row) - 1) * prompts[row[0]] for row in rows]
+        tokens = [total - (len(row) - 1) * prompts[row[0]] for total, row in zip(tokens, rows, strict=True)]
     return [
         ModelPass(tuple(index for row in bucket for index in rows[row]), tuple(len(rows[row]) for row in bucket))
         for bucket in length_buckets(tokens, max_batch_tokens)

@@ -56,20 +56,24 @@ def packed_completion_hidden(
     model: PreTrainedModel,
     sequences: Sequence[NDArray[np.integer]],
     prompt_lengths: Sequence[int],
-    _per_row: Sequence[int] | None = None,
+    per_row: Sequence[int] | None = None,
 ) -> Tensor:
     """The same hidden states from one row without padding, in which the sequences lie one after the other.
 
-    Positions begin anew with each sequence, by which transformers keeps attention within sequences: with flash
-    attention as so many lengths, with SDPA as a block-diagonal mask, whose cost grows with the square of the row.
+    Attention stays within sequences: by their lengths in a model of :func:`jackpot.runtime.varlen.switch`, in others
+    by their positions, which begin anew with each. With SDPA transformers makes a block-diagonal mask of these, whose
+    cost grows with the square of the row. Where ``per_row`` says that sequences share a prompt, they lie in rows as
+    with :func:`completion_hidden`.
     """
+    if per_row is not None and len(per_row) < len(sequences):
+        return _shared_hidden(model, sequences, prompt_lengths, per_row)
     lengths = [len(sequence) - 1 for sequence in sequences]
     ids = np.concatenate([sequence[:-1] for sequence in sequences]).astype(np.int64)
     positions = np.concatenate([np.arange(length) for length in lengths])
     first = np.repeat(np.asarray(prompt_lengths) - 1, lengths)
     row = (torch.from_numpy(array)[None].to(model.device) for array in (ids, positions))
     input_ids, position_ids = row
-    hidden = hidden_states(model, input_ids, position_ids=position_ids)[0]
+    hidden = hidden_states(model, input_ids, position_ids=position_ids, packed_lengths=lengths)[0]
     return hidden[torch.from_numpy(positions >= first).to(hidden.device)]
 
 

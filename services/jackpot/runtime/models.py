@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jackpot.algorithm.output_head import OutputHead
 from jackpot.errors import ConfigError
+from jackpot.runtime.varlen import attends_by_lengths, bounds
 
 LOG = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ def hidden_states(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    packed_lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Last hidden states after the final norm, ``[B, L, H]``: what :func:`output_head` turns into logits.
 
@@ -116,11 +118,24 @@ def hidden_states(
         model: a model of :func:`load_causal_lm`.
         input_ids: ``[B, L]``.
         attention_mask: ``[B, L]``, 1 at real tokens; required for rows that are padded on the left. Or bool
-            ``[B, 1, L, L]``: which tokens each token sees, with SDPA.
+            ``[B, 1, L, L]``: which tokens each token sees, with SDPA, or in a model that attends by lengths.
         position_ids: ``[B, L]``; None counts each row from 0.
+        packed_lengths: tokens of the sequences that lie one after the other in the only row, by which a model that
+            attends by lengths keeps them apart; every other goes by ``position_ids``, which begin anew with each.
+
+    Raises:
+        ValueError: a model that attends by lengths is given positions alone, from which it learns of no sequences.
     """
     forward = getattr(model, SHARDED_FORWARD, model.base_model)
-    output = forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+    own: dict[str, Any] = {}
+    if attends_by_lengths(model):
+        if packed_lengths is not None:
+            own = bounds(packed_lengths, input_ids.device)
+        elif position_ids is not None and attention_mask is None:
+            raise ValueError("a model that attends by lengths needs packed_lengths or a mask beside position_ids")
+    output = forward(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **own
+    )
     hidden: Tensor = output.last_hidden_state
     return hidden
 

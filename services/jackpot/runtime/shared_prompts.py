@@ -24,7 +24,7 @@ def attention_tokens(model: PreTrainedModel) -> float | None:
     The model has to have its weights; of a sharded one, all ranks have to ask.
     """
     config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or not _sees_all(config) or not _shares_exactly(model):
+    if config._attn_implementation != "sdpa" or not sees_all(config) or not _shares_exactly(model):
         return None
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -33,7 +33,7 @@ def attention_tokens(model: PreTrainedModel) -> float | None:
     return float(parameters / (2 * config.num_hidden_layers * heads * head_dim))
 
 
-def _sees_all(config: PreTrainedConfig) -> bool:
+def sees_all(config: PreTrainedConfig) -> bool:
     """Whether every token attends to all before it: a mask of one's own would take the place of a window's."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:

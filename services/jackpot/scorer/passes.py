@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from jackpot.algorithm.vocabulary import token_logprobs
 from jackpot.runtime.batching import ModelPass, Siblings, plan_rows
-from jackpot.runtime.forward import completion_hidden
+from jackpot.runtime.forward import completion_hidden, packed_completion_hidden
 from jackpot.runtime.models import output_head
+from jackpot.runtime.ranks.partition import plan_packed
 from jackpot.scorer.tokens import Run
 
 
@@ -27,11 +28,13 @@ class PassSettings:
     """Of a slice of the vocabulary pass."""
     temperature: float
     attention_tokens: float | None = None
-    """κ of :class:`jackpot.runtime.batching.Siblings`; None: every run has a row of its own."""
+    """κ of :class:`jackpot.runtime.batching.Siblings`; None: no runs share a row."""
+    packed: bool = False
+    """Runs that share no prompt lie in one row a pass, without padding: for models that attend by lengths."""
 
     def apart(self) -> PassSettings:
-        """The same, but every run in a row of its own: for the actor, of which κ is not asked."""
-        return replace(self, attention_tokens=None)
+        """The same, but every run in a row of its own: for the actor, which is not asked what it can do."""
+        return replace(self, attention_tokens=None, packed=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,9 +67,10 @@ def hidden_by_pass(
         (where, hidden): the tokens' places among the N, [n] int64, and their hidden states, [n, H].
     """
     passes = _passes(runs, settings)
+    states = packed_completion_hidden if settings.packed else completion_hidden
     for one in passes:
         own = [runs[place] for place in one.sequences]
-        hidden = completion_hidden(model, [run.input_ids() for run in own], [run.num_known for run in own], one.per_row)
+        hidden = states(model, [run.input_ids() for run in own], [run.num_known for run in own], one.per_row)
         yield torch.cat([run.places() for run in own]).to(model.device), hidden
     for _ in range(least_passes - len(passes)):
         completion_hidden(model, [_FILLER], [1])
@@ -128,7 +132,8 @@ def _passes(runs: Sequence[Run], settings: PassSettings) -> list[ModelPass]:
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(_prompt, runs)))}
         prompts = [numbers[_prompt(run)] for run in runs]
         siblings = Siblings(prompts, [run.num_known for run in runs], settings.attention_tokens)
-    return plan_rows([run.num_inputs for run in runs], settings.max_batch_tokens, siblings)
+    plan = plan_packed if settings.packed else plan_rows
+    return plan([run.num_inputs for run in runs], settings.max_batch_tokens, siblings)
 
 
 def _prompt(run: Run) -> bytes:

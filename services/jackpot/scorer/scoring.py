@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,7 +18,9 @@ from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance
 from jackpot.algorithm.vocabulary import iterate_logprobs, token_logprobs
 from jackpot.config import JackpotCorrection, JobSpec
 from jackpot.errors import ScoringError
+from jackpot.runtime import varlen
 from jackpot.runtime.models import output_head
+from jackpot.runtime.packing_trial import problem_with_varlen
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.runtime.ranks.sharding import release
 from jackpot.runtime.shared_prompts import attention_tokens
@@ -25,6 +28,8 @@ from jackpot.scorer.passes import LookedUp, PassSettings, flat_hidden, hidden_by
 from jackpot.scorer.shares import Share, own_share
 from jackpot.scorer.tokens import FlatTokens, Run, by_version, check_group, flatten, lay_out
 from jackpot.trajectory import EXACT_KL, Group, ScoredGroup, TokenScores, Trajectory
+
+LOG = logging.getLogger(__name__)
 
 NO_NORMALIZER = "none"
 """Stamped on groups of corrections that know no Z."""
@@ -84,9 +89,18 @@ class GroupScorer:
         actors: the actor at the versions that sampled; required where :func:`needs_actor`.
         ranks: the processes that score together, over which the models are sharded. Each passes its share of the
             trajectories; all of them are to be asked for the same groups at once, and all get all scores.
+        has_varlen: whether torch has the kernel of attention by lengths; the target's model is switched to it then,
+            unless the job packs never.
     """
 
-    def __init__(self, job: JobSpec, target: Target, actors: Actors | None = None, ranks: Ranks = SOLO) -> None:
+    def __init__(
+        self,
+        job: JobSpec,
+        target: Target,
+        actors: Actors | None = None,
+        ranks: Ranks = SOLO,
+        has_varlen: varlen.HasKernel = varlen.is_available,
+    ) -> None:
         correction = job.algorithm.correction
         self._obrs = correction if isinstance(correction, JackpotCorrection) else None
         self._with_topk = self._obrs is not None and self._obrs.normalizer != "full"
@@ -96,7 +110,7 @@ class GroupScorer:
         self._target = target
         self._actors = actors
         self._ranks = ranks
-        self._attention_tokens = attention_tokens(target.model) if job.scorer.packing == "auto" else None
+        self._pass_settings = _pass_settings(job, target.model, ranks.device or target.model.device, has_varlen)
         release(target.model)
 
     def check(self, groups: Sequence[Group]) -> None:
@@ -152,8 +166,7 @@ class GroupScorer:
     def _score(
         self, members: Sequence[tuple[Group, Trajectory]], temperature: float, obrs_lambda: float
     ) -> list[_Found]:
-        scorer = self._job.scorer
-        settings = PassSettings(scorer.max_batch_tokens, scorer.chunk_tokens, temperature, self._attention_tokens)
+        settings = replace(self._pass_settings, temperature=temperature)
         share = own_share(members, settings, self._ranks)
         runs = lay_out(members)
         # Each token is scored on one rank and 0 on the others, so that a sum over ranks puts the call together.
@@ -273,6 +286,26 @@ class GroupScorer:
             full = self._obrs is not None and self._obrs.normalizer == "full"
             scores.append(_Found(one, [float(kl.sum(dtype=np.float64)) for kl in exact_kl] if full else None))
         return scores
+
+
+def _pass_settings(
+    job: JobSpec, model: PreTrainedModel, device: torch.device, has_varlen: varlen.HasKernel
+) -> PassSettings:
+    """How the target's passes are laid out, for any temperature; a collective of a sharded model."""
+    scorer = job.scorer
+    rows = PassSettings(scorer.max_batch_tokens, scorer.chunk_tokens, temperature=1.0)
+    if scorer.packing == "never":
+        return rows
+    rows = replace(rows, attention_tokens=attention_tokens(model))
+    if not has_varlen(device, model.dtype):
+        return rows
+    problem = problem_with_varlen(model)
+    if problem is not None:
+        LOG.info("sequences are not packed: %s", problem)
+        return rows
+    varlen.switch(model)
+    LOG.info("sequences are packed", extra={"attention": "by lengths"})
+    return replace(rows, packed=True)
 
 
 _NUM_FIGURES = 7  # of a token

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scoring_world import (
     SEED,
     VOCABULARY,
@@ -20,6 +21,7 @@ from scoring_world import (
 
 from jackpot.algorithm.obrs import acceptance_uniforms
 from jackpot.errors import PayloadError, ScoringError, WeightMissingError
+from jackpot.runtime.varlen import attends_by_lengths
 from jackpot.scorer.scoring import GroupScorer, needs_actor
 from jackpot.scorer.target import ActorVersions, TargetPolicy
 from jackpot.trajectory import EXACT_KL, Group, ScoredGroup
@@ -200,3 +202,48 @@ def test_completions_that_share_their_prompts_row_score_as_in_rows_of_their_own(
         assert_expected(world, group, one, normalizer, obrs_lambda=1.3)
         for mine, theirs in zip(one.scores, other.scores, strict=True):
             np.testing.assert_allclose(mine.target_logprobs, theirs.target_logprobs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_packed_completions_score_as_in_rows_of_their_own(world: World, normalizer: str) -> None:
+    """In several passes; prompts that are worth it are shared all the same. The actor, which nobody asks, gets rows."""
+    groups = [sample_group(world, lengths=(3, 1, 4, 2), slot=slot) for slot in range(3)]
+    job = world.job(jackpot(normalizer), scorer={"max_batch_tokens": 40})
+    target = TargetPolicy(job.policy, world.store, "cpu", 1.3)
+    pending = target.read_newer()
+    assert pending is not None
+    target.apply(pending)
+    actors = ActorVersions(job.rollout_model, job.rollout_role, world.store, "cpu") if needs_actor(job) else None
+    scorer = GroupScorer(job, target, actors, has_varlen=lambda _device, _dtype: True)
+    assert attends_by_lengths(target.model)
+    for kappa in (scorer._pass_settings.attention_tokens, None):
+        scorer._pass_settings = replace(scorer._pass_settings, attention_tokens=kappa)
+        rows: list[int] = []
+        hook = target.model.base_model.layers[0].register_forward_pre_hook(
+            lambda _, given, rows=rows: rows.append(given[0].shape[0])
+        )
+        scored = scorer.score_groups(groups)
+        hook.remove()
+        assert rows == [3] if kappa else set(rows) == {1} and len(rows) > 1
+        for group, one in zip(groups, scored, strict=True):
+            assert_expected(world, group, one, normalizer, obrs_lambda=1.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_bfloat16_on_a_gpu_packs_and_scores_as_rows_do(world: World) -> None:
+    groups = [sample_group(world, lengths=(3, 1, 4, 2), slot=slot) for slot in range(3)]
+    policy = {"model": str(world.run_dir / "policy"), "dtype": "bfloat16"}
+    found = {}
+    for packing in ("auto", "never"):
+        job = world.job(jackpot("tail"), policy=policy, scorer={"packing": packing, "max_batch_tokens": 40})
+        target = TargetPolicy(job.policy, world.store, "cuda", 1.3)
+        pending = target.read_newer()
+        assert pending is not None
+        target.apply(pending)
+        scorer = GroupScorer(job, target)
+        scorer._pass_settings = replace(scorer._pass_settings, attention_tokens=None)  # through the kernel, all of it
+        assert scorer._pass_settings.packed == attends_by_lengths(target.model) == (packing == "auto")
+        scores = [one for group in scorer.score_groups(groups) for one in group.scores]
+        found[packing] = np.concatenate([one.target_logprobs for one in scores])
+    np.testing.assert_allclose(found["auto"], found["never"], rtol=0, atol=0.15)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from jackpot.runtime.batching import ModelPass, Siblings, plan_rows
+from jackpot.runtime.batching import ModelPass, Siblings, passes_of_rows, plan_rows, shared_rows
 
 # Tokens of the rank that has most, over the mean, that whole groups may bring about: all ranks wait for that one.
 _TOLERATED_LOAD = 1.1
@@ -48,7 +48,7 @@ def plan_passes(
         rank: whose passes.
         size: how many ranks.
         packed: sequences lie one after the other, without padding; else they are rows of similar length.
-        siblings: which sequences may share a row, where they are not packed.
+        siblings: which sequences may share a row.
     """
     shares = batch_shares(lengths, group_starts, size)
     plans = [_passes(lengths, share, max_batch_tokens, packed, siblings) for share in shares]
@@ -100,6 +100,26 @@ def balanced_shares(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+def plan_packed(lengths: Sequence[int], max_batch_tokens: int, siblings: Siblings | None = None) -> list[ModelPass]:
+    """Passes of one row each, in which sequences lie one after the other; but siblings whose prompt is worth sharing
+    lie behind it in rows of passes of their own.
+
+    Args:
+        lengths: tokens of each sequence, prompt and completion.
+        max_batch_tokens: upper bound of a pass. A sequence longer than this is a pass of its own.
+        siblings: who may share a prompt; None is nobody.
+    """
+    if siblings is None:
+        return [ModelPass(tuple(own), (1,) * len(own)) for own in packed_bins(lengths, max_batch_tokens)]
+    rows = shared_rows(lengths, siblings, max_batch_tokens)
+    alone = [row[0] for row in rows if len(row) == 1]
+    packed = [[alone[place] for place in own] for own in packed_bins([lengths[row] for row in alone], max_batch_tokens)]
+    return [
+        *passes_of_rows([row for row in rows if len(row) > 1], lengths, max_batch_tokens, siblings),
+        *(ModelPass(tuple(own), (1,) * len(own)) for own in packed),
+    ]
+
+
 def packed_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Sequences in bins of at most ``capacity`` tokens: the longest first, each into the first bin with room.
 
@@ -123,9 +143,7 @@ def _passes(
 ) -> list[ModelPass]:
     if not share:
         return []
-    own = [lengths[row] for row in share]
-    if packed:
-        passes = [ModelPass(tuple(rows), (1,) * len(rows)) for rows in packed_bins(own, max_batch_tokens)]
-    else:
-        passes = plan_rows(own, max_batch_tokens, None if siblings is None else siblings.select(share))
+    plan = plan_packed if packed else plan_rows
+    own = None if siblings is None else siblings.select(share)
+    passes = plan([lengths[row] for row in share], max_batch_tokens, own)
     return [ModelPass(tuple(share[index] for index in one.sequences), one.per_row) for one in passes]

@@ -1,0 +1,67 @@
+"""Whether a model gives sequences that lie one after the other in a row the hidden states that they have alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from jackpot.runtime.forward import completion_hidden, packed_completion_hidden
+from jackpot.runtime.shared_prompts import sees_all
+from jackpot.runtime.varlen import attends_by_lengths, switched
+
+# Largest difference of hidden states accepted, relative to the largest: rounding, no more.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02}
+_HALF_TOLERANCE = 0.1
+_LENGTHS, _PROMPTS = (5, 3, 7), (2, 1, 3)
+
+
+@torch.no_grad()
+def packs_exactly(model: PreTrainedModel) -> bool:
+    """Whether it does, with the attention that it has.
+
+    The model has to have its weights; of a sharded one, all ranks have to ask.
+    """
+    return _agree(_packed(model), _alone(model), model.dtype)
+
+
+@torch.no_grad()
+def problem_with_varlen(model: PreTrainedModel) -> str | None:
+    """Why it does not when it attends by lengths, or None where it does: tried in full, with the model's own attention
+    for comparison. On a CPU a loop over the sequences is in the kernel's place; all else is what a GPU gets.
+
+    The model has to have its weights, and keeps its attention; of a sharded one, all ranks have to ask.
+    """
+    name = type(model).__name__
+    if not sees_all(model.config.get_text_config()):
+        return f"{name} has layers that do not see the whole context"
+    alone = _alone(model)
+    try:
+        with switched(model):
+            if not attends_by_lengths(model):
+                return f"{name} lets nobody change its attention"
+            packed = _packed(model)
+    except Exception as error:  # whatever an architecture's own code makes of it, rows remain
+        return f"{name}: {error}"
+    return None if _agree(packed, alone, model.dtype) else f"{name} lets packed sequences see each other"
+
+
+def _sequences(model: PreTrainedModel) -> list[NDArray[np.int64]]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, model.config.get_text_config().vocab_size, length) for length in _LENGTHS]
+
+
+def _packed(model: PreTrainedModel) -> Tensor:
+    return packed_completion_hidden(model, _sequences(model), _PROMPTS).float()
+
+
+def _alone(model: PreTrainedModel) -> Tensor:
+    each = zip(_sequences(model), _PROMPTS, strict=True)
+    return torch.cat([completion_hidden(model, [sequence], [prompt]) for sequence, prompt in each]).float()
+
+
+def _agree(packed: Tensor, alone: Tensor, dtype: torch.dtype) -> bool:
+    bound = _TOLERANCE.get(dtype, _HALF_TOLERANCE) * float(alone.abs().max())
+    return bool((packed - alone).abs().max() <= bound)
