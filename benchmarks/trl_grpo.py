@@ -117,7 +117,10 @@ def trl_rate(steps: int, threads: int, policy: list[str]) -> float:
 def trl_side(python: str, steps: int, threads: int, policy: list[str]) -> float:
     """The same in a process of TRL's environment."""
     command = [python, __file__, "--side", "trl", "--steps", str(steps), "--threads", str(threads), *policy]
-    services = str(Path(__file__).parent.parent / "services")
+    # Before what is on the path already: packages may lie there, as they do where nothing can be installed.
+    services = os.pathsep.join(
+        filter(None, [str(Path(__file__).parent.parent / "services"), os.environ.get("PYTHONPATH")])
+    )
     environment = os.environ | {"PYTHONPATH": services, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["samples_per_second"])
