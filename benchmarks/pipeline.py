@@ -16,24 +16,53 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jackpot.config import JobSpec, load_job
 
 SINGLE = Path(__file__).parent / "single_process_loop.py"
 
 
-def pipeline_rate(job_file: Path, overrides: list[str], job: JobSpec) -> tuple[float, float]:
-    """(trajectories per second, seconds from the start to the first step) of `jackpot run`."""
+@dataclass(frozen=True)
+class Run:
+    """What `jackpot run` left behind."""
+
+    rows: list[dict[str, Any]]
+    """Of ``metrics.jsonl``, one a step."""
+    created: float
+    summary: dict[str, Any]
+
+    @property
+    def first_step_seconds(self) -> float:
+        """From the start to the end of the first step."""
+        return float(self.rows[0]["time"] - self.created)
+
+
+def run_job(job_file: Path, overrides: list[str]) -> Run:
+    """Run a job to its end.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory) / "run"
         command = [sys.executable, "-c", "from jackpot.cli import main; main()", "run", str(job_file), *overrides]
-        subprocess.run([*command, "--run-dir", str(run_dir)], check=True, capture_output=True)
+        done = subprocess.run([*command, "--run-dir", str(run_dir)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"jackpot run ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         created = json.loads((run_dir / "run.json").read_text())["created"]
-    batches = (rows[-1]["step"] - rows[1]["step"]) / job.learner.updates_per_batch
+        return Run(rows, created, json.loads((run_dir / "summary.json").read_text()))
+
+
+def rate_of(run: Run, job: JobSpec) -> float:
+    """Trajectories per second, from the second step's end to the last one's."""
+    first, last = run.rows[1], run.rows[-1]
+    batches = (last["step"] - first["step"]) / job.learner.updates_per_batch
     trajectories = batches * job.learner.groups_per_batch * job.sampling.group_size
-    return trajectories / (rows[-1]["time"] - rows[1]["time"]), rows[0]["time"] - created
+    return float(trajectories / (last["time"] - first["time"]))
 
 
 def single_process_rate(job_file: Path, overrides: list[str]) -> float:
@@ -53,7 +82,8 @@ def main() -> None:
     job = load_job(arguments.job_file, arguments.overrides)
     ratios = []
     for round_number in range(arguments.rounds):
-        pipeline, startup = pipeline_rate(arguments.job_file, arguments.overrides, job)
+        run = run_job(arguments.job_file, arguments.overrides)
+        pipeline, startup = rate_of(run, job), run.first_step_seconds
         single = single_process_rate(arguments.job_file, arguments.overrides)
         ratios.append(pipeline / single)
         print(
