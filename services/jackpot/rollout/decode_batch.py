@@ -6,13 +6,12 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.rollout.engine import GroupRequest
-from jackpot.rollout.kv_cache import RowCache, prefill
+from jackpot.rollout.kv_cache import RowCache, prefill, upload
 from jackpot.rollout.rows import Row, RowTensors
 from jackpot.rollout.sampling import draw_tokens
 from jackpot.runtime.batching import length_buckets
@@ -42,7 +41,8 @@ class DecodeBatch:
         self._state: RowTensors | None = None
         self._cache: RowCache | None = None
         self._any_greedy = False
-        self._max_count = 0  # of tokens sampled in a row, known without asking the device
+        # How many tokens a row has follows from when it joined: the device is not asked.
+        self._steps = 0
 
     def add(self, rows: Sequence[Row]) -> None:
         """Let rows join, of which nothing has been sampled yet. Siblings next to each other share one prefill."""
@@ -53,6 +53,8 @@ class DecodeBatch:
                 prompts.append(row.request.prompt_token_ids)
             prompt_of_row.append(len(prompts) - 1)
         cache = self._prefill([prompt[:-1] for prompt in prompts], prompt_of_row)
+        for row in rows:
+            row.joined = self._steps
         state = RowTensors.start(rows, self._eos_ids, self._model.device)
         if self._state is None or self._cache is None:
             self._state, self._cache = state, cache
@@ -67,20 +69,20 @@ class DecodeBatch:
         if self._state is None or self._cache is None:
             return []
         state = self._state
-        if self._max_count == state.columns:
+        if self._steps - min(row.joined for row in self.rows) == state.columns:
             state.grow()
         logits = self._forward(state, self._cache)
         uniforms = state.uniforms.gather(1, state.counts[:, None])[:, 0]
         drawn = draw_tokens(logits, state.temperatures, uniforms, state.top_k, self._any_greedy)
         ended = state.record(drawn)
-        self._max_count += 1
-        if not bool(ended.any()):
+        self._steps += 1
+        # The one question to the device in a step.
+        done = [place for place, one in enumerate(ended.tolist()) if one]
+        if not done:
             return []
-        finished = ended.nonzero()[:, 0]
-        trajectories = self._harvest(state, finished)
-        done = set(finished.tolist())
-        pairs = list(zip((self.rows[place] for place in sorted(done)), trajectories, strict=True))
-        self._keep([place for place in range(len(self.rows)) if place not in done])
+        pairs = list(zip((self.rows[place] for place in done), self._harvest(state, done), strict=True))
+        left = set(done)
+        self._keep([place for place in range(len(self.rows)) if place not in left])
         return pairs
 
     def drop(self, requests: Collection[GroupRequest]) -> None:
@@ -95,10 +97,10 @@ class DecodeBatch:
         """The model's weights are another version's now: compute keys and values of all rows anew."""
         if self._state is None:
             return
-        counts = self._state.counts.tolist()
         sampled = self._state.token_ids.cpu().numpy()
         sequences = []
-        for row, count, tokens in zip(self.rows, counts, sampled, strict=True):
+        for row, tokens in zip(self.rows, sampled, strict=True):
+            count = self._steps - row.joined
             if row.versions[-1][1] == count:
                 row.versions.pop()  # it has sampled nothing
             row.versions.append((version, count))
@@ -120,7 +122,7 @@ class DecodeBatch:
         place_of = {index: place for place, index in enumerate(index for bucket in buckets for index in bucket)}
         places = [place_of[index] for index in sequence_of_row]
         if places != list(range(len(sequences))):
-            cache.select(torch.tensor(places, device=self._model.device))
+            cache.select(places)
         return cache
 
     def _forward(self, state: RowTensors, cache: RowCache) -> Tensor:
@@ -134,19 +136,18 @@ class DecodeBatch:
         cache.length += 1
         return self._head.logits(output.last_hidden_state[:, -1])
 
-    def _harvest(self, state: RowTensors, finished: Tensor) -> list[Trajectory]:
+    def _harvest(self, state: RowTensors, finished: list[int]) -> list[Trajectory]:
         """The trajectories of these rows, copied to numpy together."""
-        counts = state.counts[finished].tolist()
-        tokens = state.token_ids[finished].cpu().numpy().astype(np.uint32)
-        logprobs = state.logprobs[finished].cpu().numpy()
-        topk_ids = state.topk_ids[finished].cpu().numpy().astype(np.uint32)
-        topk_logprobs = state.topk_logprobs[finished].cpu().numpy()
-        last = state.next_inputs[finished]
-        stopped = (state.stop_ids[finished] == last[:, None]).any(dim=1).tolist()
+        index = upload(np.array(finished, dtype=np.int64), self._model.device)
+        tokens = state.token_ids[index].cpu().numpy().astype(np.uint32)
+        logprobs = state.logprobs[index].cpu().numpy()
+        topk_ids = state.topk_ids[index].cpu().numpy().astype(np.uint32)
+        topk_logprobs = state.topk_logprobs[index].cpu().numpy()
         trajectories = []
-        for place, index in enumerate(finished.tolist()):
-            row, count = self.rows[index], counts[place]
-            top_k = row.request.sampling.top_logprobs
+        for place, row in enumerate(self.rows[place] for place in finished):
+            count, sampling = self._steps - row.joined, row.request.sampling
+            top_k = sampling.top_logprobs
+            last = int(tokens[place, count - 1])
             trajectories.append(
                 Trajectory(
                     trajectory_id=f"{row.request.group_id}#{row.index}",
@@ -155,20 +156,18 @@ class DecodeBatch:
                     topk_ids=topk_ids[place, :count, :top_k].copy() if top_k else None,
                     topk_logprobs=topk_logprobs[place, :count, :top_k].copy() if top_k else None,
                     version_spans=_spans(row.versions, count),
-                    finish_reason="stop" if stopped[place] else "length",
+                    finish_reason="stop" if last in self._eos_ids or last in sampling.stop_token_ids else "length",
                 )
             )
         return trajectories
 
     def _keep(self, places: list[int]) -> None:
         if not places:
-            self.rows, self._state, self._cache, self._max_count = [], None, None, 0
+            self.rows, self._state, self._cache = [], None, None
         elif len(places) < len(self.rows) and self._state is not None and self._cache is not None:
-            kept = torch.tensor(places, device=self._model.device)
-            self._state.select(kept)
-            self._cache.select(kept)
+            self._state.select(upload(np.array(places, dtype=np.int64), self._model.device))
+            self._cache.select(places)
             self.rows = [self.rows[place] for place in places]
-            self._max_count = int(self._state.counts.max())
         self._any_greedy = any(row.request.sampling.temperature == 0 for row in self.rows)
 
 

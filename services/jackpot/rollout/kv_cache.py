@@ -7,7 +7,7 @@ any age fit together by padding alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,15 @@ class RowCache:
     """Keys and values ``[B, heads, L, head size]`` of every layer; row b's first ``pads[b]`` columns are padding."""
 
     past: DynamicCache
-    pads: Tensor  # int64 [B]
+    pads: NDArray[np.int64]  # [B]; here and not on the device, which a question would hold up
     length: int  # L ≥ 1
-    max_pad: int  # the largest of pads, known without asking the device
+    _pads_there: Tensor | None = field(default=None, init=False)  # on the device, once a mask was asked for
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order (a row may repeat), and drop columns that are padding in all of them."""
-        self.past.batch_select_indices(rows)
-        self.pads = self.pads[rows]
-        if self.max_pad:
+        self.past.batch_select_indices(upload(np.asarray(rows, dtype=np.int64), self._device))
+        self._set_pads(self.pads[rows])
+        if self.pads.any():
             # One column always stays, so that layers are never empty.
             self._drop_front(min(int(self.pads.min()), self.length - 1))
 
@@ -41,40 +41,53 @@ class RowCache:
         for mine, their in zip(_layers(self.past), _layers(other.past), strict=True):
             mine.keys = torch.cat([_pad_front(mine.keys, ours), _pad_front(their.keys, theirs)])
             mine.values = torch.cat([_pad_front(mine.values, ours), _pad_front(their.values, theirs)])
-        self.pads = torch.cat([self.pads + ours, other.pads + theirs])
-        self.max_pad = max(self.max_pad + ours, other.max_pad + theirs)
+        self._set_pads(np.concatenate([self.pads + ours, other.pads + theirs]))
         self.length = length
 
     def step_mask(self) -> Tensor | None:
         """What each row's next token attends to, itself included: bool ``[B, L + 1]``; None if nothing is hidden."""
-        if not self.max_pad:
+        if not self.pads.any():
             return None
-        return torch.arange(self.length + 1, device=self.pads.device) >= self.pads[:, None]
+        if self._pads_there is None:
+            self._pads_there = upload(self.pads, self._device)
+        return torch.arange(self.length + 1, device=self._device) >= self._pads_there[:, None]
 
     def _drop_front(self, columns: int) -> None:
         for layer in _layers(self.past):
             layer.keys, layer.values = layer.keys[:, :, columns:], layer.values[:, :, columns:]
         self.length -= columns
-        self.pads = self.pads - columns
-        self.max_pad = int(self.pads.max())
+        self._set_pads(self.pads - columns)
+
+    def _set_pads(self, pads: NDArray[np.int64]) -> None:
+        self.pads, self._pads_there = pads, None
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = _layers(self.past)[0].keys.device
+        return device
 
 
 def prefill(model: PreTrainedModel, prefixes: Sequence[NDArray[Any]]) -> RowCache:
     """One pass over token sequences (empty ones are allowed): their keys and values, one row each."""
-    lengths = torch.tensor([len(prefix) for prefix in prefixes])
+    lengths = np.array([len(prefix) for prefix in prefixes])
     length = max(1, int(lengths.max()))
     ids = np.zeros((len(prefixes), length), dtype=np.int64)
     for row, prefix in zip(ids, prefixes, strict=True):
         row[: len(prefix)] = prefix
     # Padding behind needs no mask: attention is causal. It is moved to the front afterwards.
     past = DynamicCache()
-    model.base_model(input_ids=torch.from_numpy(ids).to(model.device), past_key_values=past, use_cache=True)
-    pads = (length - lengths).to(model.device)
-    max_pad = length - int(lengths.min())
-    if max_pad:
+    model.base_model(input_ids=upload(ids, model.device), past_key_values=past, use_cache=True)
+    pads = length - lengths
+    if pads.any():
+        shifts = upload(pads, model.device)
         for layer in _layers(past):
-            layer.keys, layer.values = _to_the_end(layer.keys, pads), _to_the_end(layer.values, pads)
-    return RowCache(past, pads, length, max_pad)
+            layer.keys, layer.values = _to_the_end(layer.keys, shifts), _to_the_end(layer.values, shifts)
+    return RowCache(past, pads, length)
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on the device. What the device has still to do is not waited for."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _to_the_end(states: Tensor, pads: Tensor) -> Tensor:

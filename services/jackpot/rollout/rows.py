@@ -25,6 +25,7 @@ class Row:
     request: GroupRequest
     index: int
     versions: list[tuple[int, int]]  # (version, its first token), oldest first
+    joined: int = 0  # after how many steps of its batch
 
 
 @dataclass(slots=True, eq=False)
@@ -110,8 +111,8 @@ class RowTensors:
             self.topk_ids[at] = drawn.topk_ids.to(torch.int32)
             self.topk_logprobs[at] = drawn.topk_logprobs.to(torch.float16)
         self.next_inputs = drawn.tokens
-        self.positions = self.positions + 1
-        self.counts = self.counts + 1
+        self.positions += 1
+        self.counts += 1
         return (self.stop_ids == drawn.tokens[:, None]).any(dim=1) | (self.counts >= self.max_tokens)
 
 
