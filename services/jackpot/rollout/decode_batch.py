@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.rollout.engine import GroupRequest
-from jackpot.rollout.kv_cache import RowCache, prefill, upload
+from jackpot.rollout.kv_cache import RowCache, cached_pass, prefill, upload
 from jackpot.rollout.rows import Row, RowTensors
 from jackpot.rollout.sampling import draw_tokens
 from jackpot.runtime.batching import length_buckets
@@ -126,15 +126,15 @@ class DecodeBatch:
         return cache
 
     def _forward(self, state: RowTensors, cache: RowCache) -> Tensor:
-        output = self._model.base_model(
+        states = cached_pass(
+            self._model,
+            cache.past,
             input_ids=state.next_inputs[:, None],
             position_ids=state.positions[:, None],
             attention_mask=cache.step_mask(),
-            past_key_values=cache.past,
-            use_cache=True,
         )
         cache.length += 1
-        return self._head.logits(output.last_hidden_state[:, -1])
+        return self._head.logits(states[:, -1])
 
     def _harvest(self, state: RowTensors, finished: list[int]) -> list[Trajectory]:
         """The trajectories of these rows, copied to numpy together."""

@@ -6,8 +6,10 @@ any age fit together by padding alone.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,13 +78,26 @@ def prefill(model: PreTrainedModel, prefixes: Sequence[NDArray[Any]]) -> RowCach
         row[: len(prefix)] = prefix
     # Padding behind needs no mask: attention is causal. It is moved to the front afterwards.
     past = DynamicCache()
-    model.base_model(input_ids=upload(ids, model.device), past_key_values=past, use_cache=True)
+    cached_pass(model, past, input_ids=upload(ids, model.device))
     pads = length - lengths
     if pads.any():
         shifts = upload(pads, model.device)
         for layer in _layers(past):
             layer.keys, layer.values = _to_the_end(layer.keys, shifts), _to_the_end(layer.values, shifts)
     return RowCache(past, pads, length)
+
+
+def cached_pass(model: PreTrainedModel, past: DynamicCache, **inputs: Tensor | None) -> Tensor:
+    """Last hidden states ``[B, L, H]`` of the inputs behind what is cached, to which theirs is added."""
+    kind: type[Any] = type(model.base_model)
+    states: Tensor = model.base_model(**inputs, **{_cache_argument(kind): past}, use_cache=True).last_hidden_state
+    return states
+
+
+@cache
+def _cache_argument(kind: type[Any]) -> str:
+    """What an architecture calls its cache: transformers renames it from 5.24 on, one architecture after another."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
