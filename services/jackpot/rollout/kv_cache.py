@@ -7,7 +7,7 @@ any age fit together by padding alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -89,15 +89,16 @@ def prefill(model: PreTrainedModel, prefixes: Sequence[NDArray[Any]]) -> RowCach
 
 def cached_pass(model: PreTrainedModel, past: DynamicCache, **inputs: Tensor | None) -> Tensor:
     """Last hidden states ``[B, L, H]`` of the inputs behind what is cached, to which theirs is added."""
-    kind: type[Any] = type(model.base_model)
-    states: Tensor = model.base_model(**inputs, **{_cache_argument(kind): past}, use_cache=True).last_hidden_state
+    base = model.base_model
+    name = _cache_argument(type(base).forward)
+    states: Tensor = base(**inputs, **{name: past}, use_cache=True).last_hidden_state
     return states
 
 
 @cache
-def _cache_argument(kind: type[Any]) -> str:
+def _cache_argument(forward: Callable[..., Any]) -> str:
     """What an architecture calls its cache: transformers renames it from 5.24 on, one architecture after another."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
