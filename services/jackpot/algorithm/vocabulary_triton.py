@@ -2,9 +2,9 @@
 :func:`jackpot.algorithm.distillation.forward_kl`, which call this module where Triton can run.
 
 Forward: logits exist one tile at a time, on the chip; what leaves it are two or three numbers a token and tile.
-Backward: a block of their gradient, [tokens, COLUMNS] in the weight's format, goes to memory and from there through two
-matrix products. What is held beyond inputs and gradients is therefore a hundredth of the logits of :data:`TOKENS`
-tokens and one such block (with top-k: an eighth of the logits of :data:`TOPK_TOKENS`).
+Backward: their gradient for some columns of the vocabulary, in the weight's format, goes to memory and from there
+through two matrix products. What is held beyond inputs and gradients is therefore a hundredth of the logits of
+:data:`TOKENS` tokens and one such block (with top-k: an eighth of the logits of :data:`TOPK_TOKENS`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ GROUP = 16
 TOKENS = 8192
 """Tokens per launch."""
 
-TOPK_TOKENS = 1024
-"""The same when each group's two best are kept: 1024 × 152,000 / 16 × 8 bytes = 78 MB."""
+TOPK_TOKENS = 2048
+"""The same when each group's two best are kept: 2048 × 152,000 / 16 × 8 bytes = 156 MB."""
 
-COLUMNS = 4096
-"""Columns of the vocabulary whose gradient is in memory at once: for 8192 tokens 64 MB in 16 bits."""
+BLOCK_ELEMENTS = 1 << 26
+"""Logits whose gradient is in memory at once: 128 MB in 16 bits, 8192 columns of the vocabulary for 8192 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Tiles:
 def tiles_for(shared_memory: int, programs: int, *, accumulators: int = 1, writes: bool = False) -> Tiles:
     """Tiles for a GPU.
 
-    128 × 256 logits in float32 fill the registers of eight warps; an H100 multiplies with such tiles and four steps in
-    shared memory as fast as its library does, and a quarter slower with 128 × 128.
+    128 × 256 logits in float32 fill the registers of eight warps. An H100 multiplies with such tiles and four steps in
+    shared memory as fast as its library does; with 128 × 128 and five, where two tiles have to be there, nine tenths.
 
     Args:
         shared_memory: bytes that a program can have.
@@ -71,7 +71,7 @@ def tiles_for(shared_memory: int, programs: int, *, accumulators: int = 1, write
     columns = 256 if accumulators == 1 and shared_memory >= 160_000 else 128
     step = (rows + columns) * _STEP_BYTES
     free = shared_memory - _RESERVED_BYTES - (2 * rows * columns if writes else 0)
-    return Tiles(programs, rows, columns, max(1, min(4, free // step)))
+    return Tiles(programs, rows, columns, max(1, min(5, free // step)))
 
 
 _STEP_BYTES = 128  # a row of the hardware's widest shared-memory layout
@@ -79,9 +79,9 @@ _RESERVED_BYTES = 2048  # barriers, and what reductions exchange between warps
 
 
 @cache
-def _tiles(device: int | None, accumulators: int = 1, writes: bool = False) -> Tiles:
-    if device is None:  # Triton's interpreter, on a CPU
-        return Tiles(2, 128, 128, 1)
+def _tiles(device: int | None, dtype: torch.dtype, accumulators: int = 1, writes: bool = False) -> Tiles:
+    if device is None or dtype.itemsize > 2:  # the interpreter, or no tensor cores: for tests
+        return Tiles(2, 64, 64, 1)
     properties = torch.cuda.get_device_properties(device)
     return tiles_for(
         properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
@@ -210,7 +210,7 @@ class _TokenLogprobs(torch.autograd.Function):
         gradient = gradient.contiguous()
         gradient_sum = gradient.sum(-1)
 
-        tiles = _tiles(hidden.device.index, writes=True)
+        tiles = _tiles(hidden.device.index, weight.dtype, writes=True)
 
         def in_products(tokens: slice, columns: slice, out: Tensor) -> None:
             kernels.logprob_gradient_kernel[(tiles.programs,)](
@@ -272,7 +272,7 @@ class _ForwardKl(torch.autograd.Function):
         actor = _Head(OutputHead(weight, bias[0] if bias else None, softcap, scale), hidden)
         gradient = gradient.contiguous()
 
-        tiles = _tiles(hidden.device.index, accumulators=2, writes=True)
+        tiles = _tiles(hidden.device.index, _wider(policy, actor), accumulators=2, writes=True)
 
         def in_products(tokens: slice, columns: slice, out: Tensor) -> None:
             kernels.forward_kl_gradient_kernel[(tiles.programs,)](
@@ -309,7 +309,7 @@ def _log_sums(
     """log Σ exp z and Σ p z of a slice of c tokens, [c] each, and the two best of each group of neighbours,
     [2, c, groups]."""
     num_tokens = len(made.hidden[tokens])
-    tiles = _tiles(made.hidden.device.index)
+    tiles = _tiles(made.hidden.device.index, made.weight.dtype)
     num_tiles = triton.cdiv(made.vocabulary, tiles.columns)
     greatest, total, weighted = made.hidden.new_empty(3, num_tiles, num_tokens, dtype=torch.float32)
     num_groups = num_tiles * tiles.columns // GROUP if groups else 0
@@ -340,10 +340,14 @@ def _log_sums(
     return log_sum, (weighted * share).sum(0) if entropy else None, two_best if groups else None
 
 
+def _wider(policy: _Head, actor: _Head) -> torch.dtype:
+    return torch.promote_types(policy.weight.dtype, actor.weight.dtype)
+
+
 def _kl_sums(policy: _Head, actor: _Head, tokens: slice, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """KL(policy ‖ actor) of each of the tokens, and both models' log Σ exp z; [c] each."""
     num_tokens = len(actor.hidden[tokens])
-    tiles = _tiles(actor.hidden.device.index, accumulators=2)
+    tiles = _tiles(actor.hidden.device.index, _wider(policy, actor), accumulators=2)
     num_tiles = triton.cdiv(actor.vocabulary, tiles.columns)
     sums = actor.hidden.new_empty(5, num_tiles, num_tokens, dtype=torch.float32)
     kernels.forward_kl_kernel[(tiles.programs,)](
@@ -457,7 +461,7 @@ def _gradients(
     in_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
     for tokens in _slices(num_tokens, TOKENS):
         states = made.hidden[tokens]
-        for columns in _slices(made.vocabulary, COLUMNS):
+        for columns in _slices(made.vocabulary, _columns(len(states))):
             out = made.weight.new_empty(len(states), columns.stop - columns.start)
             in_products(tokens, columns, out)
             if in_hidden is not None:
@@ -481,6 +485,11 @@ def _add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
         out.addmm_(left, right)
     else:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+
+
+def _columns(num_tokens: int) -> int:
+    """Columns of a block: whole tiles."""
+    return max(256, BLOCK_ELEMENTS // num_tokens // 256 * 256)
 
 
 def _slices(num_tokens: int, size: int) -> Iterator[slice]:

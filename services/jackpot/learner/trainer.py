@@ -140,10 +140,12 @@ class Trainer(TrainedModels):
             hidden = hidden_of_only_pass
             if hidden is None:
                 hidden = self._states(self.models["policy"], *batch.inputs(one))
-            loss = self._loss.policy(hidden, micro, meter)
+            _backward(self._loss.policy(hidden, micro, meter), one)
             if self._actor_learns:
-                loss = loss + self._loss.actor(hidden, micro, meter)
-            (loss if one.counted else 0.0 * loss).backward()  # type: ignore[no-untyped-call]
+                # What the policy's pass kept is gone by now: one model's activations are in memory at a time.
+                _backward(self._loss.actor(hidden.detach(), micro, meter), one)
+        for learnable in self.learnables.values():
+            release(learnable.model)
 
     def _control(self, weights: TokenWeights, batch: Batch, meter: StepMeter) -> None:
         """Let λ and λ_distill follow what this step measured: over all tokens, which rank 0 alone has."""
@@ -229,3 +231,8 @@ class Trainer(TrainedModels):
             packed=self._layout.packed,
             siblings=None if attention_tokens is None else batch.siblings(attention_tokens),
         )
+
+
+def _backward(loss: Tensor, one: MicroRows) -> None:
+    """Add a pass's gradient; nothing for one that another rank counts, but FSDP's collectives are made."""
+    (loss if one.counted else 0.0 * loss).backward()  # type: ignore[no-untyped-call]

@@ -35,8 +35,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def shard(model: PreTrainedModel, ranks: Ranks, dtype: str | None, *, cpu_offload: bool = False) -> None:
     """Shard a model over the ranks, block by block; in place, a collective. Its parameters are DTensors then.
 
-    The embedding and the output layer stay gathered from a pass to the end of its backward pass: the vocabulary pass
-    uses the output layer's weight outside of any module's forward.
+    The embedding and the output layer stay gathered from a pass until :func:`release`: the vocabulary pass uses the
+    output layer's weight outside of any module's forward, that of the actor's distillation after the policy's backward
+    pass.
 
     Args:
         model: of :func:`load_on_ranks`: rank 0 has its weights. With float32 parameters if it learns.
@@ -65,6 +66,8 @@ def shard(model: PreTrainedModel, ranks: Ranks, dtype: str | None, *, cpu_offloa
         # sums exist on gloo and NCCL alike.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    assert isinstance(model, FSDPModule)
+    model.set_reshard_after_backward(False, recurse=False)
     if ranks.rank > 0:
         _take_up(model, ranks, torch.device("cpu") if cpu_offload else ranks.device)
     # The trunk's forward, with the gathering of the root's parameters around it.
@@ -125,7 +128,7 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def release(model: nn.Module) -> None:
-    """Give up gathered parameters after a pass without a backward pass, which would have done so."""
+    """Give up gathered parameters: after passes, and before the parameters change."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
