@@ -38,7 +38,8 @@ class StepProfiler:
         self._batches += 1
         if self._profile is None and self._wanted > 0 and self._batches > WARM_UP_BATCHES:
             self._first = first_step
-            self._profile = profile(activities=_activities(), record_shapes=True)
+            # A single cycle, whose events are all to be kept: so torch 2.11 need not warn that others would not be.
+            self._profile = profile(activities=_activities(), record_shapes=True, acc_events=True)
             self._profile.start()
         yield
         if self._profile is not None and first_step + num_steps - self._first >= self._wanted:
