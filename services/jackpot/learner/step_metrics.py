@@ -14,6 +14,8 @@ from jackpot.trajectory import Role
 
 RATIO_QUANTILES = {"p01": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 
+_NONFINITE = "nonfinite"
+
 
 class StepMeter:
     """Sums over a step's tokens; :meth:`row` divides once at the end.
@@ -30,6 +32,8 @@ class StepMeter:
         self._row: dict[str, float] = {"step": step + 1}
         if complete:
             self._row |= _batch_figures(batch, step) | mismatch_figures(batch, weights)
+        # Of the passes, where the models compute: to read them there would hold up what a GPU is given to do.
+        self._found: dict[str, Tensor] = {}
         self._sums: dict[str, float] = {}
         self._found_nonfinite = 0.0
         self._counted = True
@@ -42,11 +46,11 @@ class StepMeter:
         self._counted = counted
 
     def add_up(self, ranks: Ranks) -> None:
-        """Make the sums those of all ranks' passes; a collective."""
-        totals = torch.tensor([*self._sums.values(), self._found_nonfinite], dtype=torch.float64)
+        """Read what the passes found, and make the sums those of all ranks' passes; a collective."""
+        totals = torch.stack(list(self._found.values())).cpu()
         ranks.sum_(totals)
-        *sums, self._found_nonfinite = totals.tolist()
-        self._sums = dict(zip(self._sums, sums, strict=True))
+        self._sums = dict(zip(self._found, totals.tolist(), strict=True))
+        self._found_nonfinite = self._sums.pop(_NONFINITE)
 
     def policy(self, loss: TokenLoss, entropy: Tensor) -> None:
         """Add a micro-batch of the policy; ``entropy`` is [n], in nats."""
@@ -54,7 +58,7 @@ class StepMeter:
         clipped = loss.num_clipped_low + loss.num_clipped_high
         self._add("policy/clip_fraction", clipped, self._num_tokens)
         self._add("policy/entropy", entropy.sum(), self._num_tokens)
-        self._found_nonfinite += float(loss.num_nonfinite) if self._counted else 0.0
+        self._add(_NONFINITE, loss.num_nonfinite, 1)
 
     def kl_to_initial(self, kl: Tensor) -> None:
         """Add a micro-batch's part of KL(policy ‖ initial policy), in nats per token."""
@@ -63,7 +67,7 @@ class StepMeter:
     def actor(self, loss: TokenLoss) -> None:
         """Add a micro-batch of the actor's PPO loss."""
         self._add("actor/ppo_loss", loss.loss_sum, 1)
-        self._found_nonfinite += float(loss.num_nonfinite) if self._counted else 0.0
+        self._add(_NONFINITE, loss.num_nonfinite, 1)
 
     def distillation(self, kl: Tensor) -> None:
         """Add a micro-batch of KL(policy ‖ actor), [n] nats per token."""
@@ -83,11 +87,11 @@ class StepMeter:
 
     @property
     def kl_policy_actor(self) -> float | None:
-        """Mean KL(policy ‖ actor) of the micro-batches so far; None without distillation."""
+        """Mean KL(policy ‖ actor) of the micro-batches, once added up; None without distillation."""
         return self._sums.get("kl/policy_actor")
 
     def row(self) -> dict[str, float]:
-        """The finished row."""
+        """The finished row, once added up."""
         return (
             self._row
             | self._sums
@@ -95,8 +99,10 @@ class StepMeter:
         )
 
     def _add(self, name: str, amount: Tensor, divisor: float) -> None:
-        share = float(amount.detach()) / divisor if self._counted else 0.0
-        self._sums[name] = self._sums.get(name, 0.0) + share
+        amount = amount.detach().double()
+        # Not by a product: what is not counted may be no number.
+        share = amount / divisor if self._counted else torch.zeros_like(amount)
+        self._found[name] = share + self._found[name] if name in self._found else share
 
 
 def _batch_figures(batch: Batch, step: int) -> dict[str, float]:

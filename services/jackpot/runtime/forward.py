@@ -49,7 +49,8 @@ def completion_hidden(
     columns = np.arange(ids.shape[1])
     first = np.asarray(prompt_lengths)[:, None] - 1
     wanted = (columns >= first) & (columns < np.asarray(lengths)[:, None])
-    return hidden[torch.from_numpy(wanted).to(hidden.device)]
+    # As places: of a mask the device would have to say first how many it holds.
+    return hidden.flatten(0, 1)[torch.from_numpy(np.flatnonzero(wanted)).to(hidden.device, non_blocking=True)]
 
 
 def packed_completion_hidden(
