@@ -67,9 +67,11 @@ class ModelShape:
         return 2 * self.layers * self.kv_heads * self.head_size * dtype_bytes
 
     def activation_elements(self) -> int:
-        """What training keeps of one token, over all layers: inputs of every product, norms and residuals."""
-        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_size
-        return self.layers * (5 * self.hidden + attention + 3 * self.active_experts * self.intermediate)
+        """What training keeps of one token, over all layers, in numbers of the format it computes in: as transformers'
+        Qwen3 does, whose norms keep their float32 input (counted by autograd's hooks; Llama has no norms of queries
+        and keys, and keeps two times these instead of five)."""
+        attention = 5 * (self.heads + self.kv_heads) * self.head_size
+        return self.layers * (8 * self.hidden + attention + 4 * self.active_experts * self.intermediate)
 
 
 def _qwen3(

@@ -212,7 +212,8 @@ def _learner_memory(job: JobSpec, policy: ModelShape, actor: ModelShape, load: L
         "gradients": on_device,
         "optimizer": 2 * on_device,
         "gathered": gathered,
-        "activations": sum(trained * elements * size for elements, size in kept),
+        # One model after the other makes its backward pass.
+        "activations": max(trained * elements * size for elements, size in kept),
     }
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
 from typer.testing import CliRunner
 
 from jackpot.cli import app
@@ -163,3 +165,41 @@ def test_the_command(tmp_path: Path) -> None:
     plan = json.loads(result.output)
     assert plan["policy_parameters"] == KNOWN["qwen3-4b"].parameters
     assert plan["on_policy_rollout_share"] == 0.8
+
+
+@pytest.mark.parametrize(
+    "shape", [ModelShape(64, 4, 4, 2, 16, 192, 50, tied=True), ModelShape(96, 4, 2, 2, 32, 128, 50, tied=True)]
+)
+def test_activations_are_what_autograd_keeps(shape: ModelShape) -> None:
+    """Of Qwen3 in bfloat16: bytes of all tensors that are saved for the backward pass, beside parameters."""
+    assert kept_bytes(shape) == pytest.approx(2 * shape.activation_elements(), rel=0.1)
+
+
+def kept_bytes(shape: ModelShape, num_tokens: int = 64) -> float:
+    """A token's, of the layers: those of the model less those of the same model with half of its layers, twice."""
+    whole, half = (_kept(replace(shape, layers=layers), num_tokens) for layers in (shape.layers, shape.layers // 2))
+    return 2 * (whole - half) / num_tokens
+
+
+def _kept(shape: ModelShape, num_tokens: int) -> int:
+    config = Qwen3Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        states = model.base_model(input_ids=torch.zeros(1, num_tokens, dtype=torch.int64), use_cache=False)
+    assert states.last_hidden_state.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in parameters)
