@@ -39,8 +39,9 @@ def empty_moments(learnables: Mapping[Role, Learnable], stored: Mapping[str, Any
     for role, name, key, parameter in _moment_names(learnables):
         stored_name = f"{role}/optimizer/{name}/{key}"
         if stored_name in stored:
-            # AdamW keeps its step counter on the CPU whatever device the parameter lives on.
-            tensors[stored_name] = torch.tensor(0.0) if key == "step" else torch.zeros_like(parameter.detach())
+            whole = parameter.detach()
+            # A counter is one number, beside the parameter, also where that is sharded.
+            tensors[stored_name] = torch.zeros((), device=whole.device) if key == "step" else torch.zeros_like(whole)
     return tensors
 
 

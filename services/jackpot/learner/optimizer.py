@@ -10,14 +10,17 @@ from jackpot.config import LearnerConfig
 
 
 def build_optimizer(model: nn.Module, lr: float, config: LearnerConfig) -> torch.optim.AdamW:
-    """AdamW over a model's parameters; weight decay on matrices only, not on norms and biases."""
+    """AdamW over a model's parameters; weight decay on matrices only, not on norms and biases.
+
+    Fused: one program for all tensors, instead of a dozen operations on each or on temporary copies of all.
+    """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=config.betas)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=config.betas, fused=True)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
