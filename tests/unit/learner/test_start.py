@@ -17,6 +17,7 @@ from jackpot.config import JobSpec, parse_job
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.learner.batch import build_batch
+from jackpot.learner.checkpoint import CheckpointStore, Progress
 from jackpot.learner.start import build_trainer, is_sharded, seed_everything
 from jackpot.learner.trainer import Trainer
 from jackpot.runtime.ranks.group import leave_ranks
@@ -181,6 +182,17 @@ def test_bfloat16_on_a_gpu_over_nccl(
     )
     batch = build_batch(make_groups(job), job.algorithm.advantage)
     expected = make_trainer(make_job()).train_batch(batch, 0)[0]
-    row = build(job, tmp_path).train_batch(batch, 0)[0]
+    trainer = build(job, tmp_path)
+    row = trainer.train_batch(batch, 0)[0]
     assert row["policy/grad_norm"] == pytest.approx(expected["policy/grad_norm"], rel=0.1)
     assert row["kl/policy_actor"] == pytest.approx(expected["kl/policy_actor"], rel=0.1)
+    # A checkpoint brings back weights, moments and counters: the second step is the same once more.
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    path = store.save(Progress(1, 1, trainer.controls.obrs_lambda, trainer.controls.state()), trainer.learnables)
+    second = trainer.train_batch(batch, 1)[0]
+    after = trainer.weights("policy")
+    trainer.restore(store, path)
+    assert trainer.train_batch(batch, 1)[0] == pytest.approx(second, rel=0.01, abs=1e-4)
+    again = trainer.weights("policy")
+    for name, tensor in after.items():
+        torch.testing.assert_close(again[name], tensor, rtol=2**-7, atol=1e-4)
