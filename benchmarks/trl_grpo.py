@@ -315,9 +315,12 @@ def compare(options: argparse.Namespace, settings: Settings, variants: list[str]
     print("| --- | --- |" + " --- | --- |" * len(variants), flush=True)
     rates: list[list[float]] = []
     for number in range(1, options.rounds + 1):
-        sides = {"TRL": trl_side(options.trl_python, settings)}
-        for name in variants:
-            sides[name] = jackpot_side(settings, name)
+        sides = {}
+        for name in ("TRL", *variants):
+            started = time.perf_counter()
+            sides[name] = trl_side(options.trl_python, settings) if name == "TRL" else jackpot_side(settings, name)
+            took, rate = time.perf_counter() - started, sides[name].samples_per_second
+            print(f"{name}: {rate:.0f} samples/s, {took:.0f} s in all", file=sys.stderr, flush=True)
         rates.append([side.samples_per_second for side in sides.values()])
         print(_table_row(str(number), rates[-1]), flush=True)
         if options.json:
