@@ -1,8 +1,10 @@
 """CPU memory that each rank of a learner or scorer takes while its model is loaded and sharded.
 
-``python benchmarks/rank_memory.py [--processes 2] [--layers 8]`` makes a random model in float32 (88 million parameters
-for 8 layers), starts the ranks by torchrun over gloo, and prints per service and rank the peak of resident memory above
-what the imports take, and what is left of it when the model is sharded; both as multiples of the model.
+``python benchmarks/rank_memory.py [--processes 2] [--layers 8] [--stored bfloat16]`` makes a random model (88 million
+parameters for 8 layers), starts the ranks by torchrun over gloo, and prints per service and rank the peak of memory
+above what the imports take, until the model is loaded, sharded and has had a first pass, and what is left of it then;
+both as multiples of the model in float32, in which it is held. Memory is what the process has for itself: pages of the
+model's file, which the kernel takes back when memory is short, do not count.
 """
 
 from __future__ import annotations
@@ -13,14 +15,19 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 SERVICES = ("learner", "scorer")
+SAMPLE_SECONDS = 0.002
+# What is freed goes back to the kernel at once, so that it does not count.
+GIVE_BACK = {"MALLOC_TRIM_THRESHOLD_": "131072"}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--max-restarts", "0")
 
 
-def make_model(directory: Path, layers: int) -> int:
-    """Write a random Qwen3 in float32; the bytes of its parameters."""
+def make_model(directory: Path, layers: int, stored: str) -> int:
+    """Write a random Qwen3; the bytes of its parameters in float32."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
     from transformers.utils import logging
@@ -38,25 +45,47 @@ def make_model(directory: Path, layers: int) -> int:
     )
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(directory)
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    model.to(getattr(torch, stored)).save_pretrained(directory)
+    return size
 
 
-def resident(field: str) -> int:
-    """Bytes of this process in memory: ``VmRSS`` now, ``VmHWM`` at the most."""
+def own_memory() -> int:
+    """Bytes that this process has in memory, without pages of files."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
+        if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise AssertionError(f"/proc/self/status has no {field}")
+    raise AssertionError("/proc/self/status has no RssAnon")
+
+
+class Peak(threading.Thread):
+    """Notes the most memory that the process has had."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seen = 0
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self.seen = max(self.seen, own_memory())
+
+    def stop(self) -> int:
+        self._done.set()
+        self.join()
+        return self.seen
 
 
 def rank(directory: Path, service: str) -> None:
     """One rank: join, load, shard, note how much memory that took."""
+    import numpy as np
     import torch
 
     from jackpot.config import JobSpec
     from jackpot.config.environment import ServiceEnvironment
     from jackpot.learner.start import build_trainer
+    from jackpot.runtime.forward import completion_hidden
+    from jackpot.runtime.ranks.sharding import release
     from jackpot.runtime.weights import WeightStore
     from jackpot.scorer.members import meet_members
     from jackpot.scorer.target import TargetPolicy
@@ -64,15 +93,21 @@ def rank(directory: Path, service: str) -> None:
     job = JobSpec.model_validate_json((directory / "job.json").read_text())
     environment = ServiceEnvironment(run_dir=directory, job_id="job-1", threads=1)
     torch.nn.Linear(2, 2)(torch.ones(1, 2)).sum().backward()  # what torch itself sets up at first use
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    base = resident("VmRSS")
+    base = own_memory()
+    peak = Peak()
+    peak.start()
+    started = time.monotonic()
     if service == "learner":
-        held, ranks = build_trainer(environment, job)
+        trainer, ranks = build_trainer(environment, job)
+        model = trainer.models["policy"]
     else:
         ranks = meet_members(environment, job).ranks
-        held = TargetPolicy(job.policy, WeightStore(directory / "weights"), "cpu", 1.0, ranks)
-    noted = {"peak": resident("VmHWM") - base, "left": resident("VmRSS") - base}
-    assert held is not None
+        model = TargetPolicy(job.policy, WeightStore(directory / "weights"), "cpu", 1.0, ranks).model
+    with torch.no_grad():
+        completion_hidden(model, [np.arange(8)], [1])
+    release(model)
+    seconds = time.monotonic() - started
+    noted = {"peak": peak.stop() - base, "left": own_memory() - base, "seconds": seconds}
     (directory / f"{service}-{ranks.rank}.json").write_text(json.dumps(noted))
     ranks.broadcast()  # nobody leaves before all are done
 
@@ -81,6 +116,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--stored", default="bfloat16", choices=["float32", "bfloat16"], help="as the file has it")
+    parser.add_argument("--kl-penalty", action="store_true", help="the learner holds the initial policy, too")
     parser.add_argument("--rank", nargs=2, metavar=("DIRECTORY", "SERVICE"))
     arguments = parser.parse_args()
     if arguments.rank:
@@ -91,24 +128,26 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        size = make_model(directory / "model", arguments.layers)
-        print(f"model: {size / 1e6:.0f} MB, {arguments.processes} ranks")
+        size = make_model(directory / "model", arguments.layers, arguments.stored)
+        print(f"model: {size / 1e6:.0f} MB, stored in {arguments.stored}, {arguments.processes} ranks")
         settings = {"processes": arguments.processes}
         data = {
             "policy": {"model": str(directory / "model")},
             "actor": "policy",
             "task": {"name": "complement"},
+            "algorithm": {"kl_penalty": {"weight": 0.1 if arguments.kl_penalty else 0.0}},
             "learner": settings,
             "scorer": settings,
         }
         (directory / "job.json").write_text(parse_job(data).model_dump_json())
-        print("| service | rank | peak | left |\n| --- | --- | --- | --- |")
+        print("| service | rank | peak | left | seconds |\n| --- | --- | --- | --- | --- |")
         for service in SERVICES:
             command = [*TORCHRUN, "--nproc-per-node", str(arguments.processes), __file__, "--rank", name, service]
-            subprocess.run([sys.executable, *command], check=True, timeout=600)
+            subprocess.run([sys.executable, *command], check=True, timeout=600, env=os.environ | GIVE_BACK)
             for number in range(arguments.processes):
                 noted = json.loads((directory / f"{service}-{number}.json").read_text())
-                print(f"| {service} | {number} | {noted['peak'] / size:.2f} | {noted['left'] / size:.2f} |")
+                memory = f"{noted['peak'] / size:.2f} | {noted['left'] / size:.2f}"
+                print(f"| {service} | {number} | {memory} | {noted['seconds']:.1f} |")
 
 
 if __name__ == "__main__":

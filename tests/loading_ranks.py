@@ -35,6 +35,7 @@ def main(directory: Path) -> None:
     from jackpot.config import LearnerConfig
     from jackpot.errors import ConfigError
     from jackpot.runtime.forward import completion_hidden
+    from jackpot.runtime.model_weights import own_tensors
     from jackpot.runtime.models import output_head
     from jackpot.runtime.ranks.group import join_ranks
     from jackpot.runtime.ranks.held_tensors import HeldTensors
@@ -46,12 +47,12 @@ def main(directory: Path) -> None:
     report: list[dict[str, Any]] = []
     for index, (path, dtype) in enumerate(json.loads((directory / "models.json").read_text())):
         try:
-            model = load_on_ranks(path, dtype, ranks, field="policy.model")
+            model = load_on_ranks(path, dtype, ranks, torch.device("cpu"), field="policy.model")
+            meta = [parameter.is_meta for parameter in model.parameters()]
+            shard(model, ranks, None, field="policy.model")
         except ConfigError as error:
             report.append({"refused": str(error)})
             continue
-        meta = [parameter.is_meta for parameter in model.parameters()]
-        shard(model, ranks, None)
         held = HeldTensors(model)
         save_file(
             {name: tensor.detach().clone() for name, tensor in held._local.items()},
@@ -61,8 +62,7 @@ def main(directory: Path) -> None:
             hidden = completion_hidden(model, [[5, 6, 7, 8]], [1])
             logits = output_head(model).logits(hidden).float()
         release(model)
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        report.append({"meta": meta, "tied": embedding is head, "logits": logits.tolist()})
+        report.append({"meta": meta, "aliases": own_tensors(model)[1], "logits": logits.tolist()})
     (directory / f"report-{ranks.rank}.json").write_text(json.dumps(report))
     ranks.broadcast()
 

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -15,12 +16,14 @@ from jackpot.config import LearnerConfig
 from jackpot.errors import ConfigError
 from jackpot.runtime import varlen
 from jackpot.runtime.forward import CompletionStates, completion_hidden, packed_completion_hidden
+from jackpot.runtime.models import architecture
 from jackpot.runtime.packing_trial import packs_exactly, problem_with_varlen
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.runtime.ranks.sharding import DTYPES
 from jackpot.runtime.shared_prompts import attention_tokens
 
 LOG = logging.getLogger(__name__)
+Finding = TypeVar("Finding", bool, float | None, str | None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,10 @@ def layout_of(
 
     Args:
         config: the job's ``packing``.
-        models: what learns, not yet sharded, and what each computes in; attends by lengths afterwards, where all can
-            and sequences are packed.
-        device: where they will compute.
-        ranks: of which rank 0 has the models' weights.
+        models: what learns, and what each computes in; attends by lengths afterwards, where all can and sequences are
+            packed.
+        device: where they compute.
+        ranks: over which the models are sharded; all of them try, and what rank 0 finds holds.
         has_varlen: whether torch has the kernel for that.
 
     Raises:
@@ -78,33 +81,36 @@ def _problem_with_varlen(
     ranks: Ranks,
     has_varlen: varlen.HasKernel,
 ) -> str | None:
-    """Why not all models can attend by lengths, as rank 0 finds it."""
-    found: list[str] = []
-    if ranks.rank == 0:
-        without = [dtype for _, dtype in models if not has_varlen(device, DTYPES[dtype])]
-        if without:
-            found = [f"torch {torch.__version__} has no attention by lengths for {without[0]} on this {device.type}"]
-        else:
-            found = [problem for model, _ in models if (problem := problem_with_varlen(model))]
-    told = json.loads(ranks.broadcast(json.dumps(found).encode()))
-    return str(told[0]) if told else None
+    """Why not all models can attend by lengths."""
+    without = [dtype for _, dtype in models if not has_varlen(device, DTYPES[dtype])]
+    problem: str | None = None
+    if without:
+        problem = f"torch {torch.__version__} has no attention by lengths for {without[0]} on this {device.type}"
+    problem = _of_rank_0(problem, ranks)
+    if problem is None:
+        found = [problem for model, _ in models if (problem := problem_with_varlen(model))]
+        problem = _of_rank_0(found[0] if found else None, ranks)
+    return problem
 
 
 def _require_exact(models: Sequence[PreTrainedModel], ranks: Ranks) -> None:
     for model in models:
-        if ranks.broadcast(b"exact" if ranks.rank == 0 and packs_exactly(model) else b"") != b"exact":
+        if not _of_rank_0(packs_exactly(model), ranks):
             raise ConfigError(
                 "learner.packing",
                 "always",
-                f"{type(model).__name__} lets packed sequences see each other",
+                f"{architecture(model)} lets packed sequences see each other",
                 "Set it to never.",
             )
 
 
 def _attention_tokens(models: Sequence[PreTrainedModel], ranks: Ranks) -> float | None:
     """Rows are the same for all models: κ of the first, the policy; None if one of them cannot share prompts."""
-    found: list[float | None] = []
-    if ranks.rank == 0:
-        found = [attention_tokens(model) for model in models]
-    told = json.loads(ranks.broadcast(json.dumps(None if None in found else found[:1]).encode()))
-    return float(told[0]) if told else None
+    found = [attention_tokens(model) for model in models]
+    return _of_rank_0(None if None in found else found[0], ranks)
+
+
+def _of_rank_0(finding: Finding, ranks: Ranks) -> Finding:
+    """What rank 0 found: where rounding decides, all have to go the same way."""
+    told: Finding = json.loads(ranks.broadcast(json.dumps(finding).encode()))
+    return told

@@ -44,14 +44,16 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
     if job.learner.compile:
         require_compiler(device)
     ranks = join_ranks("learner", job.learner, device) if is_sharded(job) else SOLO
-    policy = _load_learning(job.policy, device, ranks, field="policy.model")
+    # Parameters that wait in the CPU's memory are not to pass through the GPU's first.
+    place = torch.device("cpu") if job.learner.cpu_offload else ranks.device or device
+    policy = _load_learning(job.policy, place, ranks, field="policy.model")
     actor = None
     if not isinstance(job.actor, str) and job.actor.weights == "own":
         if job.actor.train:
-            actor = _load_learning(job.actor, device, ranks, field="actor.model")
+            actor = _load_learning(job.actor, place, ranks, field="actor.model")
         elif ranks.rank == 0:
-            place = device if ranks.mesh is None else torch.device("cpu")
-            actor = load_causal_lm(job.actor.model, job.actor.dtype, place, field="actor.model")
+            published_from = device if ranks.mesh is None else torch.device("cpu")
+            actor = load_causal_lm(job.actor.model, job.actor.dtype, published_from, field="actor.model")
     profiler = StepProfiler(environment.run_dir / "profile", job.learner.profile_steps, ranks.rank)
     kind = LeadTrainer if ranks.size > 1 and ranks.rank == 0 else Trainer
     return kind(job, policy, actor, ranks, profiler), ranks
@@ -75,5 +77,4 @@ def seed_everything(seed: int) -> None:
 def _load_learning(model: ModelConfig, device: torch.device, ranks: Ranks, *, field: str) -> PreTrainedModel:
     if ranks.mesh is None:
         return load_causal_lm(model.model, "float32", device, field=field)
-    # On the CPU, and by rank 0: its whole never has to fit a GPU, nor the machine as often as there are ranks.
-    return load_on_ranks(model.model, "float32", ranks, field=field)
+    return load_on_ranks(model.model, "float32", ranks, device, field=field)

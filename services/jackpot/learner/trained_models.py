@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from jackpot.learner.controls import Controls
 from jackpot.learner.optimizer import build_optimizer
 from jackpot.learner.packing import layout_of
 from jackpot.runtime.ranks.group import SOLO, Ranks
-from jackpot.runtime.ranks.sharding import DTYPES, shard, whole_tensors
+from jackpot.runtime.ranks.sharding import DTYPES, release, shard, whole_tensors
 from jackpot.trajectory import Role
 
 
@@ -29,8 +28,8 @@ class TrainedModels:
         job: the job as resolved.
         policy: θ.
         actor: ω, or None when the policy samples for itself.
-        ranks: the processes that train together; with a mesh, models that learn are sharded over it, and rank 0 alone
-            has their weights before.
+        ranks: the processes that train together; with a mesh, models that learn are of :func:`load_on_ranks`, and
+            sharded over it here.
     """
 
     def __init__(
@@ -54,29 +53,38 @@ class TrainedModels:
             # Dropout would make the policy differ from its own reference.
             model.eval()  # type: ignore[no-untyped-call]
             model.requires_grad_(role in self._peak_lr)
-        self._dtypes: dict[Role, str] = {"policy": job.policy.dtype, "actor": job.rollout_model.dtype}
-        learning = [(self.models[role], self._dtypes[role]) for role in self._peak_lr]
-        self._layout = layout_of(job.learner, learning, self.device, ranks)
-        self._states = self._layout.states
-        # Copied once the policy attends as its passes want it. What a checkpoint restores later goes into the policy
-        # alone: this stays the job's initial model.
+        # What a checkpoint restores later goes into the policy alone: this stays the job's initial model.
         self._initial = copy.deepcopy(policy) if job.algorithm.kl_penalty.weight > 0 else None
         if self._initial is not None:
             self._initial.requires_grad_(False)
-        self._prepare(learning)
+        self._dtypes: dict[Role, str] = {"policy": job.policy.dtype, "actor": job.rollout_model.dtype}
+        learning = [(self.models[role], self._dtypes[role]) for role in self._peak_lr]
+        if ranks.mesh is not None:
+            self._shard()
+        self._layout = layout_of(job.learner, learning, self.device, ranks)
+        self._states = self._layout.states
+        if self._initial is not None:
+            _attend_alike(self._initial, policy)
+        # After the trials of the layout, which would be compiled, too.
+        for _, model in self._passing():
+            release(model)
+            prepare_blocks(model, job.learner)
         self.learnables: dict[Role, Learnable] = {
             role: Learnable(self.models[role], build_optimizer(self.models[role], lr, job.learner))
             for role, lr in self._peak_lr.items()
         }
         self.controls = Controls(job.algorithm)
 
-    def _prepare(self, learning: Sequence[tuple[PreTrainedModel, str]]) -> None:
-        """Compile, checkpoint and shard what the job asks for; before there are optimizers."""
-        initial = [] if self._initial is None else [(self._initial, self._dtypes["policy"])]
-        for model, dtype in [*learning, *initial]:
-            prepare_blocks(model, self._job.learner)
-            if self._ranks.mesh is not None:
-                shard(model, self._ranks, dtype, cpu_offload=self._job.learner.cpu_offload)
+    def _passing(self) -> list[tuple[Role, PreTrainedModel]]:
+        """The models that batches pass through, and whose they are: what learns, and the initial policy."""
+        learning = [(role, self.models[role]) for role in self._peak_lr]
+        return learning if self._initial is None else [*learning, ("policy", self._initial)]
+
+    def _shard(self) -> None:
+        """Shard what batches pass through; before there are optimizers."""
+        offload = self._job.learner.cpu_offload
+        for role, model in self._passing():
+            shard(model, self._ranks, self._dtypes[role], field=f"{role}.model", cpu_offload=offload)
 
     @property
     def job(self) -> JobSpec:
@@ -114,3 +122,10 @@ def _begin_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.device.type != "cuda":
         return tensor.to("cpu", dtype, copy=True)
     return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _attend_alike(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Have a model's attention be that of another of the same architecture, which was chosen for its passes."""
+    attention = other.config._attn_implementation
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)

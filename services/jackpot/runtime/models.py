@@ -75,6 +75,14 @@ def load_causal_lm(
     Raises:
         ConfigError: the directory is not there or not complete, or the architecture is not one we can use.
     """
+    model = read_causal_lm(model_dir, dtype, field=field)
+    model.to(torch.device(device))  # type: ignore[arg-type] # transformers decorates `to`
+    self_check(model, field=field)
+    return model
+
+
+def read_causal_lm(model_dir: str | os.PathLike[str], dtype: str, *, field: str = "model") -> PreTrainedModel:
+    """Read a model into the CPU's memory, in eval mode, unchecked. Arguments and errors as :func:`load_causal_lm`."""
     path = Path(model_dir)
     _require_model_files(path, field)
     with quiet():
@@ -97,8 +105,7 @@ def load_causal_lm(
         raise ConfigError(field, str(path), f"lacks {len(report['missing_keys'])} tensors ({names})", _COMPLETE)
     if report["unexpected_keys"]:
         LOG.warning("%s holds tensors that its architecture does not use: %s", path, sorted(report["unexpected_keys"]))
-    model.to(torch.device(device)).eval()  # type: ignore[arg-type] # transformers decorates `to`
-    self_check(model, field=field)
+    model.eval()  # type: ignore[no-untyped-call]
     return model
 
 
@@ -148,7 +155,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     """
     layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(layer, nn.Linear):
-        raise ConfigError("model", _architecture(model), "has no linear output layer", _OTHER_ARCHITECTURE)
+        raise ConfigError("model", architecture(model), "has no linear output layer", _OTHER_ARCHITECTURE)
     config = model.config
     scale = 1.0
     for name in _SCALE_FIELDS:
@@ -158,9 +165,16 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     return OutputHead(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
 
 
+def architecture(model: PreTrainedModel) -> str:
+    """What transformers calls it; FSDP calls a sharded one otherwise."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
 @torch.no_grad()
 def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
     """Make sure that hidden states and output head reproduce the model's own logits, right padding included.
+
+    Of a sharded model all ranks have to ask.
 
     Raises:
         ConfigError: they do not, so that scores and losses would be those of another model.
@@ -171,7 +185,8 @@ def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     expected = model(input_ids=ids[1:, :5], use_cache=False).logits[0].float()
-    bound = _CHECK_TOLERANCE[model.dtype] * max(1.0, float(expected.abs().max()))
+    # After a pass a sharded model's output layer is in the number format that it computes in.
+    bound = _CHECK_TOLERANCE[output_head(model).weight.dtype] * max(1.0, float(expected.abs().max()))
     for attention_mask in (mask, None):
         hidden = hidden_states(model, ids, attention_mask)
         found = output_head(model).logits(hidden)[1, :5].float()
@@ -179,7 +194,7 @@ def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
         if found.shape != expected.shape or not float((found - expected).abs().max()) <= bound:
             raise ConfigError(
                 field,
-                _architecture(model),
+                architecture(model),
                 "its logits are not those of its last hidden states through its output layer",
                 _OTHER_ARCHITECTURE,
             )
@@ -204,10 +219,6 @@ def _require_model_files(path: Path, field: str) -> None:
         raise ConfigError(
             field, str(path), "holds no *.safetensors", "Convert the weights; other formats can run code when loaded."
         )
-
-
-def _architecture(model: PreTrainedModel) -> str:
-    return type(model).__name__
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.runtime.forward import completion_hidden, packed_completion_hidden
+from jackpot.runtime.models import architecture
 from jackpot.runtime.shared_prompts import sees_all
 from jackpot.runtime.varlen import attends_by_lengths, switched
 
@@ -20,11 +21,8 @@ _LENGTHS, _PROMPTS = (5, 3, 7), (2, 1, 3)
 
 @torch.no_grad()
 def packs_exactly(model: PreTrainedModel) -> bool:
-    """Whether it does, with the attention that it has.
-
-    The model has to have its weights; of a sharded one, all ranks have to ask.
-    """
-    return _agree(_packed(model), _alone(model), model.dtype)
+    """Whether it does, with the attention that it has. Of a sharded model, all ranks have to ask."""
+    return _agree(_packed(model), _alone(model))
 
 
 @torch.no_grad()
@@ -32,9 +30,9 @@ def problem_with_varlen(model: PreTrainedModel) -> str | None:
     """Why it does not when it attends by lengths, or None where it does: tried in full, with the model's own attention
     for comparison. On a CPU a loop over the sequences is in the kernel's place; all else is what a GPU gets.
 
-    The model has to have its weights, and keeps its attention; of a sharded one, all ranks have to ask.
+    The model keeps its attention. Of a sharded one, all ranks have to ask.
     """
-    name = type(model).__name__
+    name = architecture(model)
     if not sees_all(model.config.get_text_config()):
         return f"{name} has layers that do not see the whole context"
     alone = _alone(model)
@@ -45,7 +43,7 @@ def problem_with_varlen(model: PreTrainedModel) -> str | None:
             packed = _packed(model)
     except Exception as error:  # whatever an architecture's own code makes of it, rows remain
         return f"{name}: {error}"
-    return None if _agree(packed, alone, model.dtype) else f"{name} lets packed sequences see each other"
+    return None if _agree(packed, alone) else f"{name} lets packed sequences see each other"
 
 
 def _sequences(model: PreTrainedModel) -> list[NDArray[np.int64]]:
@@ -54,14 +52,14 @@ def _sequences(model: PreTrainedModel) -> list[NDArray[np.int64]]:
 
 
 def _packed(model: PreTrainedModel) -> Tensor:
-    return packed_completion_hidden(model, _sequences(model), _PROMPTS).float()
+    return packed_completion_hidden(model, _sequences(model), _PROMPTS)
 
 
 def _alone(model: PreTrainedModel) -> Tensor:
     each = zip(_sequences(model), _PROMPTS, strict=True)
-    return torch.cat([completion_hidden(model, [sequence], [prompt]) for sequence, prompt in each]).float()
+    return torch.cat([completion_hidden(model, [sequence], [prompt]) for sequence, prompt in each])
 
 
-def _agree(packed: Tensor, alone: Tensor, dtype: torch.dtype) -> bool:
-    bound = _TOLERANCE.get(dtype, _HALF_TOLERANCE) * float(alone.abs().max())
+def _agree(packed: Tensor, alone: Tensor) -> bool:
+    bound = _TOLERANCE.get(alone.dtype, _HALF_TOLERANCE) * float(alone.abs().max())
     return bool((packed - alone).abs().max() <= bound)

@@ -21,7 +21,7 @@ def attention_tokens(model: PreTrainedModel) -> float | None:
     Per token a layer multiplies with its parameters once, and per token attended to twice with that token's head
     dimensions: κ = parameters of the blocks / (2 · layers · heads · head dimension).
 
-    The model has to have its weights; of a sharded one, all ranks have to ask.
+    Of a sharded model, all ranks have to ask.
     """
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa" or not sees_all(config) or not _shares_exactly(model):
@@ -48,7 +48,7 @@ def _shares_exactly(model: PreTrainedModel) -> bool:
     prompt = random.integers(0, model.config.vocab_size, _PROMPT_TOKENS)
     sequences = [np.r_[prompt, random.integers(0, model.config.vocab_size, length)] for length in _COMPLETION_TOKENS]
     prompts = [_PROMPT_TOKENS] * len(sequences)
-    alone = completion_hidden(model, sequences, prompts).float()
-    shared = completion_hidden(model, sequences, prompts, [len(sequences) - 1, 1]).float()
-    bound = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE) * float(alone.abs().max())
+    alone = completion_hidden(model, sequences, prompts)
+    shared = completion_hidden(model, sequences, prompts, [len(sequences) - 1, 1])
+    bound = _TOLERANCE.get(alone.dtype, _HALF_TOLERANCE) * float(alone.abs().max())
     return bool((shared - alone).abs().max() <= bound)

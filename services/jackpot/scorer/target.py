@@ -205,7 +205,8 @@ def _load(config: ModelConfig, device: str, ranks: Ranks, *, field: str) -> PreT
     if ranks.mesh is None:
         resolved = resolve_device(device, field="scorer.device")
         return load_causal_lm(config.model, config.dtype, resolved, field=field)
-    model = load_on_ranks(config.model, config.dtype, ranks, field=field)
+    assert ranks.device is not None
+    model = load_on_ranks(config.model, config.dtype, ranks, ranks.device, field=field)
     model.requires_grad_(False)
-    shard(model, ranks, None)
+    shard(model, ranks, None, field=field)
     return model

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, Gemma2Config
 
+from jackpot.config import LearnerConfig
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.learner.batch import build_batch
@@ -21,8 +23,10 @@ from jackpot.learner.start import build_trainer
 from jackpot.learner.trainer import Trainer
 from jackpot.runtime.forward import completion_hidden, packed_completion_hidden
 from jackpot.runtime.models import load_causal_lm
-from jackpot.runtime.packing_trial import packs_exactly
-from jackpot.runtime.ranks.group import Ranks, leave_ranks
+from jackpot.runtime.packing_trial import packs_exactly, problem_with_varlen
+from jackpot.runtime.ranks.group import Ranks, join_ranks, leave_ranks
+from jackpot.runtime.ranks.loading import load_on_ranks
+from jackpot.runtime.ranks.sharding import release, shard
 from jackpot.runtime.varlen import attends_by_lengths, is_available, switch
 
 from .conftest import MakeGroups, MakeJob, MakeTrainer
@@ -135,18 +139,49 @@ class Told(Ranks):
     said: list[object] = field(default_factory=list)
 
     def broadcast(self, payload: bytes = b"") -> bytes:
-        assert payload in (b"[]", b"null"), "a rank without weights has nothing to say"
         return json.dumps(self.said.pop(0)).encode()
 
 
-@pytest.mark.parametrize("problem", [[], ["Qwen3ForCausalLM lets packed sequences see each other"]])
-def test_other_ranks_follow_rank_0_without_weights_to_try(make_job: MakeJob, problem: list[str]) -> None:
+@pytest.mark.parametrize("problem", [None, "Qwen3ForCausalLM lets packed sequences see each other"])
+def test_other_ranks_try_too_and_do_as_rank_0_found(make_job: MakeJob, problem: str | None) -> None:
     job = make_job()
-    model = load_causal_lm(job.policy.model, "float32", "cpu").to("meta")
-    ranks = Told(rank=1, size=2, said=[[386.0], problem])
+    model = load_causal_lm(job.policy.model, "float32", "cpu")
+    ranks = Told(rank=1, size=2, said=[386.0, None, problem])
     layout = layout_of(job.learner, [(model, "bfloat16")], torch.device("cpu"), ranks, has_varlen=is_available)
-    assert layout.packed == attends_by_lengths(model) == (not problem)
+    assert layout.packed == attends_by_lengths(model) == (problem is None)
     assert layout.attention_tokens == 386.0
+    assert not ranks.said
+
+
+def test_a_sharded_model_is_as_before_after_a_trial_that_broke_off(tmp_path: Path) -> None:
+    """Amid a pass, with a block's parameters gathered."""
+    config = Gemma2Config(
+        vocab_size=49,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.4,
+        layer_types=["full_attention"] * 2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    sequence, cpu = np.arange(3, 12), torch.device("cpu")
+    try:
+        ranks = join_ranks("learner", LearnerConfig(), cpu)
+        model = load_on_ranks(str(tmp_path), "float32", ranks, cpu, field="policy.model")
+        shard(model, ranks, None, field="policy.model")
+        with torch.no_grad():
+            before = completion_hidden(model, [sequence], [1])
+            assert "its attention wants softcap" in str(problem_with_varlen(model))
+            assert torch.equal(completion_hidden(model, [sequence], [1]), before)
+        release(model)
+        completion_hidden(model, [sequence], [1]).square().sum().backward()
+        release(model)
+        assert all(parameter.grad is not None for parameter in model.base_model.parameters())
+    finally:
+        leave_ranks()
 
 
 def test_always_packs_with_a_mask_where_a_model_cannot_be_switched(make_job: MakeJob) -> None:

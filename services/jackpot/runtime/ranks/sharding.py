@@ -25,32 +25,37 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from jackpot.errors import ConfigError
-from jackpot.runtime.model_weights import own_tensors, tie
-from jackpot.runtime.models import SHARDED_FORWARD
+from jackpot.runtime.model_weights import own_tensors, put_tensor, tie
+from jackpot.runtime.models import SHARDED_FORWARD, architecture, self_check
 from jackpot.runtime.ranks.group import Ranks
+
+HELD = "held_rows"
+"""Attribute of a model that is to be sharded: by name, this rank's rows of its tensors, and its buffers."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def shard(model: PreTrainedModel, ranks: Ranks, dtype: str | None, *, cpu_offload: bool = False) -> None:
-    """Shard a model over the ranks, block by block; in place, a collective. Its parameters are DTensors then.
+def shard(model: PreTrainedModel, ranks: Ranks, dtype: str | None, *, field: str, cpu_offload: bool = False) -> None:
+    """Shard a model over the ranks, block by block, and check it; in place, a collective. Its parameters are DTensors
+    then.
 
     The embedding and the output layer stay gathered from a pass until :func:`release`: the vocabulary pass uses the
     output layer's weight outside of any module's forward, that of the actor's distillation after the policy's backward
     pass.
 
     Args:
-        model: of :func:`load_on_ranks`: rank 0 has its weights. With float32 parameters if it learns.
+        model: of :func:`jackpot.runtime.ranks.loading.load_on_ranks`. With float32 parameters if it learns, and
+            without gradients if it does not.
         ranks: all of them, with a mesh.
         dtype: what it computes in; None is what its parameters are in.
+        field: the setting that named the model, for error messages.
         cpu_offload: whether parameters wait in the CPU's memory.
 
     Raises:
+        ConfigError: its logits are not those of its hidden states, see :func:`jackpot.runtime.models.self_check`.
         RankLostError: a rank is gone or hangs.
     """
     assert ranks.mesh is not None
-    if ranks.rank == 0:
-        _hand_out(model, ranks)
     settings: dict[str, Any] = {
         "mesh": ranks.mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[dtype] if dtype else None, reduce_dtype=torch.float32),
@@ -68,11 +73,12 @@ def shard(model: PreTrainedModel, ranks: Ranks, dtype: str | None, *, cpu_offloa
         module.set_force_sum_reduction_for_comms(True)
     assert isinstance(model, FSDPModule)
     model.set_reshard_after_backward(False, recurse=False)
-    if ranks.rank > 0:
-        _take_up(model, ranks, torch.device("cpu") if cpu_offload else ranks.device)
+    _fill(model)
     # The trunk's forward, with the gathering of the root's parameters around it.
     setattr(model, SHARDED_FORWARD, model.base_model.forward)
     register_fsdp_forward_method(model, SHARDED_FORWARD)
+    self_check(model, field=field)
+    release(model)
 
 
 def rows_of(rows: int, ranks: int, rank: int) -> slice:
@@ -83,31 +89,25 @@ def rows_of(rows: int, ranks: int, rank: int) -> slice:
 
 
 @torch.no_grad()
-def _hand_out(model: nn.Module, ranks: Ranks) -> None:
-    """Send every other rank its slices of the whole model, and buffers whole."""
-    for tensor in own_tensors(model)[0].values():
-        for rank in range(1, ranks.size):
-            sliced = isinstance(tensor, nn.Parameter)
-            part = tensor[rows_of(len(tensor), ranks.size, rank)] if sliced else tensor
-            if part.numel():
-                ranks.send(part.detach().contiguous(), rank)
-
-
-@torch.no_grad()
-def _take_up(model: nn.Module, ranks: Ranks, device: torch.device | None) -> None:
-    """Give the slices of a model on the meta device memory, and fill them with what rank 0 sends."""
-    _, aliases = own_tensors(model)
-    # As `to_empty`, which would empty buffers, too. It takes tied parameters for several.
-    model._apply(  # type: ignore[no-untyped-call]
-        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
-    )
+def _fill(model: nn.Module) -> None:
+    """Put the rows that this rank holds in the place of what is on the meta device, without another copy of them."""
+    held: dict[str, Tensor] = getattr(model, HELD)
+    delattr(model, HELD)
+    own, aliases = own_tensors(model)
+    for name, tensor in own.items():
+        if isinstance(tensor, DTensor):
+            rows = DTensor.from_local(
+                held[name],
+                tensor.device_mesh,
+                tensor.placements,
+                run_check=False,
+                shape=tensor.shape,
+                stride=tensor.stride(),
+            )
+            put_tensor(model, name, nn.Parameter(rows, requires_grad=tensor.requires_grad))
+        else:
+            tensor.copy_(held[name])
     tie(model, aliases)
-    for tensor in own_tensors(model)[0].values():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if local.numel():
-            received = torch.empty(local.shape, dtype=local.dtype)
-            ranks.receive_(received)
-            local.copy_(received)
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -120,7 +120,7 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(
             "model",
-            type(model).__name__,
+            architecture(model),
             "its blocks are not in `layers`: it can be neither sharded, compiled nor checkpointed by the block",
             "Use it with one process in float32, or use another architecture, such as Qwen3 or Llama.",
         )
