@@ -470,6 +470,7 @@ def _gradients(
                 _add_product(out.t(), states, in_weight[columns])
             if in_bias is not None:
                 in_bias[columns] += out.sum(0, dtype=torch.float32)
+            del out  # before the next one is there
     return (
         None if in_hidden is None else in_hidden.to(hidden.dtype),
         None if in_weight is None else in_weight.to(made.weight.dtype),

@@ -90,23 +90,20 @@ def rows_of(rows: int, ranks: int, rank: int) -> slice:
 
 @torch.no_grad()
 def _fill(model: nn.Module) -> None:
-    """Put the rows that this rank holds in the place of what is on the meta device, without another copy of them."""
+    """Put the rows that this rank holds in the place of what is on the meta device; one tensor after the other, so that
+    no more than one is there twice."""
     held: dict[str, Tensor] = getattr(model, HELD)
     delattr(model, HELD)
     own, aliases = own_tensors(model)
     for name, tensor in own.items():
+        part = held.pop(name)
         if isinstance(tensor, DTensor):
-            rows = DTensor.from_local(
-                held[name],
-                tensor.device_mesh,
-                tensor.placements,
-                run_check=False,
-                shape=tensor.shape,
-                stride=tensor.stride(),
-            )
+            # Where the rows are, which with offloading is not the mesh's device.
+            rows = torch.empty_like(tensor, device=part.device)
+            rows.to_local().copy_(part)
             put_tensor(model, name, nn.Parameter(rows, requires_grad=tensor.requires_grad))
         else:
-            tensor.copy_(held[name])
+            tensor.copy_(part)
     tie(model, aliases)
 
 
