@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Whoever imports Triton first decides whether its interpreter takes the compiler's place: here, before anybody does.
+# Not beside vLLM, which has programs of its own.
+if not any(Path("/dev").glob("nvidia[0-9]*")) and importlib.util.find_spec("vllm") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Otherwise Triton 3.9 warns that the default will change.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 HERE = Path(__file__).parent
 MakeModel = Callable[..., Path]

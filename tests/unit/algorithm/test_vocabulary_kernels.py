@@ -1,5 +1,5 @@
 """Both kernels of the vocabulary pass against log_softmax of whole rows in double precision: one interface, the same
-tests. Without a GPU the Triton programs run in Triton's interpreter, where Triton is installed."""
+tests. Without a GPU the Triton programs run in Triton's interpreter (see tests/conftest.py), where it is installed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,6 @@ from jackpot.algorithm.output_head import OutputHead, uses_triton
 from jackpot.algorithm.vocabulary import differentiable_token_logprobs, token_logprobs
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-# Otherwise Triton 3.9 warns that the default will change.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
