@@ -99,7 +99,7 @@ def _fill(model: nn.Module) -> None:
         part = held.pop(name)
         if isinstance(tensor, DTensor):
             # Where the rows are, which with offloading is not the mesh's device.
-            rows = torch.empty_like(tensor, device=part.device)
+            rows: Any = torch.empty_like(tensor, device=part.device)
             rows.to_local().copy_(part)
             put_tensor(model, name, nn.Parameter(rows, requires_grad=tensor.requires_grad))
         else:
