@@ -95,6 +95,8 @@ class _Head:
     """An output layer as the programs take it."""
 
     def __init__(self, head: OutputHead, hidden: Tensor) -> None:
+        if head.weight.dtype == torch.bfloat16 and not head.weight.is_cuda:
+            raise ValueError("Triton's interpreter computes nonsense in bfloat16. Use kernel='torch' on a CPU")
         self.weight = head.weight.detach().contiguous()
         self.hidden = hidden.detach().to(self.weight.dtype).contiguous()
         # A pointer is needed, whether it is read or not.

@@ -3,11 +3,9 @@ row."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -17,13 +15,12 @@ from jackpot.errors import ConfigError
 from jackpot.runtime import varlen
 from jackpot.runtime.forward import CompletionStates, completion_hidden, packed_completion_hidden
 from jackpot.runtime.models import architecture
-from jackpot.runtime.packing_trial import packs_exactly, problem_with_varlen
+from jackpot.runtime.packing_trial import agreed_problem_with_varlen, packs_exactly
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.runtime.ranks.sharding import DTYPES
 from jackpot.runtime.shared_prompts import attention_tokens
 
 LOG = logging.getLogger(__name__)
-Finding = TypeVar("Finding", bool, float | None, str | None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +59,8 @@ def layout_of(
         return PassLayout(completion_hidden)
     plain = [model for model, _ in models]
     shared = _attention_tokens(plain, ranks) if config.packing == "auto" else None
-    problem = _problem_with_varlen(models, device, ranks, has_varlen)
+    computing = [(model, DTYPES[dtype]) for model, dtype in models]
+    problem = agreed_problem_with_varlen(computing, device, ranks, has_varlen)
     if problem is not None and config.packing == "auto":
         LOG.info("sequences are not packed: %s", problem)
         return PassLayout(completion_hidden, attention_tokens=shared)
@@ -75,27 +73,9 @@ def layout_of(
     return PassLayout(packed_completion_hidden, packed=True, attention_tokens=shared)
 
 
-def _problem_with_varlen(
-    models: Sequence[tuple[PreTrainedModel, str]],
-    device: torch.device,
-    ranks: Ranks,
-    has_varlen: varlen.HasKernel,
-) -> str | None:
-    """Why not all models can attend by lengths."""
-    without = [dtype for _, dtype in models if not has_varlen(device, DTYPES[dtype])]
-    problem: str | None = None
-    if without:
-        problem = f"torch {torch.__version__} has no attention by lengths for {without[0]} on this {device.type}"
-    problem = _of_rank_0(problem, ranks)
-    if problem is None:
-        found = [problem for model, _ in models if (problem := problem_with_varlen(model))]
-        problem = _of_rank_0(found[0] if found else None, ranks)
-    return problem
-
-
 def _require_exact(models: Sequence[PreTrainedModel], ranks: Ranks) -> None:
     for model in models:
-        if not _of_rank_0(packs_exactly(model), ranks):
+        if not ranks.finding_of_rank_0(packs_exactly(model)):
             raise ConfigError(
                 "learner.packing",
                 "always",
@@ -107,10 +87,4 @@ def _require_exact(models: Sequence[PreTrainedModel], ranks: Ranks) -> None:
 def _attention_tokens(models: Sequence[PreTrainedModel], ranks: Ranks) -> float | None:
     """Rows are the same for all models: κ of the first, the policy; None if one of them cannot share prompts."""
     found = [attention_tokens(model) for model in models]
-    return _of_rank_0(None if None in found else found[0], ranks)
-
-
-def _of_rank_0(finding: Finding, ranks: Ranks) -> Finding:
-    """What rank 0 found: where rounding decides, all have to go the same way."""
-    told: Finding = json.loads(ranks.broadcast(json.dumps(finding).encode()))
-    return told
+    return ranks.finding_of_rank_0(None if None in found else found[0])

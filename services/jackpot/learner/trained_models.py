@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from jackpot.config import JobSpec
@@ -68,6 +69,7 @@ class TrainedModels:
         # After the trials of the layout, which would be compiled, too.
         for _, model in self._passing():
             release(model)
+            assert ranks.mesh is None or all(isinstance(one, DTensor) for one in model.parameters())
             prepare_blocks(model, job.learner)
         self.learnables: dict[Role, Learnable] = {
             role: Learnable(self.models[role], build_optimizer(self.models[role], lr, job.learner))

@@ -75,7 +75,8 @@ def packed_completion_hidden(
     row = (torch.from_numpy(array)[None].to(model.device) for array in (ids, positions))
     input_ids, position_ids = row
     hidden = hidden_states(model, input_ids, position_ids=position_ids, packed_lengths=lengths)[0]
-    return hidden[torch.from_numpy(positions >= first).to(hidden.device)]
+    wanted = torch.from_numpy(np.flatnonzero(positions >= first))
+    return hidden[wanted.to(hidden.device, non_blocking=True)]
 
 
 def _shared_hidden(

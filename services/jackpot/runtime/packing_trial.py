@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,8 +12,9 @@ from transformers import PreTrainedModel
 
 from jackpot.runtime.forward import completion_hidden, packed_completion_hidden
 from jackpot.runtime.models import architecture
+from jackpot.runtime.ranks.group import Ranks
 from jackpot.runtime.shared_prompts import sees_all
-from jackpot.runtime.varlen import attends_by_lengths, switched
+from jackpot.runtime.varlen import HasKernel, attends_by_lengths, switched
 
 # Largest difference of hidden states accepted, relative to the largest: rounding, no more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02}
@@ -35,15 +38,44 @@ def problem_with_varlen(model: PreTrainedModel) -> str | None:
     name = architecture(model)
     if not sees_all(model.config.get_text_config()):
         return f"{name} has layers that do not see the whole context"
-    alone = _alone(model)
+    broke_off: Exception | None = None
     try:
         with switched(model):
             if not attends_by_lengths(model):
                 return f"{name} lets nobody change its attention"
             packed = _packed(model)
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
     except Exception as error:  # whatever an architecture's own code makes of it, rows remain
-        return f"{name}: {error}"
+        broke_off = error
+    # Last, because FSDP gives nothing up amid a pass that broke off: a whole pass ends it.
+    alone = _alone(model)
+    if broke_off is not None:
+        return f"{name}: {broke_off}"
     return None if _agree(packed, alone) else f"{name} lets packed sequences see each other"
+
+
+def agreed_problem_with_varlen(
+    models: Sequence[tuple[PreTrainedModel, torch.dtype]], device: torch.device, ranks: Ranks, has_varlen: HasKernel
+) -> str | None:
+    """Why not all of the models can attend by lengths, or None where they can; a collective.
+
+    Args:
+        models: each with what it computes in.
+        device: where they compute.
+        ranks: over which they are sharded; all of them try, and what rank 0 finds holds.
+        has_varlen: whether torch has the kernel.
+    """
+    without = [dtype for _, dtype in models if not has_varlen(device, dtype)]
+    problem: str | None = None
+    if without:
+        name = str(without[0]).removeprefix("torch.")
+        problem = f"torch {torch.__version__} has no attention by lengths for {name} on this {device.type}"
+    problem = ranks.finding_of_rank_0(problem)
+    if problem is None:
+        found = [problem for model, _ in models if (problem := problem_with_varlen(model))]
+        problem = ranks.finding_of_rank_0(found[0] if found else None)
+    return problem
 
 
 def _sequences(model: PreTrainedModel) -> list[NDArray[np.int64]]:

@@ -20,7 +20,7 @@ from jackpot.config import JackpotCorrection, JobSpec
 from jackpot.errors import ScoringError
 from jackpot.runtime import varlen
 from jackpot.runtime.models import output_head
-from jackpot.runtime.packing_trial import problem_with_varlen
+from jackpot.runtime.packing_trial import agreed_problem_with_varlen
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.runtime.ranks.sharding import release
 from jackpot.runtime.shared_prompts import attention_tokens
@@ -110,7 +110,7 @@ class GroupScorer:
         self._target = target
         self._actors = actors
         self._ranks = ranks
-        self._pass_settings = _pass_settings(job, target.model, ranks.device or target.model.device, has_varlen)
+        self._pass_settings = _pass_settings(job, target.model, ranks.device or target.model.device, ranks, has_varlen)
         release(target.model)
 
     def check(self, groups: Sequence[Group]) -> None:
@@ -289,17 +289,15 @@ class GroupScorer:
 
 
 def _pass_settings(
-    job: JobSpec, model: PreTrainedModel, device: torch.device, has_varlen: varlen.HasKernel
+    job: JobSpec, model: PreTrainedModel, device: torch.device, ranks: Ranks, has_varlen: varlen.HasKernel
 ) -> PassSettings:
     """How the target's passes are laid out, for any temperature; a collective of a sharded model."""
     scorer = job.scorer
     rows = PassSettings(scorer.max_batch_tokens, scorer.chunk_tokens, temperature=1.0)
     if scorer.packing == "never":
         return rows
-    rows = replace(rows, attention_tokens=attention_tokens(model))
-    if not has_varlen(device, model.dtype):
-        return rows
-    problem = problem_with_varlen(model)
+    rows = replace(rows, attention_tokens=ranks.finding_of_rank_0(attention_tokens(model)))
+    problem = agreed_problem_with_varlen([(model, model.dtype)], device, ranks, has_varlen)
     if problem is not None:
         LOG.info("sequences are not packed: %s", problem)
         return rows

@@ -1,9 +1,9 @@
-"""Compiles every Triton program of the vocabulary pass for GPUs of three generations, without one. Run by
+"""Compiles every Triton program of the vocabulary pass for a GPU, without one. Run by
 test_vocabulary_kernels.py, in a process of its own, since the interpreter that the other tests use takes the compiler's
 place.
 
-Prints one JSON object per program and GPU: the program's name, the GPU, which matrix instruction it multiplies with, if
-any, and whether its shared memory is within what the GPU has.
+Prints one JSON object per program and GPU named: the program's name, the GPU, which matrix instruction it multiplies
+with, if any, and whether its shared memory is within what the GPU has.
 """
 
 from __future__ import annotations

@@ -133,12 +133,24 @@ def test_slices_of_tokens_and_columns_do_not_show(monkeypatch: pytest.MonkeyPatc
     ids = make_ids(1)[:, 0]
     rows = exact_rows(hidden, head, 1.0)
     scores = token_logprobs(hidden, head, ids, top_k=3, kernel="triton")
+    assert scores.topk_ids is not None
+    assert torch.equal(scores.topk_ids, rows.topk(3).indices)
     torch.testing.assert_close(scores.topk_logprobs, rows.topk(3).values.detach().float(), rtol=1e-5, atol=1e-5)
     found = differentiable_token_logprobs(hidden, head, ids, kernel="triton").logprobs
     assert found.shape == (TOKENS,)
     assert_gradients_match(
         torch.autograd.grad(found.sum(), leaves(hidden, head)),
         torch.autograd.grad(rows.gather(1, ids[:, None]).sum(), leaves(hidden, head)),
+    )
+    policy_hidden, policy_head = make_inputs("bias", 40, 3)
+    policy = exact_rows(policy_hidden, policy_head, 1.0).detach()
+    rows = exact_rows(hidden, head, 1.0)
+    kl = forward_kl(policy_hidden, policy_head, hidden, head, kernel="triton")
+    expected = (policy.exp() * (policy - rows)).sum(-1)
+    torch.testing.assert_close(kl, expected.float(), rtol=1e-5, atol=1e-5)
+    assert_gradients_match(
+        torch.autograd.grad(kl.sum(), leaves(hidden, head)),
+        torch.autograd.grad(expected.sum(), leaves(hidden, head)),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from loading_ranks import load_on
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Glm4MoeConfig, PreTrainedModel
 
 from jackpot.errors import ConfigError
 from jackpot.runtime.forward import completion_hidden
@@ -100,6 +100,25 @@ def mixture_of_experts(target: Path) -> Path:
     return target
 
 
+def scaled_embeddings(target: Path) -> Path:
+    """In bfloat16, with a buffer that no file holds: √40, which bfloat16 rounds."""
+    config = Gemma3TextConfig(
+        vocab_size=49,
+        hidden_size=40,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.4,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(target)
+    return target
+
+
 def test_every_rank_holds_its_rows_of_what_one_process_loads(
     tmp_path: Path, make_model: MakeModel, remade: Callable[..., Path]
 ) -> None:
@@ -114,6 +133,7 @@ def test_every_rank_holds_its_rows_of_what_one_process_loads(
         (remade(qwen, with_head(2.0)), "float32"),  # what the configuration ties is not the same
         (remade(qwen, without_prefix), "float32"),
         (mixture_of_experts(tmp_path / "experts"), "float32"),
+        (scaled_embeddings(tmp_path / "scaled"), "float32"),
     ]
     reports = load_on(tmp_path, models, SIZE)
     for index, (path, dtype) in enumerate(models):

@@ -6,11 +6,12 @@ is gone shows at once as a broken connection, and one that hangs after ``timeout
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.runtime.ranks.launch import is_rank
+
+Finding = TypeVar("Finding", bool, float | None, str | None)
 
 
 class RanksConfig(Protocol):
@@ -109,6 +112,15 @@ class Ranks:
             dist.recv(tensor, 0)
         except RuntimeError as error:
             raise RankLostError(_LOST.format(error)) from error
+
+    def finding_of_rank_0(self, finding: Finding) -> Finding:
+        """What rank 0 found; a collective. Where rounding decides, all have to go the same way.
+
+        Raises:
+            RankLostError: a rank is gone or hangs.
+        """
+        told: Finding = json.loads(self.broadcast(json.dumps(finding).encode()))
+        return told
 
     def agree(self, well: bool) -> bool:
         """Whether it went well on all ranks; a collective.

@@ -76,7 +76,8 @@ def _hand_out(model_dir: str, dtype: str, ranks: Ranks, device: torch.device, fi
     own, aliases = own_tensors(model)
     numbers = {name: given.number_of[tensor] for name, tensor in own.items()}
     tensors = {name: [numbers[name], list(tensor.shape), _name(tensor.dtype)] for name, tensor in own.items()}
-    given.tell({"attention": model.config._attn_implementation, "aliases": aliases, "tensors": tensors})
+    attention, made_in = model.config._attn_implementation, _name(model.dtype)
+    given.tell({"attention": attention, "dtype": made_in, "aliases": aliases, "tensors": tensors})
     return model, {name: given.parts[number] for name, number in numbers.items()}
 
 
@@ -205,20 +206,22 @@ def _without_weights(path: Path, layout: dict[str, Any]) -> PreTrainedModel:
     with quiet(), _registering(_on_meta):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         made: Any = AutoModelForCausalLM
-        model: PreTrainedModel = made.from_config(config, attn_implementation=layout["attention"])
+        # In rank 0's format, which is not the file's: buffers that no file holds are computed in it.
+        dtype = getattr(torch, layout["dtype"])
+        model: PreTrainedModel = made.from_config(config, dtype=dtype, attn_implementation=layout["attention"])
     given = model.state_dict(keep_vars=True)
     if given.keys() != layout["aliases"].keys():
         differing = sorted(given.keys() ^ layout["aliases"].keys())[:5]
         raise JackpotError(
             f"{path} is another model here than for rank 0 ({', '.join(differing)}); use one version of it"
         )
-    for name, (_, shape, dtype) in layout["tensors"].items():
+    for name, (_, shape, number_format) in layout["tensors"].items():
         if list(given[name].shape) != shape:
             raise JackpotError(
                 f"{path} has {name} of shape {list(given[name].shape)} here and {shape} for rank 0; use one version "
                 "of it"
             )
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=given[name].device)
+        tensor = torch.empty(shape, dtype=getattr(torch, number_format), device=given[name].device)
         put_tensor(model, name, nn.Parameter(tensor) if isinstance(given[name], nn.Parameter) else tensor)
     tie(model, layout["aliases"])
     model.eval()  # type: ignore[no-untyped-call]
