@@ -21,7 +21,7 @@ class Doubling:
     async def __call__(self, calls: Sequence[int]) -> list[int | Exception]:
         self.rounds.append(list(calls))
         await self.may.wait()
-        if 13 in calls:
+        if 1000 in calls:
             raise ConnectionError("gone")
         return [ValueError(f"{call} < 0") if call < 0 else 2 * call for call in calls]
 
@@ -57,7 +57,7 @@ async def test_an_error_is_its_callers_alone() -> None:
 
 async def test_what_ends_a_round_ends_each_of_its_calls_and_no_later_one() -> None:
     together = Together(Doubling())
-    outcomes = await asyncio.gather(together(1), together(13), return_exceptions=True)
+    outcomes = await asyncio.gather(together(1), together(1000), return_exceptions=True)
     assert all(isinstance(outcome, ConnectionError) for outcome in outcomes)
     assert await together(1) == 2
 
