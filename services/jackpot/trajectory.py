@@ -19,6 +19,9 @@ EXACT_KL = "exact_kl"
 """Key of a scored group's metadata: [KL(p_t ‖ p_inf), KL(p_t ‖ p'_inf)] over the whole vocabulary, summed over the
 group's tokens. There with normalizer ``full`` alone."""
 
+DEFERRED = "deferred"
+"""Normalizer of scored groups that are not scored: their scores are those of :func:`unscored`."""
+
 FinishReason = Literal["stop", "length"]
 Role = Literal["policy", "actor"]
 
@@ -148,3 +151,16 @@ class ScoredGroup:
     @property
     def group_id(self) -> str:
         return self.group.group_id
+
+
+def unscored(trajectory: Trajectory) -> TokenScores:
+    """Scores that stand for none: everything is accepted, Z = 1."""
+    ones = np.ones(trajectory.num_tokens, dtype=np.float32)
+    return TokenScores(
+        target_logprobs=trajectory.actor_logprobs,
+        acceptance_probs=ones,
+        mask=np.ones(trajectory.num_tokens, dtype=np.bool_),
+        normalizer_head=ones,
+        normalizer_tail=np.zeros_like(ones),
+        topk_mass=np.zeros_like(ones),
+    )

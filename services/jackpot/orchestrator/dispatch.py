@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,14 +152,23 @@ class Dispatcher:
             tasks.create_task(self._wake_on_versions())
             while True:
                 self._wake.clear()
-                while self._in_flight < self._job.orchestrator.max_in_flight_groups:
-                    key = first.pop(0) if first else self._take_next()
-                    if key is None or not await self._reserve(key):
-                        break
+                keys = self._take_due(first)
+                # Beside one another, but in their order: they then go to the bus together.
+                reserved = await asyncio.gather(*(self._reserve(key) for key in keys))
+                for key in compress(keys, reserved):
                     self._count_in_flight(1)
                     # Not in the task itself: one that is cancelled before it begins runs no finally.
                     tasks.create_task(self._carry(key)).add_done_callback(lambda _: self._count_in_flight(-1))
-                await self._wait_for_change()
+                if not keys or not all(reserved):
+                    await self._wait_for_change()
+
+    def _take_due(self, first: list[GroupKey]) -> list[GroupKey]:
+        """The groups to dispatch now: those of ``first``, which is used up, then those that are due."""
+        keys: list[GroupKey] = []
+        room = self._job.orchestrator.max_in_flight_groups - self._in_flight
+        while len(keys) < room and (key := first.pop(0) if first else self._take_next()):
+            keys.append(key)
+        return keys
 
     def _take_next(self) -> GroupKey | None:
         end = None if self._baseline_done else self._job.learner.groups_per_batch - 1

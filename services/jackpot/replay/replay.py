@@ -17,8 +17,7 @@ from jackpot.learner.step_metrics import mismatch_figures
 from jackpot.learner.token_weights import reference_target_weights
 from jackpot.replay.vocabulary_pass import PerLambda, StoredModel, VocabularyPass, vocabulary_pass
 from jackpot.runtime.kept_trajectories import KeptTrajectories
-from jackpot.scorer.deferred import DEFERRED
-from jackpot.trajectory import ScoredGroup
+from jackpot.trajectory import DEFERRED, ScoredGroup
 
 LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 

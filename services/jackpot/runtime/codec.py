@@ -20,7 +20,16 @@ import zstandard
 from numpy.typing import NDArray
 
 from jackpot.errors import PayloadError
-from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan
+from jackpot.trajectory import (
+    DEFERRED,
+    Group,
+    GroupKey,
+    ScoredGroup,
+    TokenScores,
+    Trajectory,
+    VersionSpan,
+    unscored,
+)
 
 SCHEMA_VERSION = 1
 DEFAULT_MAX_BYTES = 256 << 20
@@ -59,7 +68,8 @@ def encode_scored(scored: ScoredGroup, *, compress: bool = False, max_bytes: int
     _check_scored(scored)
     fields = {
         "group": _group_fields(scored.group),
-        "scores": [_score_fields(scores) for scores in scored.scores],
+        # Those that stand for none say nothing that the group does not.
+        "scores": None if scored.normalizer == DEFERRED else [_score_fields(scores) for scores in scored.scores],
         "obrs_lambda": float(scored.obrs_lambda),
         "policy_version": int(scored.policy_version),
         "normalizer": scored.normalizer,
@@ -84,15 +94,13 @@ def decode_scored(data: bytes, *, max_bytes: int = DEFAULT_MAX_BYTES) -> ScoredG
     """
     fields = _open(_KIND_SCORED, data, max_bytes)
     group = _read_group(_get(fields, "group", dict))
-    scores = _get(fields, "scores", list)
-    if len(scores) != len(group.trajectories):
-        raise PayloadError(f"{len(scores)} scores for {len(group.trajectories)} trajectories")
+    normalizer = _get(fields, "normalizer", str)
     scored = ScoredGroup(
         group=group,
-        scores=tuple(_read_scores(s, t.num_tokens) for s, t in zip(scores, group.trajectories, strict=True)),
+        scores=_read_all_scores(fields, group, normalizer),
         obrs_lambda=_get(fields, "obrs_lambda", float),
         policy_version=_get(fields, "policy_version", int),
-        normalizer=_get(fields, "normalizer", str),
+        normalizer=normalizer,
     )
     _check_scored(scored)
     return scored
@@ -242,6 +250,15 @@ def _read_trajectory(fields: Any) -> Trajectory:
     )
 
 
+def _read_all_scores(fields: Mapping[str, Any], group: Group, normalizer: str) -> tuple[TokenScores, ...]:
+    if normalizer == DEFERRED:
+        return tuple(unscored(trajectory) for trajectory in group.trajectories)
+    scores = _get(fields, "scores", list)
+    if len(scores) != len(group.trajectories):
+        raise PayloadError(f"{len(scores)} scores for {len(group.trajectories)} trajectories")
+    return tuple(_read_scores(s, t.num_tokens) for s, t in zip(scores, group.trajectories, strict=True))
+
+
 def _read_scores(fields: Any, num_tokens: int) -> TokenScores:
     mask = _array(fields, "mask", "<u1", (num_tokens,))
     if mask.max(initial=0) > 1:
@@ -319,6 +336,8 @@ def _check_scored(scored: ScoredGroup) -> None:
     _require(len(scored.scores) == len(scored.group.trajectories), where, "scores and trajectories differ in number")
     _require(math.isfinite(scored.obrs_lambda) and scored.obrs_lambda >= 0, where, "λ is not a finite number ≥ 0")
     _require(scored.policy_version >= 0, where, "a negative policy version")
+    if scored.normalizer == DEFERRED:
+        return  # what stands for scores is not written, and is made anew by who reads
     names = [trajectory.trajectory_id for trajectory in scored.group.trajectories]
     for scores, trajectory in zip(scored.scores, scored.group.trajectories, strict=True):
         name, shape = f"scores of {trajectory.trajectory_id}", (trajectory.num_tokens,)

@@ -7,6 +7,7 @@ Rewards and a group's metadata stay with the orchestrator: they do not travel ov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -214,7 +215,7 @@ def _to_bytes(array: NDArray[Any], dtype: str) -> bytes:
 
 def _from_bytes(data: bytes, dtype: DTypeLike, shape: tuple[int, ...], where: str) -> NDArray[Any]:
     little_endian = np.dtype(dtype).newbyteorder("<")
-    expected = little_endian.itemsize * int(np.prod(shape, dtype=np.int64))
+    expected = little_endian.itemsize * math.prod(shape)  # not numpy's, which takes longer than all the rest
     if len(data) != expected:
         raise PayloadError(f"{where}: {len(data)} bytes where shape {shape} of {np.dtype(dtype)} takes {expected}.")
     # A copy: arrays over foreign bytes are read-only, which torch warns about.

@@ -8,17 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from jackpot.config import JackpotCorrection, JobSpec
 from jackpot.errors import ConfigError, ScoringError, WeightMissingError
 from jackpot.runtime.weights import WeightStore
 from jackpot.scorer.target import PendingWeights
 from jackpot.scorer.tokens import check_group
-from jackpot.trajectory import Group, ScoredGroup, TokenScores, Trajectory
-
-DEFERRED = "deferred"
-"""Stamped as the normalizer of groups that are not scored yet."""
+from jackpot.trajectory import DEFERRED, Group, ScoredGroup, unscored
 
 
 class PolicyVersion:
@@ -84,25 +79,13 @@ class DeferredScorer:
         return [
             ScoredGroup(
                 group=group if self._with_topk else _without_topk(group),
-                scores=tuple(_no_scores(trajectory) for trajectory in group.trajectories),
+                scores=tuple(unscored(trajectory) for trajectory in group.trajectories),
                 obrs_lambda=self._target.obrs_lambda,
                 policy_version=self._target.version,
                 normalizer=DEFERRED,
             )
             for group in groups
         ]
-
-
-def _no_scores(trajectory: Trajectory) -> TokenScores:
-    ones = np.ones(trajectory.num_tokens, dtype=np.float32)
-    return TokenScores(
-        target_logprobs=trajectory.actor_logprobs,
-        acceptance_probs=ones,
-        mask=np.ones(trajectory.num_tokens, dtype=np.bool_),
-        normalizer_head=ones,
-        normalizer_tail=np.zeros_like(ones),
-        topk_mass=np.zeros_like(ones),
-    )
 
 
 def _without_topk(group: Group) -> Group:

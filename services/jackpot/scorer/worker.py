@@ -130,10 +130,13 @@ class ScorerWorker:
     async def _settle(self, deliveries: Sequence[Delivery[Group]]) -> None:
         """Bring every delivery to its next state: scored, dropped, or given back for another attempt."""
         fresh = [d for d in deliveries if not await self._drop_if_stale(d, self._engine.version)]
-        for delivery, scored in await self._score(fresh):
-            # A newer version may have been swapped in between the check and the forward pass.
-            if not await self._drop_if_stale(delivery, scored.policy_version):
-                await self._publish(delivery, scored)
+        # Beside one another: they then go on the bus together.
+        await asyncio.gather(*(self._publish_or_drop(*pair) for pair in await self._score(fresh)))
+
+    async def _publish_or_drop(self, delivery: Delivery[Group], scored: ScoredGroup) -> None:
+        # A newer version may have been swapped in between the check and the forward pass.
+        if not await self._drop_if_stale(delivery, scored.policy_version):
+            await self._publish(delivery, scored)
 
     async def _score(self, deliveries: Sequence[Delivery[Group]]) -> list[tuple[Delivery[Group], ScoredGroup]]:
         """Scores of those that can be scored. If the batch fails, each is tried alone."""

@@ -15,9 +15,9 @@ from jackpot.learner.trainer import Trainer
 from jackpot.runtime.codec import decode_scored, encode_scored
 from jackpot.runtime.models import load_causal_lm
 from jackpot.runtime.weights import WeightStore
-from jackpot.scorer.deferred import DEFERRED, DeferredScorer, PolicyVersion
+from jackpot.scorer.deferred import DeferredScorer, PolicyVersion
 from jackpot.scorer.scoring import GroupScorer
-from jackpot.trajectory import ScoredGroup
+from jackpot.trajectory import DEFERRED, ScoredGroup
 
 REUSE = "scorer.reuse_reference=true"
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from jackpot.errors import PayloadError
 from jackpot.runtime.codec import SCHEMA_VERSION, decode_group, decode_scored, encode_group, encode_scored
-from jackpot.trajectory import Group, ScoredGroup, VersionSpan
+from jackpot.trajectory import DEFERRED, Group, ScoredGroup, VersionSpan, unscored
 
 GROUP = make_group("codec-1", 3)
 SCORED = make_scored(GROUP)
@@ -54,6 +54,14 @@ def test_trajectories_of_a_group_may_differ_in_length_and_candidates() -> None:
     group = dataclasses.replace(groups[0], trajectories=mixed)
     assert plain(decode_group(encode_group(group))) == plain(group)
     assert plain(decode_scored(encode_scored(make_scored(group)))) == plain(make_scored(group))
+
+
+def test_scores_that_stand_for_none_are_not_written_and_come_back_as_such() -> None:
+    scores = tuple(unscored(trajectory) for trajectory in GROUP.trajectories)
+    deferred = dataclasses.replace(SCORED, scores=scores, normalizer=DEFERRED)
+    data = encode_scored(deferred)
+    assert fields_of(data)["scores"] is None
+    assert plain(decode_scored(data)) == plain(deferred)
 
 
 def test_decoded_arrays_belong_to_the_caller() -> None:

@@ -309,7 +309,8 @@ class TrajectoryBus(BusReadings):
             block = max(0.0, deadline - loop.time())
             entries = await reader.next(max_groups, block, max_groups if enough is None else enough)
             try:
-                read = [await self._deliver(entry, reader, decode) for entry in entries]
+                # Beside one another: their payloads are then read together.
+                read = await asyncio.gather(*(self._deliver(entry, reader, decode) for entry in entries))
             except BaseException:
                 reader.put_back(entries)  # cut off half-way: the caller has seen none of them
                 raise

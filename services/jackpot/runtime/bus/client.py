@@ -15,6 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import EqualJitterBackoff
 
 from jackpot.errors import BusError, BusLostError, ConfigError
+from jackpot.runtime.bus.together import Together
 
 SOCKET_TIMEOUT_SECONDS = 10.0
 CONNECT_TIMEOUT_SECONDS = 5.0
@@ -27,6 +28,8 @@ MAX_BLOCK_SECONDS = 2.0  # always well below the socket timeout, else blocked re
 # Scripts that free memory run even when the server is out of it.
 _ALLOWED_WITHOUT_MEMORY = ("finish", "release", "hold")
 _SCRIPTS = ("open", "reserve", "publish", "scored", "acquire", "hold", "release", "finish", "set_value")
+
+_ScriptCall = tuple[str, Sequence[str], Sequence[Any]]  # its name, keys and arguments
 
 
 class JobKeys:
@@ -88,6 +91,7 @@ class BusClient:
             retry=Retry(EqualJitterBackoff(cap=greatest, base=first), RETRIES),
         )
         self._scripts = {name: self._redis.register_script(_source(name)) for name in _SCRIPTS}
+        self._run_together = Together(self._run_all)
 
     async def check_server(self) -> None:
         """Make sure that a server answers and can be relied on.
@@ -145,7 +149,7 @@ class BusClient:
     async def run_unfenced(self, script: str, args: Sequence[Any], extra_keys: Sequence[str] = ()) -> Any:
         """Run a script without naming an incarnation (only ``open``). Errors as in :meth:`run`."""
         async with self._translated():
-            return _text(await self._scripts[script]([*self.keys.for_scripts, *extra_keys], args))
+            return _text(await self._run_together((script, [*self.keys.for_scripts, *extra_keys], args)))
 
     async def read(self, *commands: tuple[Any, ...]) -> Sequence[Any]:
         """Replies of reading commands, all from one moment. Errors as in :meth:`run`."""
@@ -164,6 +168,24 @@ class BusClient:
         """The raw reply of one command that may safely be sent twice. Errors as in :meth:`run`."""
         async with self._translated():
             return await self._redis.execute_command(*command)
+
+    async def _run_all(self, calls: Sequence[_ScriptCall]) -> list[Any]:
+        """Replies of scripts that were called at the same time, in one exchange with the server, or their errors."""
+        if len(calls) == 1:
+            script, keys, args = calls[0]
+            return [await self._scripts[script](keys, args)]
+        pipeline = self._redis.pipeline(transaction=False)
+        for script, keys, args in calls:
+            pipeline.evalsha(self._scripts[script].sha, len(keys), *keys, *args)
+        replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        # The server has not seen the script yet: it is sent whole.
+        for place, (script, keys, args) in enumerate(calls):
+            if isinstance(replies[place], exceptions.NoScriptError):
+                try:
+                    replies[place] = await self._scripts[script](keys, args)
+                except exceptions.ResponseError as error:
+                    replies[place] = error
+        return replies
 
     def _require_open(self) -> None:
         if not self.incarnation:
