@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -105,6 +106,11 @@ def product_rate(device: str) -> float:
     return 2 * size**3 / statistics.median(seconds[3:])
 
 
+def tell(what: str, started: float) -> None:
+    """Progress, for whoever waits."""
+    print(f"{what}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+
+
 def synchronize(device: str) -> None:
     """Wait for the GPU."""
     if device == "cuda":
@@ -114,7 +120,9 @@ def synchronize(device: str) -> None:
 def measure(job: JobSpec, batch: Batch, steps: int, device: str) -> tuple[list[float], int]:
     """Seconds of each step after two that warm up, and the peak of the GPU's memory in bytes."""
     with tempfile.TemporaryDirectory() as run_dir:
+        started = time.perf_counter()
         trainer, _ = build_trainer(ServiceEnvironment(run_dir=Path(run_dir), job_id="benchmark", threads=0), job)
+        tell("the trainer was built", started)
         seconds = []
         for step in range(steps + 2):
             synchronize(device)
@@ -122,6 +130,7 @@ def measure(job: JobSpec, batch: Batch, steps: int, device: str) -> tuple[list[f
             trainer.train_batch(batch, step)
             synchronize(device)
             seconds.append(time.perf_counter() - started)
+            tell(f"step {step + 1}", started)
     return seconds[2:], torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
 
@@ -171,8 +180,10 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
+        started = time.perf_counter()
         for role, shape in shapes.items():
             write_model(directory / role, shape, options.device)
+        tell("the models were written", started)
         job = describe(options, directory)
         batch = build_batch(groups, job.algorithm.advantage)
         seconds, peak = measure(job, batch, options.steps, options.device)
