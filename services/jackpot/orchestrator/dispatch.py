@@ -33,6 +33,7 @@ from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
 from jackpot.runtime.activity import Activity
 from jackpot.runtime.bus import TrajectoryBus
+from jackpot.runtime.bus.together import all_ended
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.wire import ids_to_bytes
 from jackpot.trajectory import Group, GroupKey, Trajectory
@@ -154,11 +155,13 @@ class Dispatcher:
                 self._wake.clear()
                 keys = self._take_due(first)
                 # Beside one another, but in their order: they then go to the bus together.
-                reserved = await asyncio.gather(*(self._reserve(key) for key in keys))
+                reserved = await all_ended(self._reserve(key) for key in keys)
                 for key in compress(keys, reserved):
                     self._count_in_flight(1)
                     # Not in the task itself: one that is cancelled before it begins runs no finally.
                     tasks.create_task(self._carry(key)).add_done_callback(lambda _: self._count_in_flight(-1))
+                if keys:
+                    self._note_holding(key.slot for key, room in zip(keys, reserved, strict=True) if not room)
                 if not keys or not all(reserved):
                     await self._wait_for_change()
 
@@ -196,15 +199,18 @@ class Dispatcher:
         # A group of the batch that is being filled passes over the budget: those that fill it wait for this one.
         urgent = self._book.pacing.start_step(key.slot) <= self._current_version
         reserved = await self._bus.reserve(key.group_id(self._job_id), largest_group_bytes(self._job), urgent=urgent)
-        if reserved:
+        if not reserved:
+            self._book.put_back(key)
+        return reserved
+
+    def _note_holding(self, refused: Iterable[int]) -> None:
+        """Dispatch holds while the bus has no room for one of the slots, though it may have some for others."""
+        slot, now = next(iter(refused), None), time.monotonic()
+        if slot is None:
             self._held_since = None
-            return True
-        self._book.put_back(key)
-        now = time.monotonic()
-        if self._held_since is None or now - self._held_since > BUDGET_LOG_SECONDS:
-            LOG.warning("dispatch holds: the bus's budget (bus.max_bytes) is spent", extra={"slot": key.slot})
+        elif self._held_since is None or now - self._held_since > BUDGET_LOG_SECONDS:
+            LOG.warning("dispatch holds: the bus's budget (bus.max_bytes) is spent", extra={"slot": slot})
             self._held_since = now
-        return False
 
     async def _carry(self, key: GroupKey) -> None:
         """One group from its prompt to the bus, or to its drop."""

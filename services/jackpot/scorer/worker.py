@@ -18,6 +18,7 @@ from jackpot.errors import (
     WeightMissingError,
 )
 from jackpot.runtime.bus import Delivery, TrajectoryBus
+from jackpot.runtime.bus.together import all_ended
 from jackpot.runtime.ranks.group import RankLostError
 from jackpot.scorer.engine import ScoringEngine
 from jackpot.trajectory import Group, ScoredGroup
@@ -131,7 +132,7 @@ class ScorerWorker:
         """Bring every delivery to its next state: scored, dropped, or given back for another attempt."""
         fresh = [d for d in deliveries if not await self._drop_if_stale(d, self._engine.version)]
         # Beside one another: they then go on the bus together.
-        await asyncio.gather(*(self._publish_or_drop(*pair) for pair in await self._score(fresh)))
+        await all_ended([self._publish_or_drop(*pair) for pair in await self._score(fresh)])
 
     async def _publish_or_drop(self, delivery: Delivery[Group], scored: ScoredGroup) -> None:
         # A newer version may have been swapped in between the check and the forward pass.

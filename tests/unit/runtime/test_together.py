@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from jackpot.runtime.bus.together import MOST_CALLS, Together
+from jackpot.runtime.bus.together import MOST_CALLS, Together, all_ended
 
 
 class Doubling:
@@ -74,3 +74,20 @@ async def test_a_caller_that_is_cancelled_disturbs_no_other() -> None:
     assert await staying == 4
     with pytest.raises(asyncio.CancelledError):
         await leaving
+
+
+async def test_an_error_comes_once_all_calls_have_ended() -> None:
+    ended: list[int] = []
+
+    async def call(number: int) -> int:
+        for _ in range(number):
+            await asyncio.sleep(0)
+        ended.append(number)
+        if number == 1:
+            raise ValueError("the first to end")
+        return number
+
+    with pytest.raises(ValueError, match="the first to end"):
+        await all_ended(call(number) for number in (1, 2, 3))
+    assert ended == [1, 2, 3]
+    assert await all_ended(call(number) for number in (3, 2)) == [3, 2]

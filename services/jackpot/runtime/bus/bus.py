@@ -24,6 +24,7 @@ from jackpot.runtime.bus.object_payloads import ObjectPayloads
 from jackpot.runtime.bus.payloads import FilePayloads, PayloadStore, RedisPayloads
 from jackpot.runtime.bus.reader import Entry, StreamReader
 from jackpot.runtime.bus.readings import BusReadings
+from jackpot.runtime.bus.together import all_ended
 from jackpot.runtime.codec import decode_group, decode_scored, encode_group, encode_scored
 from jackpot.runtime.objects import Objects
 from jackpot.trajectory import Group, GroupKey, ScoredGroup
@@ -310,7 +311,7 @@ class TrajectoryBus(BusReadings):
             entries = await reader.next(max_groups, block, max_groups if enough is None else enough)
             try:
                 # Beside one another: their payloads are then read together.
-                read = await asyncio.gather(*(self._deliver(entry, reader, decode) for entry in entries))
+                read = await all_ended(self._deliver(entry, reader, decode) for entry in entries)
             except BaseException:
                 reader.put_back(entries)  # cut off half-way: the caller has seen none of them
                 raise

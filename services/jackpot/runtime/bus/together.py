@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 Call = TypeVar("Call")
@@ -11,6 +11,18 @@ Result = TypeVar("Result")
 
 MOST_CALLS = 64
 """Carried out together: the first of them waits for the last."""
+
+
+async def all_ended(calls: Iterable[Awaitable[Result]]) -> list[Result]:
+    """Results of calls that are made beside one another. If some fail, the first error, but only once all have ended:
+    whoever handles it meets none that is still under way."""
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    results: list[Result] = []
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        results.append(outcome)
+    return results
 
 
 class Together(Generic[Call, Result]):
