@@ -51,6 +51,7 @@ def test_on_policy_training_runs_without_an_actor(tmp_path: Path, make_model: Ma
     job_file = write_job(tmp_path, make_model)
     directory = tmp_path / "run"
     arguments = ["actor=policy", "learner.steps=3", "orchestrator.max_staleness=0", "bus.payload_store=redis"]
+    arguments.append("learner.profile_steps=2")
     with jackpot_run(str(job_file), *arguments, "--run-dir", str(directory), directory=directory) as run:
         code, stdout, stderr = run.finish()
     assert code == 0, stderr
@@ -61,6 +62,8 @@ def test_on_policy_training_runs_without_an_actor(tmp_path: Path, make_model: Ma
     assert [row["staleness/max"] for row in rows] == [0, 0, 0]
     # Sampled and scored by the same weights, so that only rounding is between the two.
     assert max(abs(row["rollout_corr/kl"]) for row in rows) < 1e-4
+    trace = json.loads((directory / "profile" / "steps-2-3-rank0.json").read_text())
+    assert [event["name"] for event in trace["traceEvents"]].count("Optimizer.step#AdamW.step") == 2
 
 
 @pytest.mark.slow

@@ -12,8 +12,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from typing import TypeVar
 
 from jackpot.config import JobSpec
 from jackpot.errors import BusError
@@ -32,6 +34,8 @@ from jackpot.runtime.kept_trajectories import KeptTrajectories
 from jackpot.trajectory import ScoredGroup
 
 LOG = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Learner:
@@ -78,6 +82,8 @@ class Learner:
         self._saving: asyncio.Task[None] | None = None  # the checkpoint that is being written
         self._collector = BatchCollector(job, bus)
         self._background = BackgroundWork()
+        # One, always the same: a profile that begins with one step would not see the next one in another.
+        self._thread = ThreadPoolExecutor(1, "training")
 
     async def run(self, stopped: Callable[[], bool]) -> bool:
         """Train until the last step or until ``stopped``; whether the job is finished.
@@ -86,7 +92,7 @@ class Learner:
             DeadlineError: no group arrived for ``learner.batch_timeout_seconds``.
             AlarmError: an alarm, with ``alarms.action`` = stop.
         """
-        await asyncio.to_thread(self._restore)
+        await self._in_thread(self._restore)
         async with self._leases_renewed():
             await self._publish()
             await self._background.finish()
@@ -96,7 +102,7 @@ class Learner:
             await self._checkpoint()
         finished = self._progress.batch == self._job.num_batches
         if finished:
-            await asyncio.to_thread(self._publisher.export, self._trainer)
+            await self._in_thread(self._publisher.export, self._trainer)
             LOG.info("all %d steps trained and exported", self._progress.step)
         return finished
 
@@ -113,6 +119,10 @@ class Learner:
         finally:
             await self._collector.close()
             await self._background.finish()
+
+    async def _in_thread(self, call: Callable[..., Result], *args: object) -> Result:
+        """Do something with the trainer off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
 
     def _restore(self) -> None:
         path = self._checkpoints.latest()
@@ -170,7 +180,7 @@ class Learner:
             self._collector.prefetch(progress.batch + 1)
         started = time.monotonic()
         with self._activity.doing("train"):
-            rows = await asyncio.to_thread(self._trainer.train_batch, batch, progress.step)
+            rows = await self._in_thread(self._trainer.train_batch, batch, progress.step)
         trained = time.monotonic()
         controls = self._trainer.controls
         self._progress = Progress(progress.step + len(rows), progress.batch + 1, controls.obrs_lambda, controls.state())
@@ -214,7 +224,7 @@ class Learner:
         with self._activity.doing("wait_publication"):
             await self._background.finish()
         with self._activity.doing("snapshot"):
-            snapshot = await asyncio.to_thread(self._publisher.snapshot, self._trainer, self._progress.step)
+            snapshot = await self._in_thread(self._publisher.snapshot, self._trainer, self._progress.step)
 
         def work() -> None:
             with self._activity.doing("publish"):
@@ -236,7 +246,7 @@ class Learner:
         await self._checkpoint_written()
         if self._progress.batch > self._committed_batch:
             with self._activity.doing("snapshot"):
-                pending = await asyncio.to_thread(self._trainer.begin_checkpoint, self._checkpoints, self._progress)
+                pending = await self._in_thread(self._trainer.begin_checkpoint, self._checkpoints, self._progress)
             self._saving = asyncio.create_task(self._commit_when_written(pending, self._progress.batch))
 
     def _watch(self) -> None:
