@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jackpot.algorithm.advantage import estimate_advantages
 from jackpot.config import AdvantageConfig
-from jackpot.runtime.batching import Siblings
+from jackpot.runtime.batching import AttentionCost, Siblings
 from jackpot.runtime.ranks.partition import MicroRows
 from jackpot.trajectory import EXACT_KL, ScoredGroup, TokenScores
 
@@ -94,11 +94,11 @@ class Batch:
             one.per_row,
         )
 
-    def siblings(self, attention_tokens: float) -> Siblings:
+    def siblings(self, attention: AttentionCost) -> Siblings:
         """Which sequences have one prompt: those of a group. Argument as :class:`Siblings`."""
         sizes = np.diff([*self.group_starts, len(self.sequences)])
         prompts = np.repeat(np.arange(len(sizes)), sizes)
-        return Siblings(prompts.tolist(), [sequence.prompt_length for sequence in self.sequences], attention_tokens)
+        return Siblings(prompts.tolist(), [sequence.prompt_length for sequence in self.sequences], attention)
 
     def split(self, parts: int) -> list[Batch]:
         """Split into ``parts`` batches of equally many groups (one per optimizer step)."""

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from jackpot.config import LearnerConfig
 from jackpot.errors import ConfigError
 from jackpot.runtime import varlen
+from jackpot.runtime.batching import AttentionCost
 from jackpot.runtime.forward import CompletionStates, completion_hidden, packed_completion_hidden
 from jackpot.runtime.models import architecture
 from jackpot.runtime.packing_trial import agreed_problem_with_varlen, packs_exactly
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.runtime.ranks.sharding import DTYPES
-from jackpot.runtime.shared_prompts import attention_tokens
+from jackpot.runtime.shared_prompts import attention_cost
 
 LOG = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ class PassLayout:
     """Makes hidden states of them."""
     packed: bool = False
     """In one row without padding; else in rows of similar length."""
-    attention_tokens: float | None = None
-    """κ of :class:`jackpot.runtime.batching.Siblings`; None where no sequences share a prompt."""
+    attention: AttentionCost | None = None
+    """What attention costs; None where no sequences share a prompt."""
 
 
 def layout_of(
@@ -58,19 +59,19 @@ def layout_of(
     if config.packing == "never":
         return PassLayout(completion_hidden)
     plain = [model for model, _ in models]
-    shared = _attention_tokens(plain, ranks) if config.packing == "auto" else None
+    shared = attention_cost(plain, device, ranks) if config.packing == "auto" else None
     computing = [(model, DTYPES[dtype]) for model, dtype in models]
     problem = agreed_problem_with_varlen(computing, device, ranks, has_varlen)
     if problem is not None and config.packing == "auto":
         LOG.info("sequences are not packed: %s", problem)
-        return PassLayout(completion_hidden, attention_tokens=shared)
+        return PassLayout(completion_hidden, attention=shared)
     if problem is None:
         for model in plain:
             varlen.switch(model)
     else:
         _require_exact(plain, ranks)
     LOG.info("sequences are packed", extra={"attention": "block-diagonal mask" if problem else "by lengths"})
-    return PassLayout(packed_completion_hidden, packed=True, attention_tokens=shared)
+    return PassLayout(packed_completion_hidden, packed=True, attention=shared)
 
 
 def _require_exact(models: Sequence[PreTrainedModel], ranks: Ranks) -> None:
@@ -82,9 +83,3 @@ def _require_exact(models: Sequence[PreTrainedModel], ranks: Ranks) -> None:
                 f"{architecture(model)} lets packed sequences see each other",
                 "Set it to never.",
             )
-
-
-def _attention_tokens(models: Sequence[PreTrainedModel], ranks: Ranks) -> float | None:
-    """Rows are the same for all models: κ of the first, the policy; None if one of them cannot share prompts."""
-    found = [attention_tokens(model) for model in models]
-    return ranks.finding_of_rank_0(None if None in found else found[0])

@@ -221,7 +221,7 @@ class Trainer(TrainedModels):
 
     def _passes(self, batch: Batch) -> list[MicroRows]:
         lengths = [len(sequence.input_ids) for sequence in batch.sequences]
-        attention_tokens = self._layout.attention_tokens
+        attention = self._layout.attention
         return plan_passes(
             lengths,
             self._job.learner.max_batch_tokens,
@@ -229,7 +229,7 @@ class Trainer(TrainedModels):
             rank=self._ranks.rank,
             size=self._ranks.size,
             packed=self._layout.packed,
-            siblings=None if attention_tokens is None else batch.siblings(attention_tokens),
+            siblings=None if attention is None else batch.siblings(attention),
         )
 
 

@@ -15,6 +15,16 @@ PASS_OVERHEAD_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionCost:
+    """What attention costs beside everything else that is done with a token."""
+
+    tokens: float
+    """κ: how many tokens a token may attend to before that costs as much as all the rest."""
+    mask_factor: float = 1.0
+    """How many times as much it costs where a mask tells what each token sees, and not their order alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Siblings:
     """Which sequences begin with the same prompt, so that a row can hold it once for several of them."""
 
@@ -22,15 +32,15 @@ class Siblings:
     """Of each sequence, the number of its prompt. Siblings stand next to each other."""
     prompt_lengths: Sequence[int]
     """Tokens of each sequence's prompt."""
-    attention_tokens: float
-    """How many tokens a token may attend to before that costs as much as everything else done with it."""
+    attention: AttentionCost
+    """Of the model that they go through."""
 
     def select(self, sequences: Sequence[int]) -> Siblings:
         """The same of some of the sequences."""
         return Siblings(
             [self.prompts[index] for index in sequences],
             [self.prompt_lengths[index] for index in sequences],
-            self.attention_tokens,
+            self.attention,
         )
 
 
@@ -75,8 +85,8 @@ def shared_rows(lengths: Sequence[int], siblings: Siblings, max_row_tokens: int)
     """Sequences in rows: of each prompt's the even split that is the least work.
 
     A sequence of S tokens alone costs S + S²/2κ, its attention being causal; siblings in a row of L tokens, the prompt
-    once, cost L + L²/κ, since what keeps them apart is a mask over the whole row. κ is ``attention_tokens``. So prompts
-    that are short against completions are not shared.
+    once, cost L + m·L²/κ, since what keeps them apart is a mask over the whole row. κ and m are those of
+    :class:`AttentionCost`. So prompts that are short against completions are not shared.
 
     Args:
         lengths: tokens of each sequence.
@@ -88,21 +98,21 @@ def shared_rows(lengths: Sequence[int], siblings: Siblings, max_row_tokens: int)
     for first, last in pairwise(bounds):
         if last > first:
             own = [length - siblings.prompt_lengths[first] for length in lengths[first:last]]
-            cuts = _cheapest_split(own, siblings.prompt_lengths[first], siblings.attention_tokens, max_row_tokens)
+            cuts = _cheapest_split(own, siblings.prompt_lengths[first], siblings.attention, max_row_tokens)
             rows += [list(range(first + start, first + end)) for start, end in pairwise(cuts)]
     return rows
 
 
-def _cheapest_split(own: Sequence[int], prompt: int, attention_tokens: float, max_row_tokens: int) -> list[int]:
+def _cheapest_split(own: Sequence[int], prompt: int, attention: AttentionCost, max_row_tokens: int) -> list[int]:
     """Where rows begin and end, of completions of these lengths behind one prompt."""
     ends = np.concatenate([[0], np.cumsum(own)])
     best = list(range(len(own) + 1))
     alone = prompt + np.asarray(own)
-    best_cost = float((alone + alone**2 / (2 * attention_tokens)).sum())
+    best_cost = float((alone + alone**2 / (2 * attention.tokens)).sum())
     for num_rows in range(1, len(own)):
         cuts = np.linspace(0, len(own), num_rows + 1).round().astype(np.int64)
         tokens = prompt + np.diff(ends[cuts])
-        cost = float((tokens + tokens**2 / attention_tokens).sum())
+        cost = float((tokens + attention.mask_factor * tokens**2 / attention.tokens).sum())
         if cost < best_cost and tokens.max() <= max_row_tokens:
             best, best_cost = cuts.tolist(), cost
     return best

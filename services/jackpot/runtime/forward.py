@@ -35,7 +35,7 @@ def completion_hidden(
         sequences: prompt and completion ids of each, ``[P + T]``.
         prompt_lengths: P ≥ 1 of each.
         per_row: how many of the sequences, one after the other, have the same prompt and share a row, which then holds
-            it once; None is one each. For models of which :func:`jackpot.runtime.shared_prompts.attention_tokens`
+            it once; None is one each. For models of which :func:`jackpot.runtime.shared_prompts.attention_cost`
             knows.
     """
     if per_row is not None and len(per_row) < len(sequences):

@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from jackpot.runtime.batching import AttentionCost
 from jackpot.runtime.forward import completion_hidden
+from jackpot.runtime.ranks.group import SOLO, Ranks
 
 # Largest difference of hidden states accepted by the check, relative to the largest: rounding, no more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02}
 _HALF_TOLERANCE = 0.1
+# A CPU's attention takes a mask at the same rate. On a GPU the fast programs know causal order alone; those that take a
+# mask are slower by this much (benchmarks/shared_prompts.py).
+_MASK_FACTORS = {"cuda": 6.0}
 _PROMPT_TOKENS = 3
 _COMPLETION_TOKENS = (2, 5, 1, 4)
 
 
-def attention_tokens(model: PreTrainedModel) -> float | None:
-    """κ of :class:`jackpot.runtime.batching.Siblings`; None where completions cannot share a prompt's row.
+def attention_cost(
+    models: Sequence[PreTrainedModel], device: torch.device, ranks: Ranks = SOLO
+) -> AttentionCost | None:
+    """What attention costs in the first of the models; None where one of them cannot have completions share a prompt's
+    row.
+
+    Args:
+        models: that the same rows go through.
+        device: where they compute.
+        ranks: over which they are sharded; all of them try, and what rank 0 finds holds.
+    """
+    found = [_attention_tokens(model) for model in models]
+    tokens = ranks.finding_of_rank_0(None if None in found else found[0])
+    return None if tokens is None else AttentionCost(tokens, _MASK_FACTORS.get(device.type, 1.0))
+
+
+def sees_all(config: PreTrainedConfig) -> bool:
+    """Whether every token attends to all before it: a mask of one's own would take the place of a window's."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return set(layer_types) == {"full_attention"}
+    return not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+
+
+def _attention_tokens(model: PreTrainedModel) -> float | None:
+    """κ of :class:`jackpot.runtime.batching.AttentionCost`, or None.
 
     Per token a layer multiplies with its parameters once, and per token attended to twice with that token's head
     dimensions: κ = parameters of the blocks / (2 · layers · heads · head dimension).
-
-    Of a sharded model, all ranks have to ask.
     """
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa" or not sees_all(config) or not _shares_exactly(model):
@@ -31,14 +60,6 @@ def attention_tokens(model: PreTrainedModel) -> float | None:
     embedding = model.get_input_embeddings().weight.numel()  # type: ignore[operator]
     parameters = sum(parameter.numel() for parameter in model.base_model.parameters()) - embedding
     return float(parameters / (2 * config.num_hidden_layers * heads * head_dim))
-
-
-def sees_all(config: PreTrainedConfig) -> bool:
-    """Whether every token attends to all before it: a mask of one's own would take the place of a window's."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        return set(layer_types) == {"full_attention"}
-    return not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.algorithm.vocabulary import token_logprobs
-from jackpot.runtime.batching import ModelPass, Siblings, plan_rows
+from jackpot.runtime.batching import AttentionCost, ModelPass, Siblings, plan_rows
 from jackpot.runtime.forward import completion_hidden, packed_completion_hidden
 from jackpot.runtime.models import output_head
 from jackpot.runtime.ranks.partition import plan_packed
@@ -27,14 +27,14 @@ class PassSettings:
     chunk_tokens: int
     """Of a slice of the vocabulary pass."""
     temperature: float
-    attention_tokens: float | None = None
-    """κ of :class:`jackpot.runtime.batching.Siblings`; None: no runs share a row."""
+    attention: AttentionCost | None = None
+    """What attention costs; None: no runs share a row."""
     packed: bool = False
     """Runs that share no prompt lie in one row a pass, without padding: for models that attend by lengths."""
 
     def apart(self) -> PassSettings:
         """The same, but every run in a row of its own: for the actor, which is not asked what it can do."""
-        return replace(self, attention_tokens=None, packed=False)
+        return replace(self, attention=None, packed=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,10 +128,10 @@ def _passes(runs: Sequence[Run], settings: PassSettings) -> list[ModelPass]:
     if not runs:
         return []
     siblings = None
-    if settings.attention_tokens is not None and all(run.start == 0 for run in runs):
+    if settings.attention is not None and all(run.start == 0 for run in runs):
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(_prompt, runs)))}
         prompts = [numbers[_prompt(run)] for run in runs]
-        siblings = Siblings(prompts, [run.num_known for run in runs], settings.attention_tokens)
+        siblings = Siblings(prompts, [run.num_known for run in runs], settings.attention)
     plan = plan_packed if settings.packed else plan_rows
     return plan([run.num_inputs for run in runs], settings.max_batch_tokens, siblings)
 

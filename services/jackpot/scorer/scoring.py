@@ -23,7 +23,7 @@ from jackpot.runtime.models import output_head
 from jackpot.runtime.packing_trial import agreed_problem_with_varlen
 from jackpot.runtime.ranks.group import SOLO, Ranks
 from jackpot.runtime.ranks.sharding import release
-from jackpot.runtime.shared_prompts import attention_tokens
+from jackpot.runtime.shared_prompts import attention_cost
 from jackpot.scorer.passes import LookedUp, PassSettings, flat_hidden, hidden_by_pass, look_up
 from jackpot.scorer.shares import Share, own_share
 from jackpot.scorer.tokens import FlatTokens, Run, by_version, check_group, flatten, lay_out
@@ -296,7 +296,7 @@ def _pass_settings(
     rows = PassSettings(scorer.max_batch_tokens, scorer.chunk_tokens, temperature=1.0)
     if scorer.packing == "never":
         return rows
-    rows = replace(rows, attention_tokens=ranks.finding_of_rank_0(attention_tokens(model)))
+    rows = replace(rows, attention=attention_cost([model], device, ranks))
     problem = agreed_problem_with_varlen([(model, model.dtype)], device, ranks, has_varlen)
     if problem is not None:
         LOG.info("sequences are not packed: %s", problem)

@@ -21,6 +21,7 @@ from jackpot.learner.batch import build_batch
 from jackpot.learner.packing import layout_of
 from jackpot.learner.start import build_trainer
 from jackpot.learner.trainer import Trainer
+from jackpot.runtime.batching import AttentionCost
 from jackpot.runtime.forward import completion_hidden, packed_completion_hidden
 from jackpot.runtime.models import load_causal_lm
 from jackpot.runtime.packing_trial import packs_exactly, problem_with_varlen
@@ -88,7 +89,7 @@ def test_siblings_share_rows_where_both_models_can(
     policy, actor = (load_causal_lm(job.policy.model, "float32", "cpu") for _ in range(2))
     actor.set_attn_implementation("eager")
     models = [(policy, "float32"), (actor, "float32")]
-    assert layout_of(job.learner, models, torch.device("cpu")).attention_tokens is None
+    assert layout_of(job.learner, models, torch.device("cpu")).attention is None
 
 
 def with_varlen(_device: torch.device, dtype: torch.dtype) -> bool:
@@ -102,7 +103,7 @@ def test_models_that_compute_in_bfloat16_are_switched_and_packed(make_job: MakeJ
     models = [(load_causal_lm(job.policy.model, "float32", "cpu"), "bfloat16") for _ in range(2)]
     layout = layout_of(job.learner, models, torch.device("cpu"), has_varlen=with_varlen)
     assert layout.packed
-    assert (layout.attention_tokens is not None) == (packing == "auto")  # prompts worth sharing are shared
+    assert (layout.attention is not None) == (packing == "auto")  # prompts worth sharing are shared
     assert all(attends_by_lengths(model) for model, _ in models)
 
 
@@ -127,7 +128,7 @@ def test_without_attention_by_lengths_auto_lays_out_rows_and_says_why(
             job.learner, models, torch.device("cpu"), has_varlen=with_varlen if has_varlen else is_available
         )
     assert not layout.packed
-    assert (layout.attention_tokens is not None) == sees_all
+    assert (layout.attention is not None) == sees_all
     assert not any(attends_by_lengths(model) for model, _ in models)
     assert "sequences are not packed" in caplog.text and says in caplog.text
 
@@ -149,7 +150,7 @@ def test_other_ranks_try_too_and_do_as_rank_0_found(make_job: MakeJob, problem: 
     ranks = Told(rank=1, size=2, said=[386.0, None, problem])
     layout = layout_of(job.learner, [(model, "bfloat16")], torch.device("cpu"), ranks, has_varlen=is_available)
     assert layout.packed == attends_by_lengths(model) == (problem is None)
-    assert layout.attention_tokens == 386.0
+    assert layout.attention == AttentionCost(386.0)
     assert not ranks.said
 
 
@@ -191,7 +192,7 @@ def test_always_packs_with_a_mask_where_a_model_cannot_be_switched(make_job: Mak
     job = make_job("learner.packing=always")
     model = load_causal_lm(job.policy.model, "float32", "cpu")
     layout = layout_of(job.learner, [(model, "float32")], torch.device("cpu"), has_varlen=with_varlen)
-    assert layout.packed and layout.attention_tokens is None and not attends_by_lengths(model)
+    assert layout.packed and layout.attention is None and not attends_by_lengths(model)
 
 
 @pytest.mark.parametrize("prepared", [[], ["learner.activation_checkpointing=true"]])
@@ -210,7 +211,7 @@ def test_a_step_is_the_same_with_attention_by_lengths(
         if found:
             for model in (*trainer.models.values(), trainer._initial):
                 switch(model)
-            trainer._layout = replace(trainer._layout, attention_tokens=kappa)
+            trainer._layout = replace(trainer._layout, attention=None if kappa is None else AttentionCost(kappa))
         row = trainer.train_batch(build_batch(groups, job.algorithm.advantage), 0)[0]
         found.append((row, gradient_of(trainer)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4, abs=1e-6)

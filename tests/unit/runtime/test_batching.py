@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jackpot.runtime.batching import PASS_OVERHEAD_TOKENS, Siblings, length_buckets, plan_rows, shared_rows
+from jackpot.runtime.batching import (
+    PASS_OVERHEAD_TOKENS,
+    AttentionCost,
+    Siblings,
+    length_buckets,
+    plan_rows,
+    shared_rows,
+)
 
 LENGTHS = st.lists(st.integers(min_value=1, max_value=400), max_size=40)
 
@@ -68,18 +75,19 @@ def test_padding_is_small_on_lengths_as_they_occur(seed: int) -> None:
     assert lengths.sum() / total > 0.85
 
 
-def siblings_of(groups: list[tuple[int, list[int]]], attention_tokens: float = 400.0) -> tuple[list[int], Siblings]:
+def siblings_of(groups: list[tuple[int, list[int]]], mask_factor: float = 1.0) -> tuple[list[int], Siblings]:
     """Lengths and siblings of groups: tokens of the prompt, and of each completion."""
     lengths = [prompt + own for prompt, completions in groups for own in completions]
     numbers = [number for number, (_, completions) in enumerate(groups) for _ in completions]
     prompts = [prompt for prompt, completions in groups for _ in completions]
-    return lengths, Siblings(numbers, prompts, attention_tokens)
+    return lengths, Siblings(numbers, prompts, AttentionCost(400.0, mask_factor))
 
 
 def row_cost(row: list[int], lengths: list[int], siblings: Siblings) -> float:
     prompt = siblings.prompt_lengths[row[0]]
     tokens = prompt + sum(lengths[index] - prompt for index in row)
-    return tokens + tokens**2 / siblings.attention_tokens / (2 if len(row) == 1 else 1)
+    cost = siblings.attention
+    return tokens + tokens**2 / cost.tokens * (0.5 if len(row) == 1 else cost.mask_factor)
 
 
 GROUPS = st.lists(
@@ -87,9 +95,11 @@ GROUPS = st.lists(
 )
 
 
-@given(groups=GROUPS, limit=st.integers(1, 500))
-def test_only_siblings_share_a_row_and_never_for_more_work(groups: list[tuple[int, list[int]]], limit: int) -> None:
-    lengths, siblings = siblings_of(groups)
+@given(groups=GROUPS, limit=st.integers(1, 500), mask_factor=st.sampled_from([1.0, 6.0]))
+def test_only_siblings_share_a_row_and_never_for_more_work(
+    groups: list[tuple[int, list[int]]], limit: int, mask_factor: float
+) -> None:
+    lengths, siblings = siblings_of(groups, mask_factor)
     rows = shared_rows(lengths, siblings, limit)
     assert [index for row in rows for index in row] == list(range(len(lengths)))
     assert all(len({siblings.prompts[index] for index in row}) == 1 for row in rows)
@@ -101,16 +111,20 @@ def test_only_siblings_share_a_row_and_never_for_more_work(groups: list[tuple[in
 
 
 @pytest.mark.parametrize(
-    ("prompt", "own", "per_row"),
+    ("prompt", "own", "mask_factor", "per_row"),
     [
-        (14, 12, [8]),  # 110 + 110²/400 = 140 against 8 · (26 + 26²/800) = 215
-        (14, 64, [1] * 8),
-        (64, 64, [3, 2, 3]),  # 1124; four pairs 1137, eight alone 1188, one row of eight 1405
-        (256, 8, [8]),
+        (14, 12, 1.0, [8]),  # 110 + 110²/400 = 140 against 8 · (26 + 26²/800) = 215
+        (14, 12, 6.0, [1] * 8),  # 110 + 6 · 110²/400 = 292; four pairs 239
+        (14, 64, 1.0, [1] * 8),
+        (64, 64, 1.0, [3, 2, 3]),  # 1124; four pairs 1137, eight alone 1188, one row of eight 1405
+        (256, 8, 1.0, [8]),
+        (256, 8, 6.0, [8]),  # 1856 against 8 · (264 + 264²/800) = 2809
     ],
 )
-def test_long_completions_stand_alone_and_short_ones_together(prompt: int, own: int, per_row: list[int]) -> None:
-    lengths, siblings = siblings_of([(prompt, [own] * 8)])
+def test_long_completions_stand_alone_and_short_ones_together(
+    prompt: int, own: int, mask_factor: float, per_row: list[int]
+) -> None:
+    lengths, siblings = siblings_of([(prompt, [own] * 8)], mask_factor)
     assert [len(row) for row in shared_rows(lengths, siblings, 8192)] == per_row
 
 

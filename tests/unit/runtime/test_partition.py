@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jackpot.runtime.batching import Siblings
+from jackpot.runtime.batching import AttentionCost, Siblings
 from jackpot.runtime.ranks.partition import balanced_shares, batch_shares, packed_bins, plan_packed, plan_passes
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
@@ -53,7 +53,7 @@ def test_packed_bins_fill_up_and_one_too_long_stands_alone() -> None:
 def test_siblings_with_a_long_prompt_share_rows_and_what_is_alone_is_packed() -> None:
     """Three completions of 8 behind a prompt of 60, and three of 60 behind one of 8: the second are cheaper alone."""
     lengths = [68, 68, 68, 68, 68, 40]
-    siblings = Siblings([0, 0, 0, 1, 1, 1], [60, 60, 60, 8, 8, 8], attention_tokens=200.0)
+    siblings = Siblings([0, 0, 0, 1, 1, 1], [60, 60, 60, 8, 8, 8], AttentionCost(200.0))
     plan = plan_packed(lengths, 110, siblings)
     assert [(one.sequences, one.per_row) for one in plan] == [((0, 1, 2), (3,)), ((3, 5), (1, 1)), ((4,), (1,))]
     assert [one.sequences for one in plan_packed(lengths, 110)] == [(0, 5), (1,), (2,), (3,), (4,)]

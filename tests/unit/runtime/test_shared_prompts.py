@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
 from jackpot.runtime.forward import completion_hidden
 from jackpot.runtime.models import load_causal_lm
-from jackpot.runtime.shared_prompts import attention_tokens
+from jackpot.runtime.shared_prompts import attention_cost
 
+CPU = torch.device("cpu")
 PROMPTS, OWN = (5, 5, 5, 1, 8, 8), (4, 1, 6, 3, 2, 9)  # tokens of each sequence
 PER_ROW = (3, 1, 2)
 
@@ -58,19 +59,21 @@ def test_kappa_is_the_ratio_of_the_operations(make_model: Any) -> None:
     )
     # Per layer: queries and output 64 × 64 each, keys and values 64 × 32 each, gate, up and down 64 × 256 each, norms.
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256 + 2 * 64
-    assert attention_tokens(model) == pytest.approx((3 * layer + 64) / (2 * 3 * 64))
+    cost = attention_cost([model], CPU)
+    assert cost is not None and cost.mask_factor == 1.0
+    assert cost.tokens == pytest.approx((3 * layer + 64) / (2 * 3 * 64))
 
 
 def test_a_model_with_a_window_or_another_attention_gives_every_completion_a_row(make_model: Any) -> None:
     model = load_causal_lm(make_model("llama", seed=3), "float32", "cpu")
-    assert attention_tokens(model) is not None
+    assert attention_cost([model], CPU) is not None
     model.set_attn_implementation("eager")
-    assert attention_tokens(model) is None
+    assert attention_cost([model], CPU) is None
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     mistral = {"num_key_value_heads": 2, "vocab_size": 50, **sizes}
     for window, shares in ((4, False), (None, True)):
         config = MistralConfig(**mistral, sliding_window=window)
-        assert (attention_tokens(AutoModelForCausalLM.from_config(config).eval()) is not None) == shares
+        assert (attention_cost([AutoModelForCausalLM.from_config(config).eval()], CPU) is not None) == shares
 
 
 def test_a_model_that_lets_siblings_see_each_other_gives_every_completion_a_row(make_model: Any) -> None:
@@ -78,7 +81,7 @@ def test_a_model_that_lets_siblings_see_each_other_gives_every_completion_a_row(
     trunk = model.base_model.forward
     # As an architecture that makes its own mask would.
     model.base_model.forward = lambda **given: trunk(**{**given, "attention_mask": None})
-    assert attention_tokens(model) is None
+    assert attention_cost([model], CPU) is None
 
 
 @pytest.mark.gpu
@@ -87,6 +90,7 @@ def test_a_model_that_lets_siblings_see_each_other_gives_every_completion_a_row(
 def test_states_on_a_gpu(make_model: Any, dtype: str) -> None:
     model = load_causal_lm(make_model("qwen3", seed=3), dtype, "cuda")
     atol = 1e-4 if dtype == "float32" else 0.1
-    assert attention_tokens(model) is not None
+    cost = attention_cost([model], torch.device("cuda"))
+    assert cost is not None and cost.mask_factor > 1.0
     shared = completion_hidden(model, sequences(), PROMPTS, PER_ROW)
     torch.testing.assert_close(shared.float(), alone(model).float(), rtol=0, atol=atol)

@@ -216,15 +216,15 @@ def test_packed_completions_score_as_in_rows_of_their_own(world: World, normaliz
     actors = ActorVersions(job.rollout_model, job.rollout_role, world.store, "cpu") if needs_actor(job) else None
     scorer = GroupScorer(job, target, actors, has_varlen=lambda _device, _dtype: True)
     assert attends_by_lengths(target.model)
-    for kappa in (scorer._pass_settings.attention_tokens, None):
-        scorer._pass_settings = replace(scorer._pass_settings, attention_tokens=kappa)
+    for attention in (scorer._pass_settings.attention, None):
+        scorer._pass_settings = replace(scorer._pass_settings, attention=attention)
         rows: list[int] = []
         hook = target.model.base_model.layers[0].register_forward_pre_hook(
             lambda _, given, rows=rows: rows.append(given[0].shape[0])
         )
         scored = scorer.score_groups(groups)
         hook.remove()
-        assert rows == [3] if kappa else set(rows) == {1} and len(rows) > 1
+        assert rows == [3] if attention else set(rows) == {1} and len(rows) > 1
         for group, one in zip(groups, scored, strict=True):
             assert_expected(world, group, one, normalizer, obrs_lambda=1.3)
 
@@ -242,7 +242,7 @@ def test_bfloat16_on_a_gpu_packs_and_scores_as_rows_do(world: World) -> None:
         assert pending is not None
         target.apply(pending)
         scorer = GroupScorer(job, target)
-        scorer._pass_settings = replace(scorer._pass_settings, attention_tokens=None)  # through the kernel, all of it
+        scorer._pass_settings = replace(scorer._pass_settings, attention=None)  # through the kernel, all of it
         assert scorer._pass_settings.packed == attends_by_lengths(target.model) == (packing == "auto")
         scores = [one for group in scorer.score_groups(groups) for one in group.scores]
         found[packing] = np.concatenate([one.target_logprobs for one in scores])
