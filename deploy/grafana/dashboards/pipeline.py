@@ -57,10 +57,11 @@ PIPELINE = Row(
         ),
         curves(
             "Weight versions behind the newest",
-            "Optimizer steps, per replica; growing without end is a replica that no longer loads.",
+            "Optimizer steps, per replica; growing without end is a replica that no longer loads. The evaluator, which "
+            "takes up only what it evaluates, is left out.",
             Query(
                 f"max by (namespace, job_id, role) (jackpot_newest_weight_version{{{JOB}}})"
-                f" - on (namespace, job_id, role) group_right () jackpot_weight_version{{{JOB}}}",
+                f' - on (namespace, job_id, role) group_right () jackpot_weight_version{{{JOB},service!="evaluator"}}',
                 "{{service}} {{instance}}",
             ),
         ),

@@ -18,7 +18,7 @@ from jackpot.runtime.activity import Activity
 from jackpot.runtime.job_storage import open_weight_store
 from jackpot.runtime.metrics import Metrics
 from jackpot.runtime.objects import observe_calls
-from jackpot.runtime.process import announce_ready
+from jackpot.runtime.process import EVALUATOR, announce_ready
 from jackpot.runtime.rpc import RpcServer, create_server
 from jackpot.runtime.scaling import announce_rollout, withdraw_rollout
 from jackpot.v1 import rollout_pb2_grpc
@@ -43,6 +43,8 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
         open_weight_store(job, environment.job_id, environment.run_dir, copies),
         environment.role,
         job.rollout.weight_poll_seconds,
+        # It is asked for some versions only, each of which is 16 GB of an 8 B policy.
+        on_demand=environment.instance == EVALUATOR,
         on_loaded=lambda version, seconds: metrics.observe_weights(environment.role, version, seconds),
         on_refused=lambda version: metrics.count_weights_refused(environment.role),
     )

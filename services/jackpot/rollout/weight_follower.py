@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from jackpot.errors import DeadlineError, WeightError, WeightMissingError
@@ -31,6 +32,8 @@ class WeightFollower:
         store: the job's weight store.
         role: whose versions to follow.
         poll_seconds: how often to look.
+        on_demand: look only while somebody waits for a version: for an engine that is seldom asked. Every version is
+            read and verified whole.
         on_loaded: told the version that is held now, and the seconds that verifying and loading took.
         on_refused: told a version that was refused, once.
     """
@@ -41,6 +44,7 @@ class WeightFollower:
         store: WeightStore,
         role: Role,
         poll_seconds: float,
+        on_demand: bool = False,
         on_loaded: Callable[[int, float], object] = lambda version, seconds: None,
         on_refused: Callable[[int], object] = lambda version: None,
     ) -> None:
@@ -48,6 +52,8 @@ class WeightFollower:
         self._store = store
         self._role = role
         self._poll_seconds = poll_seconds
+        self._on_demand = on_demand
+        self._num_waiting = 0
         self._on_loaded = on_loaded
         self._on_refused = on_refused
         self._refused_until: dict[int, float] = {}  # on the monotonic clock
@@ -57,12 +63,12 @@ class WeightFollower:
     async def follow(self) -> NoReturn:
         """Follow until cancelled."""
         while True:
-            await self._look()
-            try:
-                async with asyncio.timeout(self._poll_seconds):
+            resting = self._on_demand and not self._num_waiting
+            if not resting:
+                await self._look()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if resting else self._poll_seconds):
                     await self._look_now.wait()
-            except TimeoutError:
-                pass
             self._look_now.clear()
 
     async def wait_for(self, min_version: int, timeout_seconds: float) -> int:
@@ -74,6 +80,7 @@ class WeightFollower:
         if self._engine.version >= min_version:
             return self._engine.version
         self._look_now.set()
+        self._num_waiting += 1
         try:
             async with asyncio.timeout(timeout_seconds), self._changed:
                 await self._changed.wait_for(lambda: self._engine.version >= min_version)
@@ -85,6 +92,8 @@ class WeightFollower:
                 timeout_seconds,
                 "Look at the logs of this server and of the learner.",
             ) from None
+        finally:
+            self._num_waiting -= 1
         return self._engine.version
 
     async def took(self, version: int, seconds: float) -> None:

@@ -28,7 +28,14 @@ def engine_name() -> str:
 class World:
     """A store, an engine that follows it, and what the follower told."""
 
-    def __init__(self, engine: RolloutEngine, root: Path, make_model: Callable[..., Path], poll_seconds: float) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        root: Path,
+        make_model: Callable[..., Path],
+        poll_seconds: float,
+        on_demand: bool = False,
+    ) -> None:
         self.engine = engine
         self.store = WeightStore(root)
         self.loaded: list[int] = []
@@ -39,6 +46,7 @@ class World:
             self.store,
             "actor",
             poll_seconds,
+            on_demand,
             on_loaded=lambda version, seconds: self.loaded.append(version),
             on_refused=self.refused.append,
         )
@@ -67,8 +75,8 @@ class World:
 def make_world(
     start_engine: Callable[..., RolloutEngine], tmp_path: Path, make_model: Callable[..., Path]
 ) -> Callable[..., World]:
-    def make(poll_seconds: float = 0.005) -> World:
-        return World(start_engine(), tmp_path / "weights", make_model, poll_seconds)
+    def make(poll_seconds: float = 0.005, on_demand: bool = False) -> World:
+        return World(start_engine(), tmp_path / "weights", make_model, poll_seconds, on_demand)
 
     return make
 
@@ -90,6 +98,21 @@ async def test_waiting_has_the_store_looked_at_at_once(make_world: Callable[...,
         world.publish(2)
         assert await world.follower.newest() == 2
         assert await world.follower.wait_for(2, PATIENCE) == 2
+
+
+async def test_on_demand_only_versions_that_somebody_waits_for_are_loaded(make_world: Callable[..., World]) -> None:
+    world = make_world(on_demand=True)
+    async with world.following():
+        world.publish(0)
+        assert await world.follower.wait_for(0, PATIENCE) == 0
+        waiting = asyncio.create_task(world.follower.wait_for(5, PATIENCE))
+        await asyncio.sleep(0)
+        for version in (5, 6, 7):  # the first is waited for from before it is there
+            world.publish(version)
+            assert await waiting == 5
+            await asyncio.sleep(0.05)  # ten times what it takes to look again
+        assert await world.follower.wait_for(6, PATIENCE) == 7
+    assert world.loaded == [0, 5, 7]
 
 
 async def test_waiting_in_vain_says_for_what(make_world: Callable[..., World]) -> None:
