@@ -66,9 +66,14 @@ class Trainer(TrainedModels):
     def _train_parts(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
         parts = batch.split(self._job.learner.updates_per_batch)
         weights = self._reference_weights(batch, parts)
-        references = [self._actor_reference(part) if len(parts) > 1 else None for part in parts]
+        passes = [self._passes(part) for part in parts]
+        references = [
+            self._actor_reference(part, own) if len(parts) > 1 else None
+            for part, own in zip(parts, passes, strict=True)
+        ]
         return [
-            self._step(first_step + index, part, weights[index], references[index]) for index, part in enumerate(parts)
+            self._step(first_step + index, part, passes[index], weights[index], references[index])
+            for index, part in enumerate(parts)
         ]
 
     def _reference_weights(self, batch: Batch, parts: Sequence[Batch]) -> Sequence[TokenWeights | None]:
@@ -79,12 +84,12 @@ class Trainer(TrainedModels):
         weights = reference_target_weights(batch.tokens, correction, self._ranks)
         return weights.split([part.num_tokens for part in parts])
 
-    def _actor_reference(self, batch: Batch) -> Tensor | None:
+    def _actor_reference(self, batch: Batch, passes: Sequence[MicroRows]) -> Tensor | None:
         """log p_ω as the batch begins, [N]; with a single update it is the actor's own, detached: no pass needed."""
         if not self._actor_learns or not self._job.algorithm.actor_ppo:
             return None
         logprobs = torch.zeros(batch.num_tokens)  # another rank's sequences stay 0 and unused
-        for one in self._passes(batch):
+        for one in passes:
             index = batch.token_index(one.rows)
             with torch.no_grad():
                 hidden = self._states(self.models["actor"], *batch.inputs(one))
@@ -95,20 +100,25 @@ class Trainer(TrainedModels):
         return logprobs
 
     def _step(
-        self, step: int, batch: Batch, weights: TokenWeights | None, actor_reference: Tensor | None
+        self,
+        step: int,
+        batch: Batch,
+        passes: Sequence[MicroRows],
+        weights: TokenWeights | None,
+        actor_reference: Tensor | None,
     ) -> dict[str, float]:
         hidden_of_only_pass: Tensor | None = None
         if self._job.scorer.reuse_reference:
-            own = self._own_reference(batch)
+            own = self._own_reference(batch, passes)
             batch, weights, hidden_of_only_pass = own.batch, own.weights, own.hidden
-        weights = weights or self._policy_weights(batch)
+        weights = weights or self._policy_weights(batch, passes)
         meter = StepMeter(batch, weights, step, complete=self._ranks.rank == 0)
         if self.show_tokens is not None:
             ratio = (weights.target_logprobs - batch.tokens.actor_logprobs).exp()
             self.show_tokens(weights.acceptance_probs, ratio, weights.normalizer)
         for learnable in self.learnables.values():
             learnable.optimizer.zero_grad(set_to_none=True)
-        self._add_gradients(batch, weights, actor_reference, hidden_of_only_pass, meter)
+        self._add_gradients(batch, passes, weights, actor_reference, hidden_of_only_pass, meter)
         meter.add_up(self._ranks)
         self._update(step, meter)
         self._control(weights, batch, meter)
@@ -117,6 +127,7 @@ class Trainer(TrainedModels):
     def _add_gradients(
         self,
         batch: Batch,
+        passes: Sequence[MicroRows],
         weights: TokenWeights,
         actor_reference: Tensor | None,
         hidden_of_only_pass: Tensor | None,
@@ -125,7 +136,7 @@ class Trainer(TrainedModels):
         """The gradient of the batch's loss, summed up over passes."""
         shares = self._shares(batch, weights.mask)
         actor_shares = self._shares(batch, torch.ones_like(weights.mask))
-        for one in self._passes(batch):
+        for one in passes:
             meter.begin_pass(one.counted)
             index = batch.token_index(one.rows)
             micro = MicroBatch(
@@ -161,13 +172,13 @@ class Trainer(TrainedModels):
             self.controls.restore(*told)
         meter.controls(self.controls.obrs_lambda, distillation_weight)
 
-    def _policy_weights(self, batch: Batch) -> TokenWeights:
+    def _policy_weights(self, batch: Batch, passes: Sequence[MicroRows]) -> TokenWeights:
         correction = self._job.algorithm.correction
         assert correction.name == "jackpot"
         return policy_target_weights(
             self.models["policy"],
             batch,
-            self._passes(batch),
+            passes,
             correction,
             self.controls.obrs_lambda,
             self._job.seed,
@@ -176,11 +187,11 @@ class Trainer(TrainedModels):
             ranks=self._ranks,
         )
 
-    def _own_reference(self, batch: Batch) -> OwnReference:
+    def _own_reference(self, batch: Batch, passes: Sequence[MicroRows]) -> OwnReference:
         return own_reference(
             self.models["policy"],
             batch,
-            self._passes(batch),
+            passes,
             self._job.algorithm.correction,
             self.controls.obrs_lambda,
             self._job.seed,

@@ -207,7 +207,7 @@ def test_policy_as_target_equals_reference_as_target_while_both_are_the_same_mod
     groups = make_groups(job, with_topk=True, disturb=0.0)
     trainer = make_trainer(job)
     batch = build_batch(groups, job.algorithm.advantage)
-    weights = trainer._policy_weights(batch)
+    weights = trainer._policy_weights(batch, trainer._passes(batch))
     torch.testing.assert_close(weights.target_logprobs, batch.tokens.reference_logprobs, rtol=0, atol=1e-4)
     torch.testing.assert_close(weights.acceptance_probs, batch.tokens.acceptance_probs, rtol=0, atol=1e-4)
     torch.testing.assert_close(weights.mask, batch.tokens.mask, rtol=0, atol=0)
