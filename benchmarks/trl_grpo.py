@@ -11,10 +11,11 @@ rewards, 16 prompts (--prompts) × 8 completions of at most 16 tokens (--max-tok
 temperature 1, clip 0.2, no KL penalty, evaluation only before and after, and then of 16 prompts. TRL samples with the
 policy itself through transformers' generate, which is its default (its other ways, vLLM and transformers' continuous
 batching, are not tried); more than one thread (--threads) helps it on an idle machine and harms it badly on a busy one.
-Jackpot runs once on-policy (``actor: policy``, with the reference from the learner's own pass), the like-for-like
-comparison, and twice with the demo's cheaper actor (or --actor WIDTHxLAYERS), which is then trained as well: with the
-reference from the learner's own pass, and with a scorer. All alternate. The rate is taken from the second step's end to
-the last one's.
+Jackpot runs once on-policy (``actor: policy``, with the reference from the learner's own pass; no correction and no
+kept trajectories, which TRL does not have here either), the like-for-like comparison, and twice with the demo's cheaper
+actor (or --actor WIDTHxLAYERS), which is then trained as well, and corrected for by OBRS: with the reference from the
+learner's own pass, and with a scorer. All alternate. The rate is taken from the second step's end to the last one's.
+Sampling may be --staleness optimizer steps old (default 1, Jackpot's; TRL knows only 0).
 
 --device cuda puts TRL, and all of Jackpot's services, on one GPU, each service in a process of its own. --dtype
 bfloat16 keeps weights and AdamW's moments in float32 on both sides and computes in bfloat16: TRL with ``bf16=True``
@@ -62,6 +63,7 @@ class Settings:
     dtype: str
     threads: int
     jackpot_threads: int
+    staleness: int
     policy: str
     """A directory."""
     actor: str
@@ -242,14 +244,16 @@ def jackpot_settings(settings: Settings, variant: str) -> list[str]:
         "learner.checkpoint_every=1000",
         "learner.schedule.name=constant", "learner.schedule.warmup_steps=0", "learner.schedule.final_fraction=1",
         f"evaluation.every={settings.steps}", "evaluation.prompts=16",
+        f"orchestrator.max_staleness={settings.staleness}",
         # As TRL does, a whole batch at once.
         f"rollout.max_batch_size={max(256, batch)}", f"rollout.max_queue={max(1024, 4 * batch)}",
-        f"orchestrator.max_in_flight_groups={max(64, 2 * settings.prompts)}",
+        f"orchestrator.max_in_flight_groups={max(64, (1 + settings.staleness) * settings.prompts)}",
         f"scorer.max_groups_per_batch={settings.prompts}",
         *(f"{service}.max_batch_tokens={max(16384, batch * positions)}" for service in ("learner", "scorer")),
     ]  # fmt: skip
     if variant == "on-policy":
-        overrides.append("actor=policy")
+        overrides += ["actor=policy", "algorithm.correction={name: none}", "rollout.top_logprobs=1"]
+        overrides.append("run.keep_trajectories=0")
     else:
         overrides += [f"actor.model={settings.actor}", f"actor.dtype={settings.dtype}"]
     if variant != "cheap actor and scorer":
@@ -268,6 +272,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides; see above")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of TRL (default 1)")
     parser.add_argument("--jackpot-threads", type=int, default=1, help="torch threads of each service (default 1)")
+    parser.add_argument("--staleness", type=int, default=1, help="most of Jackpot's, in optimizer steps (default 1)")
     parser.add_argument("--policy", metavar="WIDTHxLAYERS", help="without, the demo's policy, 64x2")
     parser.add_argument("--actor", metavar="WIDTHxLAYERS", help="without, the demo's actor, 32x1")
     parser.add_argument("--prompts", type=int, default=16, help="prompts a step, of 8 completions each (default 16)")
@@ -301,6 +306,7 @@ def main() -> None:
             dtype=options.dtype,
             threads=options.threads,
             jackpot_threads=options.jackpot_threads,
+            staleness=options.staleness,
             policy=str(models["policy"]),
             actor=str(models["actor"]),
             policy_shape=options.policy or "the demo's",
