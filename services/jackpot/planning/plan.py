@@ -96,7 +96,7 @@ def flops_per_token(job: JobSpec, policy: ModelShape, actor: ModelShape, load: L
     return FlopsPerToken(
         rollout=forward(actor),
         rollout_on_policy=forward(policy),
-        scoring=forward(policy),
+        scoring=forward(policy) if job.scorer_replicas else 0.0,
         policy_training=3 * forward(policy),
         actor_training=3 * forward(actor) if trains_actor(job) else 0.0,
     )
@@ -156,7 +156,7 @@ def expected_gain(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Loa
         policy, *_policy_bytes(job), load
     )
     # A forward pass reaches another part of the arithmetic than training does.
-    scoring = per_token.scoring * load.utilization.training / load.utilization.scoring if job.scorer_replicas else 0.0
+    scoring = per_token.scoring * load.utilization.training / load.utilization.scoring
     training = (per_token.policy_training + per_token.actor_training + scoring) / per_token.policy_training
     return 1.0 / (share * sampling + (1.0 - share) * training)
 

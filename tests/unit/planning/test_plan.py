@@ -141,7 +141,7 @@ def test_without_scorers_nothing_is_planned_for_them() -> None:
     plan = make_plan(job, POLICY, ACTOR, load)
     tokens = job.learner.groups_per_batch * job.sampling.group_size * 800
     assert list(plan.memory_bytes) == ["rollout", "learner"]
-    assert plan.step_seconds.scorer == 0
+    assert plan.step_seconds.scorer == plan.flops_per_token.scoring == plan.flops_per_step.scoring == 0
     assert plan.weight_bytes_per_version["read_by_scorers"] == 0
     assert plan.bus_bytes_per_step == {"to_score": 0, "to_train": tokens * (8 + 20 * 6)}
     without_candidates = make_job("scorer.reuse_reference=true", "algorithm.correction=tis")
