@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from jackpot.config import BusConfig
 from jackpot.runtime.bus import Delivery, Ledger, TrajectoryBus
-from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan
+from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan, deferred
 
 STORES = ("redis", "file")
 
@@ -165,6 +165,14 @@ class Job:
             (delivery,) = await bus.take_groups(1, 1.0)
             await bus.publish_scored(delivery, make_scored(delivery.value))
         return group_ids
+
+    async def publish_deferred(self, bus: TrajectoryBus, *slots: int) -> list[str]:
+        groups = [deferred(self.group(slot), 5) for slot in slots]
+        for group in groups:
+            assert await bus.reserve(group.group_id, 5000)
+            assert await bus.publish_deferred(group) == "published"
+            self.dispatched.add(group.group_id)
+        return [group.group_id for group in groups]
 
     async def assert_closed(self, bus: TrajectoryBus) -> Ledger:
         return await assert_closed(bus, self.url, self.job_id, self.payload_dir, self.dispatched)

@@ -144,13 +144,24 @@ class ScoredGroup:
 
     group: Group
     scores: tuple[TokenScores, ...]  # one per trajectory, same order
-    obrs_lambda: float  # the λ that was applied
-    policy_version: int  # the version of θ that scored
+    obrs_lambda: float  # the λ that was applied; 0, which rejects nothing, if it is not scored
+    policy_version: int  # the version of θ that scored, or the newest if it is not scored
     normalizer: str  # which estimator the head and tail belong to
 
     @property
     def group_id(self) -> str:
         return self.group.group_id
+
+
+def deferred(group: Group, policy_version: int) -> ScoredGroup:
+    """The group in the form of a scored one, its scores left to the learner."""
+    return ScoredGroup(
+        group=group,
+        scores=tuple(unscored(trajectory) for trajectory in group.trajectories),
+        obrs_lambda=0.0,
+        policy_version=policy_version,
+        normalizer=DEFERRED,
+    )
 
 
 def unscored(trajectory: Trajectory) -> TokenScores:

@@ -21,6 +21,7 @@ from jackpot.control_plane.jobs.states import JobState
 from jackpot.control_plane.observing.bus_observer import BusObserver
 from jackpot.errors import BusError
 from jackpot.runtime.bus import TrajectoryBus
+from jackpot.trajectory import deferred
 
 JOB_ID = "tiny-1123-140645-b1bc4f0d"
 
@@ -68,7 +69,9 @@ async def test_roles_do_all_that_they_ever_do(server: SecuredRedis, tmp_path: Pa
     taking_over = await connect(server, "scorer", tmp_path, lease_seconds=0.2)
     learner = await connect(server, "learner", tmp_path)
     observer = BusObserver(JOB_ID, BusConfig(), tmp_path / "payloads")
-    groups = [make_group(JOB_ID, slot) for slot in range(6)]
+    *groups, straight = [make_group(JOB_ID, slot) for slot in range(7)]
+    assert await orchestrator.reserve(straight.group_id, 4096)
+    assert await orchestrator.publish_deferred(deferred(straight, 0)) == "published"
     for group in groups:
         assert await orchestrator.reserve(group.group_id, 4096)
         assert await orchestrator.publish(group) == "published"
@@ -87,18 +90,18 @@ async def test_roles_do_all_that_they_ever_do(server: SecuredRedis, tmp_path: Pa
             scored += 1
         assert asyncio.get_running_loop().time() < deadline
     taken = []
-    while len(taken) < 4:
+    while len(taken) < 5:
         taken += await learner.take_scored(4, 5.0)
     assert await learner.renew(taken) == []
     ids = [delivery.group_id for delivery in taken]
     assert set(await learner.fetch_scored(ids)) == set(ids)
     await learner.set_value("lambda", "1.5")
-    assert await learner.commit_trained(dict.fromkeys(ids[:3], 1)) == []
-    await learner.drop(ids[3], "zero_advantage")
+    assert await learner.commit_trained(dict.fromkeys(ids[:4], 1)) == []
+    await learner.drop(ids[4], "zero_advantage")
     url = server.full_url("control-plane")
     assert await observer.depths(url) is not None
     ledger = await observer.ledger(url)
-    assert ledger is not None and ledger.trained == 3
+    assert ledger is not None and ledger.trained == 4
     assert await orchestrator.dispatched() == {}
     assert (await orchestrator.depths()).bytes_used == 0
     assert await orchestrator.read_terminal("", 100)

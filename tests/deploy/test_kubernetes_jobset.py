@@ -52,9 +52,11 @@ GPU_CLUSTER = CLUSTER | {
 JOBS: dict[str, dict[str, Any]] = {
     "small": {},
     "large": {"rollout": {"replicas": 4}, "scorer": {"replicas": 2}, "run": {"max_restarts": 7}},
+    "unscored": {"scorer": {"reuse_reference": True}},
 }
 CLUSTERS = {"plain": CLUSTER, "gpu": GPU_CLUSTER}
 CASES = list(itertools.product(JOBS, CLUSTERS))
+GOLDEN_CASES = [case for case in CASES if case[0] != "unscored"]
 
 
 def job_spec(job: str) -> JobSpec:
@@ -76,10 +78,17 @@ def joining(cluster: str) -> dict[str, Any]:
     return joining_rollout("chain-sum-1123-1", job_spec("large"), settings, 4, "0c9a")
 
 
-@pytest.mark.parametrize(("job", "cluster"), CASES)
+@pytest.mark.parametrize(("job", "cluster"), GOLDEN_CASES)
 def test_it_is_what_the_file_says(job: str, cluster: str) -> None:
     """A change of the JobSet shows as a change of these files: JACKPOT_REGENERATE=1 pytest writes them anew."""
     compare(GOLDEN / f"jobset-{job}-{cluster}.yaml", manifest(job, cluster))
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_where_no_scorer_runs_its_role_alone_is_left_out(cluster: str) -> None:
+    made, other = manifest("unscored", cluster), manifest("small", cluster)
+    jobs = [one for one in other["spec"]["replicatedJobs"] if one["name"] != "scorer"]
+    assert made == other | {"spec": other["spec"] | {"replicatedJobs": jobs}}
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
@@ -135,7 +144,8 @@ def test_jobset_knows_every_field(job: str, cluster: str) -> None:
     kept = read.to_dict()
     for name in ("network", "successPolicy", "failurePolicy", "suspend", "ttlSecondsAfterFinished"):
         assert kept.get(name) == made.get(name), name
-    assert [one["name"] for one in kept["replicatedJobs"]] == list(ROLES)
+    left_out = {"scorer"} if job == "unscored" else set()
+    assert [one["name"] for one in kept["replicatedJobs"]] == [role for role in ROLES if role not in left_out]
 
 
 @pytest.mark.parametrize(("job", "cluster"), CASES)

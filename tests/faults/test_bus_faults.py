@@ -29,6 +29,7 @@ from jackpot.runtime.bus.client import BusClient
 from jackpot.runtime.bus.payloads import FilePayloads
 from jackpot.runtime.bus.server import EmbeddedServer
 from jackpot.runtime.codec import encode_group, encode_scored
+from jackpot.trajectory import deferred
 
 NUM_GROUPS = 30
 
@@ -204,10 +205,19 @@ async def test_a_call_whose_reply_is_cut_succeeds_as_if_it_were_not(job: Job, sh
             (ready,) = await cut(bus.take_scored(1, 1.0))
             assert await bus.take_scored(1, 0.05) == []
             assert await cut(bus.commit_trained({ready.group_id: 1})) == []
+            straight = deferred(job.group(1), 5)
+            job.dispatched.add(straight.group_id)
+            assert await bus.reserve(straight.group_id, 3000)
+            assert await cut(bus.publish_deferred(straight)) == "published"
+            depths = await bus.depths()
+            assert (depths.scored_waiting, depths.bytes_used < 3000) == (1, True)
+            (ready,) = await cut(bus.take_scored(1, 1.0))
+            assert ready.group_id == straight.group_id
+            assert await cut(bus.commit_trained({ready.group_id: 2})) == []
             assert await cut(bus.open()) is False
     job.url = server_url
     async with job.connect() as bus:
-        assert await job.assert_closed(bus) == Ledger(dispatched=1, trained=1)
+        assert await job.assert_closed(bus) == Ledger(dispatched=2, trained=2)
 
 
 async def test_a_flushed_server_is_noticed_by_everyone_and_begun_anew(

@@ -47,6 +47,27 @@ def test_every_process_may_be_killed_while_the_job_goes_on(tmp_path: Path, make_
     assert not list((directory / "payloads").rglob("*.bin"))
 
 
+@pytest.mark.timeout(300)
+def test_where_no_scorer_runs_a_killed_orchestrator_loses_and_doubles_nothing(
+    tmp_path: Path, make_model: MakeModel
+) -> None:
+    job_file = write_job(tmp_path, make_model, steps=40, checkpoint_every=5)
+    directory = tmp_path / "run"
+    arguments = ["scorer.reuse_reference=true", "--run-dir", str(directory)]
+    with jackpot_run(str(job_file), *arguments, directory=directory) as run:
+        for step in (4, 16):
+            run.wait_for_step(step)
+            run.kill_child("orchestrator")
+        assert run.child("scorer-0") is None
+        code, _, stderr = run.finish(200)
+    assert code == 0, stderr
+    assert run.summary["state"] == "succeeded" and run.summary["steps"] == 40
+    assert run.summary["restarts_by_process"] == {"orchestrator": 2}
+    assert run.summary["ledger"] == {"dispatched": 80, "trained": 80, "dropped": {}}
+    assert_mirror_agrees(run)
+    assert not list((directory / "payloads").rglob("*.bin"))
+
+
 @pytest.mark.timeout(400)
 def test_a_run_killed_as_a_whole_is_resumed_from_its_checkpoint(tmp_path: Path, make_model: MakeModel) -> None:
     job_file = write_job(tmp_path, make_model, steps=30, checkpoint_every=5)

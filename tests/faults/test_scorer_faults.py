@@ -112,6 +112,14 @@ def processes(world: World, server: EmbeddedServer) -> Iterator[Processes]:
         processes.stop()
 
 
+async def test_a_scorer_of_a_job_that_needs_none_says_so_and_ends(world: World, processes: Processes) -> None:
+    job = world.job(scorer={"reuse_reference": True})
+    (world.run_dir / "job.json").write_text(job.model_dump_json())
+    assert await asyncio.to_thread(processes.start().wait, 40) == 2
+    assert "error: scorer.reuse_reference = True: leaves the scores to the learner" in processes.log
+    assert "Start none, or leave reuse_reference out." in processes.log
+
+
 async def test_a_scorer_killed_while_scoring_is_restarted_and_scores_everything_once(
     world: World, server: EmbeddedServer, processes: Processes
 ) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bus_world import STORES, Job, bus_settings, eventually, ids, make_scored, plain
+from bus_world import STORES, Job, bus_settings, eventually, ids, make_group, make_scored, plain
 from redis.asyncio import Redis
 
 from jackpot.errors import BusError, BusLostError, ConfigError, LeaseLostError, PayloadError
 from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus, reader
-from jackpot.trajectory import GroupKey
+from jackpot.runtime.codec import encode_scored
+from jackpot.trajectory import GroupKey, deferred
 
 
 @pytest.fixture(params=STORES)
@@ -48,6 +50,25 @@ async def test_a_group_travels_from_dispatch_to_trained(job: Job, bus: Trajector
     assert await job.assert_closed(bus) == Ledger(dispatched=1, trained=1)
     ((_, record),) = await bus.read_terminal("", 10)
     assert (record.group_id, record.state, record.reason, record.step) == (group.group_id, "trained", "", 3)
+
+
+async def test_a_deferred_group_goes_straight_to_the_learner(job: Job, bus: TrajectoryBus) -> None:
+    scored = deferred(job.group(7), policy_version=5)
+    assert await bus.reserve(scored.group_id, 5000)
+    assert await bus.publish_deferred(scored) == "published"
+    assert await bus.dispatched() == {scored.group_id: "scored"}
+    depths = await bus.depths()
+    size = len(encode_scored(scored, compress=job.store == "redis"))
+    assert depths == BusDepths(0, 0, 1, 0, size, 1 << 20)  # what it takes has replaced the estimate
+    assert await bus.take_groups(4, 0.0) == []
+    assert plain((await bus.fetch_scored([scored.group_id]))[scored.group_id]) == plain(scored)
+    (ready,) = await bus.take_scored(4, 1.0)
+    assert plain(ready.value) == plain(scored)
+    assert await bus.depths() == BusDepths(0, 0, 0, 1, size, 1 << 20)
+    assert await bus.ledger() == Ledger(dispatched=1, trained=0, open=1)
+    assert await bus.commit_trained({scored.group_id: 3}) == []
+    job.dispatched.add(scored.group_id)
+    assert await job.assert_closed(bus) == Ledger(dispatched=1, trained=1)
 
 
 async def test_depths_follow_the_groups(job: Job, bus: TrajectoryBus) -> None:
@@ -100,7 +121,8 @@ async def test_ended_groups_cannot_be_dispatched_again(job: Job, bus: Trajectory
 
 @pytest.mark.parametrize("group_id", ["nonsense", "other-job.s0.e0.p0.a0", "../x.s0.e0.p0.a0"])
 async def test_ids_of_other_jobs_are_refused(bus: TrajectoryBus, group_id: str) -> None:
-    for call in (bus.reserve(group_id, 100), bus.drop(group_id, "stale")):
+    stray = deferred(replace(make_group("other-job"), group_id=group_id), 5)
+    for call in (bus.reserve(group_id, 100), bus.drop(group_id, "stale"), bus.publish_deferred(stray)):
         with pytest.raises(BusError, match=r"not a group id|does not belong to job"):
             await call
 
@@ -117,9 +139,57 @@ async def test_publishing_twice_is_recognised(job: Job, bus: TrajectoryBus) -> N
     await job.assert_closed(bus)
 
 
-async def test_a_group_that_the_server_forgot_is_registered_when_published(job: Job, bus: TrajectoryBus) -> None:
+async def test_publishing_a_deferred_group_twice_is_recognised(job: Job, bus: TrajectoryBus) -> None:
+    (group_id,) = await job.publish_deferred(bus, 0)
+    held = (await bus.depths()).bytes_used
+    again = deferred(job.group(0), policy_version=6)
+    assert await bus.publish_deferred(again) == "duplicate"
+    assert await bus.publish(job.group(0)) == "duplicate"
+    assert await bus.reserve(group_id, 5000)  # again: no second reservation
+    (delivery,) = await bus.take_scored(4, 1.0)
+    assert delivery.value.policy_version == 5  # the first counts
+    assert await bus.publish_deferred(again) == "duplicate"
+    depths = await bus.depths()
+    assert (depths.scored_waiting, depths.scored_pending, depths.bytes_used) == (0, 1, held)
+    assert await bus.ledger() == Ledger(dispatched=1, trained=0, open=1)
+    await bus.commit_trained({group_id: 1})
+    assert await bus.publish_deferred(again) == "terminal"
+    assert await job.assert_closed(bus) == Ledger(dispatched=1, trained=1)
+
+
+async def test_a_deferred_group_that_was_dropped_stays_so(job: Job, bus: TrajectoryBus) -> None:
+    waiting, dispatched = (job.group(slot) for slot in range(2))
+    await job.publish_deferred(bus, 0)
+    await bus.drop(waiting.group_id, "unused")
+    assert await bus.reserve(dispatched.group_id, 5000)
+    await bus.drop(dispatched.group_id, "unused")
+    for group in (waiting, dispatched):
+        assert await bus.publish_deferred(deferred(group, 5)) == "terminal"
+    assert await bus.take_scored(4, 0.0) == []
+    job.dispatched.add(dispatched.group_id)
+    assert await job.assert_closed(bus) == Ledger(dispatched=2, trained=0, dropped={"unused": 2})
+
+
+async def test_deferred_groups_count_against_the_budget(job: Job) -> None:
+    async with job.connect(max_bytes=10_000) as bus:
+        first, second = (job.group(slot).group_id for slot in range(2))
+        assert await bus.reserve(first, 6000)
+        assert not await bus.reserve(second, 6000)
+        await bus.publish_deferred(deferred(job.group(0), 5))
+        assert 0 < (await bus.depths()).bytes_used < 2000
+        assert await bus.reserve(second, 6000)
+        assert await bus.close_job() == 2
+        job.dispatched = {first, second}
+        await job.assert_closed(bus)
+
+
+@pytest.mark.parametrize("straight", [False, True], ids=["to the scorers", "to the learner"])
+async def test_a_group_that_the_server_forgot_is_registered_when_published(
+    job: Job, bus: TrajectoryBus, straight: bool
+) -> None:
     group = job.group(0)
-    assert await bus.publish(group) == "published"
+    outcome = await bus.publish_deferred(deferred(group, 5)) if straight else await bus.publish(group)
+    assert outcome == "published"
     job.dispatched.add(group.group_id)
     assert (await bus.ledger()) == Ledger(dispatched=1, trained=0, open=1)
     await bus.close_job()
@@ -128,8 +198,9 @@ async def test_a_group_that_the_server_forgot_is_registered_when_published(job: 
 
 async def test_groups_too_large_are_refused_at_the_producer(job: Job) -> None:
     async with job.connect(max_payload_bytes=100) as bus:
-        with pytest.raises(PayloadError, match=r"Raise bus.max_payload_bytes"):
-            await bus.publish(job.group(0))
+        for call in (bus.publish(job.group(0)), bus.publish_deferred(deferred(job.group(0), 5))):
+            with pytest.raises(PayloadError, match=r"Raise bus.max_payload_bytes"):
+                await call
 
 
 # --- endings ---

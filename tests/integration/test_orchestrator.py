@@ -30,7 +30,7 @@ from jackpot.runtime.bus import TrajectoryBus
 from jackpot.runtime.bus.server import EmbeddedServer
 from jackpot.runtime.process import STOPPED_EARLY
 from jackpot.runtime.weights import WeightStore
-from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores
+from jackpot.trajectory import DEFERRED, Group, GroupKey, ScoredGroup, TokenScores
 
 JOB_ID = "job-1"
 DIGIT_0 = 3  # id of "0" in the tiny tokenizer; 1 ends a sequence
@@ -58,6 +58,7 @@ class World:
         self.evaluator = ScriptedRollout(mostly_right, self.version)
         self.addresses = [f"unix:{sockets}/{name}" for name in ("0", "1", "evaluator")]
         self.groups: list[Group] = []  # as the scorer takes them
+        self.scored: list[ScoredGroup] = []  # as the learner takes them
         self.trained: list[list[str]] = []  # ids by batch
         self.staleness: list[int] = []
         (run_dir / "job.json").write_text(job.model_dump_json())
@@ -109,6 +110,7 @@ class World:
             self.groups.append(delivery.value)
             await bus.publish_scored(delivery, scored(delivery.value))
         for delivery in await bus.take_scored(16, 0.02):
+            self.scored.append(delivery.value)
             held[delivery.value.group.slot] = delivery.value
         size = self.job.learner.groups_per_batch
         slots = range(len(self.trained) * size, (len(self.trained) + 1) * size)
@@ -248,9 +250,13 @@ async def assert_ledger_adds_up(world: World) -> None:
     assert slots == list(range(world.job.num_groups))
 
 
+REUSES = {"scorer": {"reuse_reference": True}}
+
+
+@pytest.mark.parametrize("sections", [{}, REUSES], ids=["scored", "straight to the learner"])
 @pytest.mark.parametrize("staleness", [0, 1, 3])
-async def test_a_job_from_its_first_evaluation_to_its_last(make_world, staleness):
-    async with make_world(orchestrator={"max_staleness": staleness}) as world:
+async def test_a_job_from_its_first_evaluation_to_its_last(make_world, staleness, sections):
+    async with make_world(orchestrator={"max_staleness": staleness}, **sections) as world:
         assert await run(world) == 0
         await assert_ledger_adds_up(world)
         assert set(world.ledger().values()) == {"trained"}
@@ -290,6 +296,46 @@ async def test_groups_carry_rewards_prompts_and_versions(make_world):
         assert list(request.sampling.stop_token_ids) == [1]
         assert (request.sampling.max_tokens, request.sampling.top_logprobs, request.num_trajectories) == (8, 2, 3)
     assert len({r.sampling.seed for r in requests.values()}) == 16
+
+
+@pytest.mark.parametrize("correction", ["jackpot", "tis"])
+async def test_where_no_scorer_runs_the_learner_gets_the_groups_at_once(make_world, correction):
+    async with make_world(**REUSES, algorithm={"correction": correction}) as world:
+        assert await run(world) == 0
+        await assert_ledger_adds_up(world)
+    assert world.groups == []  # as scorers take them
+    requests = {r.group_id: r for replica in world.replicas for r in replica.requests}
+    assert len(world.scored) == 16
+    for scored in world.scored:
+        group, request = scored.group, requests[scored.group_id]
+        assert (scored.normalizer, scored.obrs_lambda) == (DEFERRED, 0.0)
+        assert group.dispatch_version <= scored.policy_version <= group.slot // 4
+        assert [t.token_ids.tolist() for t in group.trajectories] == [mostly_right(request, i) for i in range(3)]
+        assert {t.reward for t in group.trajectories} <= {0.0, 1.0}
+        assert all((t.topk_ids is None) == (correction == "tis") for t in group.trajectories)
+
+
+async def test_a_group_that_does_not_fit_the_policy_never_comes_to_the_learner(make_world):
+    async with make_world(**REUSES) as world:
+        foreign: set[str] = set()
+
+        def some_foreign(request, index):
+            if GroupKey.parse(request.group_id).prompt_index % 5:
+                return mostly_right(request, index)
+            foreign.add(request.group_id)
+            return [49, 1]  # the tiny model has 49 ids
+
+        for replica in world.replicas:
+            replica.complete = some_foreign
+        assert await run(world) == 0
+        await assert_ledger_adds_up(world)
+        dropped = {row["group_id"]: row for row in world.rows("ledger.jsonl") if row["state"] == "dropped"}
+        assert foreign and dropped.keys() == foreign
+        for group_id, row in dropped.items():
+            assert row["reason"] == "rollout_failed"
+            assert row["detail"] == (
+                f"PayloadError: trajectory {group_id}#0: it has no tokens, or ids beyond the vocabulary, 49."
+            )
 
 
 async def test_every_drop_gives_its_slot_away_and_is_accounted_for(make_world):
@@ -488,8 +534,10 @@ class Process:
         return self.popen.wait()
 
 
-async def test_killed_and_started_again_nothing_is_lost_or_done_twice(make_world):
-    async with make_world(learner={"steps": 8, "groups_per_batch": 4, "batch_timeout_seconds": 20.0}) as world:
+@pytest.mark.parametrize("sections", [{}, REUSES], ids=["scored", "straight to the learner"])
+async def test_killed_and_started_again_nothing_is_lost_or_done_twice(make_world, sections):
+    learner = {"steps": 8, "groups_per_batch": 4, "batch_timeout_seconds": 20.0}
+    async with make_world(learner=learner, **sections) as world:
 
         async def slowly(request):
             await asyncio.sleep(0.05)

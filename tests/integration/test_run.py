@@ -66,6 +66,31 @@ def test_on_policy_training_runs_without_an_actor(tmp_path: Path, make_model: Ma
     assert [event["name"] for event in trace["traceEvents"]].count("Optimizer.step#AdamW.step") == 2
 
 
+def test_a_job_whose_learner_scores_runs_no_scorer(tmp_path: Path, make_model: MakeModel) -> None:
+    job_file = write_job(tmp_path, make_model)
+    directory = tmp_path / "run"
+    arguments = ["scorer.reuse_reference=true", "learner.steps=6", "--run-dir", str(directory)]
+    with jackpot_run(str(job_file), *arguments, directory=directory) as run:
+        code, stdout, stderr = run.finish()
+    assert code == 0, stderr
+    assert "succeeded after 6 steps" in stdout
+    logs = {path.stem for path in (directory / "logs").glob("*.log")}
+    assert logs == {"learner", "rollout-0", "evaluator", "orchestrator"}
+    assert set(run.summary["services"]) == {"learner-0", "rollout-0", "rollout-evaluator", "orchestrator-0"}
+    assert_ledger_adds_up(run.summary, trained=12)
+    assert run.summary["ledger"]["dropped"] == {} and run.summary["restarts"] == 0
+    assert_mirror_agrees(run)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert max(row["staleness/max"] for row in rows) <= 1
+    assert all(0 < row["rollout_corr/obrs_acceptance_rate"] < 1 for row in rows)  # the learner's own scores
+    assert {row["rollout_corr/obrs_lambda"] for row in rows} == {1.0}
+    accuracies = [json.loads(line) for line in (directory / "evaluations.jsonl").read_text().splitlines()]
+    assert (accuracies[0]["step"], accuracies[-1]["step"]) == (0, 6)
+    assert run.summary["policy_accuracy"]["final"] == accuracies[-1]["policy_accuracy"]
+    assert not list((directory / "payloads").rglob("*.bin"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_corrections_are_compared_on_one_seed(tmp_path: Path, make_model: MakeModel) -> None:

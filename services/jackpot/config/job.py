@@ -145,6 +145,11 @@ class JobSpec(Section):
         return "policy" if self.on_policy else "actor"
 
     @property
+    def scorer_replicas(self) -> int:
+        """Scorers that run: none where the learner's own forward pass gives the scores."""
+        return 0 if self.scorer.reuse_reference else self.scorer.replicas
+
+    @property
     def num_batches(self) -> int:
         """Batches in the whole job."""
         return self.learner.steps // self.learner.updates_per_batch

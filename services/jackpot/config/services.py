@@ -66,11 +66,12 @@ class ScorerConfig(Section):
     max_groups_per_batch: PositiveInt = 16
     """Groups taken from the bus at once."""
     reuse_reference: bool = False
-    """Whether the learner's own forward pass gives the scores, so that the scorer runs no model and passes groups on.
-    For one update per batch and ``target: reference``; the reference is then the policy as the step begins. Off by
-    default, where the reference is the version that scored, up to ``max_staleness`` older: only an old reference lets
-    the PPO clip act in a batch's only update. Without the clip the learning rate alone bounds a step: halve it. The
-    demo at 1.5e-3 ends at accuracy 0 so, at half of it at 0.97 (docs/training.md)."""
+    """Whether the learner's own forward pass gives the scores. No scorer runs then: groups go straight to the learner,
+    and of this section ``chunk_tokens`` alone still counts. For one update per batch and ``target: reference``; the
+    reference is then the policy as the step begins. Off by default, where the reference is the version that scored, up
+    to ``max_staleness`` older: only an old reference lets the PPO clip act in a batch's only update. Without the clip
+    the learning rate alone bounds a step: halve it. The demo at 1.5e-3 ends at accuracy 0 so, at half of it at 0.97
+    (docs/training.md)."""
     weight_poll_seconds: PositiveFloat = 0.05
     """How often the scorer looks for a newer policy version."""
     version_timeout_seconds: PositiveFloat = 120.0
@@ -79,11 +80,12 @@ class ScorerConfig(Section):
 
     @model_validator(mode="after")
     def _processes_fit(self) -> ScorerConfig:
-        if self.processes > 1 and self.reuse_reference:
-            raise ValueError(
-                f"processes = {self.processes} share a model, and with reuse_reference the scorer holds none. "
-                "Set processes to 1"
-            )
+        for name in ("replicas", "processes"):
+            if self.reuse_reference and (number := getattr(self, name)) > 1:
+                raise ValueError(
+                    f"{name} = {number} cannot be with reuse_reference, under which no scorer runs. "
+                    f"Set {name} to 1, or leave reuse_reference out"
+                )
         refuse_shared_device(self.processes, self.device)
         return self
 

@@ -1,7 +1,7 @@
 """p_ref from the learner's own forward pass, where one update per batch makes the reference the policy as it is now.
 
-The scorer then runs no model (``scorer.reuse_reference``). The scores come from the same functions as its own. Z's
-batch scalar needs every token before the first gradient: a batch that goes through the model in one pass lends that
+No scorer runs then (``scorer.reuse_reference``). The scores come from the same functions as a scorer's. Z's batch
+scalar needs every token before the first gradient: a batch that goes through the model in one pass lends that
 pass's hidden states to the scores; a larger one takes a pass without gradients first.
 """
 

@@ -25,6 +25,7 @@ from jackpot.errors import (
     RequestRefusedError,
     RewardError,
 )
+from jackpot.orchestrator.deferral import Deferral
 from jackpot.orchestrator.replicas import ReplicaPool
 from jackpot.orchestrator.rewards import RewardPool
 from jackpot.orchestrator.slots import SlotBook
@@ -90,6 +91,9 @@ class Dispatcher:
         rewards: who judges.
         metrics: where groups in flight are shown.
         activity: what dispatch waits for: weights that make slots due, rollouts in flight, room on the bus.
+
+    Raises:
+        ConfigError: a stop string or the policy's vocabulary cannot be used.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class Dispatcher:
         self._metrics = metrics
         self._activity = activity
         self._stop_ids = tokenizer.stop_token_ids(job.sampling.stop)
+        self._deferral = Deferral(job) if job.scorer.reuse_reference else None
         self._wake = asyncio.Event()
         self._in_flight = 0
         self._failures_in_a_row = 0
@@ -151,6 +156,7 @@ class Dispatcher:
         first = list(again)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._wake_on_versions())
+            await self._wait_for_first_versions()
             while True:
                 self._wake.clear()
                 keys = self._take_due(first)
@@ -180,6 +186,12 @@ class Dispatcher:
     @property
     def _current_version(self) -> int:
         return self._versions.newest(self._job.rollout_role)
+
+    async def _wait_for_first_versions(self) -> None:
+        """Groups are stamped with versions, also those that go first after a restart, whatever is due."""
+        with self._activity.doing("wait_weights"):
+            for role in ("policy", self._job.rollout_role):
+                await self._versions.wait(role, 0)
 
     async def _wake_on_versions(self) -> None:
         while True:
@@ -220,12 +232,19 @@ class Dispatcher:
             if self._job.algorithm.advantage.filter_zero_variance and _all_equal(group.trajectories):
                 await self._bus.drop(group_id, "zero_variance", f"every reward is {group.trajectories[0].reward}")
             else:
-                await self._bus.publish(group)
+                await self._publish(group)
             self._failures_in_a_row = 0
         except RewardError as error:
             await self._drop_failed(group_id, "reward_failed", error)
         except (EngineError, RequestRefusedError, ConfigError, PayloadError) as error:
             await self._drop_failed(group_id, "rollout_failed", error)
+
+    async def _publish(self, group: Group) -> None:
+        """To the scorers, or where there are none straight to the learner."""
+        if self._deferral is None:
+            await self._bus.publish(group)
+        else:
+            await self._bus.publish_deferred(self._deferral.defer(group, self._versions.newest("policy")))
 
     async def _make_group(self, key: GroupKey, group_id: str) -> Group:
         item, prompt_ids = await self._prompts.prompt(key.prompt_index)

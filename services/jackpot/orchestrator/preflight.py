@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jackpot.config import JobSpec
 from jackpot.errors import ConfigError
+from jackpot.orchestrator.deferral import Deferral
 from jackpot.orchestrator.dispatch import largest_group_bytes
 from jackpot.orchestrator.tasks import validate_task
 from jackpot.orchestrator.tokenizer import PromptTokenizer
@@ -25,6 +26,8 @@ def validate_job(job: JobSpec) -> None:
     tokenizer = PromptTokenizer.of_job(job)
     tokenizer.stop_token_ids(job.sampling.stop)
     prompts = [tokenizer.encode_prompt(item.prompt) for item in (task.train_prompt(0), *task.eval_items(1))]
+    if job.scorer.reuse_reference:
+        Deferral(job)
     _check_lengths(job, max(len(prompt) for prompt in prompts))
     if (needed := largest_group_bytes(job)) > job.bus.max_bytes:
         raise ConfigError(

@@ -96,7 +96,7 @@ def flops_per_token(job: JobSpec, policy: ModelShape, actor: ModelShape, load: L
     return FlopsPerToken(
         rollout=forward(actor),
         rollout_on_policy=forward(policy),
-        scoring=forward(policy),
+        scoring=forward(policy) if job.scorer_replicas else 0.0,
         policy_training=3 * forward(policy),
         actor_training=3 * forward(actor) if trains_actor(job) else 0.0,
     )
@@ -127,14 +127,11 @@ def step_seconds(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load
     rollout_gpus = job.rollout.replicas * vllm.tensor_parallel_size * vllm.data_parallel_size
     decoding = decode_seconds_per_token(actor, *_rollout_bytes(job), load)
     rate = load.gpu.flops * load.utilization.training
-    scoring = per_token.scoring if pays_for_scoring(job) else 0.0
+    scorer_gpus = job.scorer_replicas * job.scorer.processes
+    scoring = read * per_token.scoring / (load.gpu.flops * load.utilization.scoring)
     return StepSeconds(
         rollout=tokens * decoding / rollout_gpus,
-        scorer=read
-        * scoring
-        / (load.gpu.flops * load.utilization.scoring)
-        / job.scorer.replicas
-        / job.scorer.processes,
+        scorer=scoring / scorer_gpus if scorer_gpus else 0.0,
         learner=read * (per_token.policy_training + per_token.actor_training) / rate / _learner_processes(job),
     )
 
@@ -159,34 +156,37 @@ def expected_gain(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Loa
         policy, *_policy_bytes(job), load
     )
     # A forward pass reaches another part of the arithmetic than training does.
-    scoring = per_token.scoring * load.utilization.training / load.utilization.scoring if pays_for_scoring(job) else 0.0
+    scoring = per_token.scoring * load.utilization.training / load.utilization.scoring
     training = (per_token.policy_training + per_token.actor_training + scoring) / per_token.policy_training
     return 1.0 / (share * sampling + (1.0 - share) * training)
 
 
 def memory_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -> dict[str, dict[str, float]]:
-    """What one GPU of each service holds."""
+    """What one GPU of each service holds; the scorer is left out where none runs."""
     longest = load.prompt_tokens + job.sampling.max_tokens
     weight, kv = _rollout_bytes(job)
     tensor_parallel = job.rollout.vllm.tensor_parallel_size
-    policy_bytes = BYTES[job.policy.dtype]
     slice_bytes = 4.0 * job.scorer.chunk_tokens * policy.vocabulary
+    rollout = {
+        "weights": actor.parameters * weight / tensor_parallel,
+        "attention_cache": load.concurrency * longest * actor.kv_bytes(kv) / tensor_parallel,
+    }
+    learner = _learner_memory(job, policy, actor, load) | {"vocabulary_slice": 2 * slice_bytes}
+    if not job.scorer_replicas:
+        return {"rollout": rollout, "learner": learner}
+    scorer = _scorer_memory(job, policy, load) | {"vocabulary_slice": slice_bytes}
+    return {"rollout": rollout, "scorer": scorer, "learner": learner}
+
+
+def _scorer_memory(job: JobSpec, policy: ModelShape, load: Load) -> dict[str, float]:
+    """Weights, sharded; what a pass gathers of them; activations of one layer."""
+    policy_bytes = BYTES[job.policy.dtype]
     scored = min(job.scorer.max_batch_tokens, _tokens_taken(job, load))
     widest = max(4 * policy.hidden, 2 * policy.active_experts * policy.intermediate + policy.hidden)
     return {
-        "rollout": {
-            "weights": actor.parameters * weight / tensor_parallel,
-            "attention_cache": load.concurrency * longest * actor.kv_bytes(kv) / tensor_parallel,
-        },
-        "scorer": {
-            "weights": float(policy.parameters * policy_bytes) / job.scorer.processes,
-            "gathered": float(_gathered(policy) * policy_bytes) if job.scorer.processes > 1 else 0.0,
-            "activations": float(scored * widest * policy_bytes),
-            "vocabulary_slice": slice_bytes,
-        }
-        if pays_for_scoring(job)
-        else {},
-        "learner": _learner_memory(job, policy, actor, load) | {"vocabulary_slice": 2 * slice_bytes},
+        "weights": float(policy.parameters * policy_bytes) / job.scorer.processes,
+        "gathered": float(_gathered(policy) * policy_bytes) if job.scorer.processes > 1 else 0.0,
+        "activations": float(scored * widest * policy_bytes),
     }
 
 
@@ -229,9 +229,9 @@ def bus_bytes(job: JobSpec, tokens: float) -> dict[str, float]:
     keeps_candidates = isinstance(correction, JackpotCorrection) and (
         correction.target == "policy" or job.scorer.reuse_reference
     )
-    scores = 5 * 4 + 1  # five figures of float32 and a mask
+    scores = 5 * 4 + 1 if job.scorer_replicas else 0  # five figures of float32 and a mask
     return {
-        "to_score": tokens * (8 + candidates),
+        "to_score": tokens * (8 + candidates) if job.scorer_replicas else 0.0,
         "to_train": tokens * (8 + scores + (candidates if keeps_candidates else 0)),
     }
 
@@ -243,7 +243,7 @@ def weight_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape) -> dict[st
     rollout_bytes = policy_bytes if job.on_policy else actor_bytes
     return {
         "written": policy_bytes + actor_bytes,
-        "read_by_scorers": job.scorer.replicas * policy_bytes if pays_for_scoring(job) else 0.0,
+        "read_by_scorers": job.scorer_replicas * policy_bytes,
         "read_by_rollouts": job.rollout.replicas * rollout_bytes,
     }
 
@@ -251,11 +251,6 @@ def weight_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape) -> dict[st
 def trains_actor(job: JobSpec) -> bool:
     """Whether the actor learns."""
     return not isinstance(job.actor, str) and job.actor.train
-
-
-def pays_for_scoring(job: JobSpec) -> bool:
-    """Whether scores take a forward pass of their own, or the learner's gives them."""
-    return not job.scorer.reuse_reference
 
 
 def with_models(job: JobSpec, policy: str | None, actor: str | None) -> JobSpec:

@@ -9,12 +9,15 @@ import asyncio
 
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.errors import JackpotError
+from jackpot.errors import ConfigError, JackpotError
 from jackpot.runtime.ranks.launch import run_ranked_service
 
 
 async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
     """Import what is heavy only now that the settings have been read."""
+    if not job.scorer_replicas:
+        problem = "leaves the scores to the learner, so that there is nothing to do for a scorer"
+        raise ConfigError("scorer.reuse_reference", True, problem, "Start none, or leave reuse_reference out.")
     from jackpot.runtime.ranks.group import leave_ranks
     from jackpot.scorer.members import meet_members
     from jackpot.scorer.service import serve, weight_store

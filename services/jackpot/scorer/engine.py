@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from jackpot.errors import DeadlineError
 from jackpot.runtime.activity import Activity
 from jackpot.runtime.metrics import Metrics
-from jackpot.scorer.deferred import DeferredScorer, PolicyVersion
 from jackpot.scorer.scoring import GroupScorer
 from jackpot.scorer.target import PendingWeights, TargetPolicy
 from jackpot.trajectory import Group, ScoredGroup
@@ -40,8 +39,8 @@ class ScoringEngine:
 
     def __init__(
         self,
-        target: TargetPolicy | PolicyVersion,
-        scorer: GroupScorer | DeferredScorer,
+        target: TargetPolicy,
+        scorer: GroupScorer,
         metrics: Metrics,
         instance: str,
         poll_seconds: float,

@@ -19,6 +19,7 @@ from jackpot.algorithm.vocabulary import iterate_logprobs, token_logprobs
 from jackpot.config import JackpotCorrection, JobSpec
 from jackpot.errors import ScoringError
 from jackpot.runtime import varlen
+from jackpot.runtime.model_inputs import check_group
 from jackpot.runtime.models import output_head
 from jackpot.runtime.packing_trial import agreed_problem_with_varlen
 from jackpot.runtime.ranks.group import SOLO, Ranks
@@ -26,7 +27,7 @@ from jackpot.runtime.ranks.sharding import release
 from jackpot.runtime.shared_prompts import attention_cost
 from jackpot.scorer.passes import LookedUp, PassSettings, flat_hidden, hidden_by_pass, look_up
 from jackpot.scorer.shares import Share, own_share
-from jackpot.scorer.tokens import FlatTokens, Run, by_version, check_group, flatten, lay_out
+from jackpot.scorer.tokens import FlatTokens, Run, by_version, flatten, lay_out
 from jackpot.trajectory import EXACT_KL, Group, ScoredGroup, TokenScores, Trajectory
 
 LOG = logging.getLogger(__name__)

@@ -20,9 +20,8 @@ from jackpot.runtime.objects import observe_calls
 from jackpot.runtime.process import announce_ready
 from jackpot.runtime.rpc import create_server
 from jackpot.runtime.weights import WeightStore
-from jackpot.scorer.deferred import DeferredScorer, PolicyVersion
 from jackpot.scorer.engine import ScoringEngine
-from jackpot.scorer.members import ALONE, Members, initial_lambda
+from jackpot.scorer.members import ALONE, Members
 from jackpot.scorer.servicer import SERVICE_NAME, ScoringServicer
 from jackpot.scorer.worker import ScorerWorker
 from jackpot.v1 import scoring_pb2_grpc
@@ -99,13 +98,8 @@ def make_engine(
     """
     store = weight_store(environment, job)
     activity = Activity(metrics, "scorer", environment.instance, environment.run_dir)
-    poll_seconds = job.scorer.weight_poll_seconds
-    if job.scorer.reuse_reference:
-        version = PolicyVersion(job.policy.model, store, initial_lambda(job))
-        passing_on = DeferredScorer(job, version)
-        return ScoringEngine(version, passing_on, metrics, environment.instance, poll_seconds, activity)
     target, scorer = members.make_scorer(job, store)
-    return ScoringEngine(target, scorer, metrics, environment.instance, poll_seconds, activity)
+    return ScoringEngine(target, scorer, metrics, environment.instance, job.scorer.weight_poll_seconds, activity)
 
 
 async def connect_bus(environment: ServiceEnvironment, job: JobSpec, timeout_seconds: float) -> TrajectoryBus:

@@ -309,6 +309,18 @@ def test_settings_that_would_do_nothing_are_refused() -> None:
     assert (bounds.field, bounds.remedy) == ("algorithm.distillation", "Move it or the bounds.")
 
 
+@pytest.mark.parametrize("name", ["replicas", "processes"])
+def test_scorers_that_would_not_run_are_refused(name: str) -> None:
+    found = problem_with("scorer.reuse_reference=true", f"scorer.{name}=2")
+    assert (found.field, found.remedy) == ("scorer", f"Set {name} to 1, or leave reuse_reference out.")
+    assert f"{name} = 2 cannot be with reuse_reference, under which no scorer runs" in found.problem
+
+
+def test_no_scorer_runs_where_the_learner_scores() -> None:
+    assert parse_job(MINIMAL, ["scorer.replicas=3"]).scorer_replicas == 3
+    assert parse_job(MINIMAL, ["scorer.reuse_reference=true"]).scorer_replicas == 0
+
+
 ACTOR: dict[str, Any] = {"model": "m", "train": False}
 
 

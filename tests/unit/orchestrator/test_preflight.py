@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import Any
 
 import pytest
@@ -41,6 +43,17 @@ def test_what_cannot_work_is_named(job_of, sections, field):
         validate_job(job_of(**sections))
     assert caught.value.field == field
     assert caught.value.remedy
+
+
+def test_a_policy_that_tells_no_vocabulary_is_named_where_the_orchestrator_needs_it(make_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(make_model(), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": None}))
+    content = {"policy": {"model": str(model)}, "actor": "policy", "task": {"name": "complement"}}
+    validate_job(parse_job(content, ["sampling.max_tokens=64"]))
+    with pytest.raises(ConfigError, match=r"policy\.model = .*tells no vocab_size"):
+        validate_job(parse_job(content, ["sampling.max_tokens=64", "scorer.reuse_reference=true"]))
 
 
 def test_a_prompt_and_the_longest_completion_must_fit_into_the_models(job_of):

@@ -135,6 +135,19 @@ def test_bytes_and_times_of_a_job() -> None:
     assert any("the learner needs" in warning for warning in plan.warnings)
 
 
+def test_without_scorers_nothing_is_planned_for_them() -> None:
+    job = make_job("scorer.reuse_reference=true", "sampling.max_tokens=1000")
+    load = make_load(prompt_tokens=200, completion_tokens=800)
+    plan = make_plan(job, POLICY, ACTOR, load)
+    tokens = job.learner.groups_per_batch * job.sampling.group_size * 800
+    assert list(plan.memory_bytes) == ["rollout", "learner"]
+    assert plan.step_seconds.scorer == plan.flops_per_token.scoring == plan.flops_per_step.scoring == 0
+    assert plan.weight_bytes_per_version["read_by_scorers"] == 0
+    assert plan.bus_bytes_per_step == {"to_score": 0, "to_train": tokens * (8 + 20 * 6)}
+    without_candidates = make_job("scorer.reuse_reference=true", "algorithm.correction=tis")
+    assert make_plan(without_candidates, POLICY, ACTOR, load).bus_bytes_per_step["to_train"] == tokens * 8
+
+
 def test_shapes_from_files(tmp_path: Path) -> None:
     config = {
         "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,

@@ -99,7 +99,7 @@ class Admission:
             if self.weight_store is None:
                 remedy = "Leave it out, or ask for it: the server is started with --weight-store."
             problems.append(ConfigError("weights.store", store, "is the server's to choose", remedy))
-        replicas = job.rollout.replicas + job.scorer.replicas
+        replicas = job.rollout.replicas + job.scorer_replicas
         if replicas > self.max_processes:
             field, value = "rollout.replicas", job.rollout.replicas
             remedy = f"Keep rollout.replicas + scorer.replicas at {self.max_processes} or less."

@@ -53,7 +53,7 @@ class LocalPlan:
 
     def __post_init__(self) -> None:
         job = self.job
-        working = job.rollout.replicas + job.scorer.replicas + 2  # the evaluator and the learner, too
+        working = job.rollout.replicas + job.scorer_replicas + 2  # the evaluator and the learner, too
         object.__setattr__(self, "threads", job.run.threads_per_process or max(1, (os.cpu_count() or 1) // working))
 
     def processes(self) -> list[LocalProcess]:
@@ -73,7 +73,7 @@ class LocalPlan:
                 self._process(
                     f"scorer-{index}", "scorer", {"instance": str(index), "listen": self._socket(f"scorer-{index}")}
                 )
-                for index in range(job.scorer.replicas)
+                for index in range(job.scorer_replicas)
             ),
             self._process(
                 "orchestrator",

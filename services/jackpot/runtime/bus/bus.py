@@ -2,8 +2,9 @@
 exactly once in effect.
 
 A group is *dispatched* (registered, its bytes reserved), *published*, *scored*, and ends in one terminal state:
-``trained`` or ``dropped:<reason>``. Streams carry claims of about 100 bytes; arrays lie in a payload store. Nothing
-unread is ever trimmed: a spent byte budget holds dispatch back instead. Entries are acknowledged after their effect.
+``trained`` or ``dropped:<reason>``. One whose scores are left to the learner is *scored* at once, past the scorers.
+Streams carry claims of about 100 bytes; arrays lie in a payload store. Nothing unread is ever trimmed: a spent byte
+budget holds dispatch back instead. Entries are acknowledged after their effect.
 """
 
 from __future__ import annotations
@@ -158,7 +159,17 @@ class TrajectoryBus(BusReadings):
             PayloadError: the group breaks a rule of its format or is larger than ``bus.max_payload_bytes``.
         """
         self._check_id(group.group_id)
-        outcome = await self._claims.publish("publish", "rollout", group, encode_group)
+        outcome = await self._claims.publish("publish", "rollout", group, encode_group, ["published"])
+        return cast("PublishOutcome", outcome)
+
+    async def publish_deferred(self, scored: ScoredGroup) -> PublishOutcome:
+        """Put a group on the bus for the learner, which makes its scores: no scorer gets it. Else as :meth:`publish`.
+
+        Args:
+            scored: the group in the form of a scored one (:func:`jackpot.trajectory.deferred`).
+        """
+        self._check_id(scored.group_id)
+        outcome = await self._claims.publish("publish", "scored", scored, encode_scored, ["scored"])
         return cast("PublishOutcome", outcome)
 
     # --- scorer ---

@@ -16,6 +16,7 @@ import pytest
 from jackpot.config import JobSpec, parse_job
 from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.launch.local_launcher import LocalLauncher, end_leftovers
+from jackpot.control_plane.launch.local_processes import LocalPlan
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.errors import BusError
 
@@ -58,6 +59,19 @@ async def test_a_process_that_cannot_work_ends_the_job_with_its_own_words(tmp_pa
     assert f"{run.path / 'logs'}" in status.error and "job.json cannot be read" in status.error
     names = {"learner", "rollout-0", "rollout-1", "evaluator", "scorer-0", "orchestrator"}
     assert {path.stem for path in (run.path / "logs").iterdir()} == names
+
+
+def test_no_scorer_is_planned_where_the_learner_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+
+    def plan(**scorer: object) -> LocalPlan:
+        return LocalPlan(job_of(scorer=scorer), "job-1", tmp_path, tmp_path, lambda _: "unix:///bus", "")
+
+    scored, straight = plan(replicas=3), plan(reuse_reference=True)
+    others = ["learner", "rollout-0", "evaluator", "orchestrator"]
+    assert [one.name for one in straight.processes()] == others
+    assert sorted(one.name for one in scored.processes()) == sorted([*others, "scorer-0", "scorer-1", "scorer-2"])
+    assert (scored.threads, straight.threads) == (2, 4)  # each of those that compute has as many
 
 
 async def test_the_server_is_started_again_where_it_was_until_it_keeps_dying(tmp_path: Path) -> None:

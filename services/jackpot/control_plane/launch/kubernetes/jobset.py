@@ -38,7 +38,7 @@ def replicas(job: JobSpec) -> dict[str, int]:
         "orchestrator": 1,
         "rollout": job.rollout.replicas,
         "evaluator": 1,
-        "scorer": job.scorer.replicas,
+        "scorer": job.scorer_replicas,
         "learner": 1,
     }
 
@@ -68,7 +68,7 @@ def jobset(job_id: str, job: JobSpec, cluster: ClusterSettings) -> Manifest:
             ],
         },
         "ttlSecondsAfterFinished": int(cluster.keep_seconds),
-        "replicatedJobs": [_replicated_job(role, counts[role], job_id, job, cluster) for role in ROLES],
+        "replicatedJobs": [_replicated_job(role, counts[role], job_id, job, cluster) for role in ROLES if counts[role]],
     }
     if cluster.queue is not None:
         metadata["labels"]["kueue.x-k8s.io/queue-name"] = cluster.queue

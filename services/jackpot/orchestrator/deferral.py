@@ -1,0 +1,57 @@
+"""Groups whose scores are left to the learner (``scorer.reuse_reference``): checked as by a scorer, and passed on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.errors import ConfigError
+from jackpot.runtime.model_inputs import check_group
+from jackpot.trajectory import Group, ScoredGroup, deferred
+
+
+class Deferral:
+    """Gives groups the form of scored ones, with scores that stand for none: everything accepted, Z = 1.
+
+    None of them is stale: no rollout is taken that is older than the start of its batch allows (``min_version``), and
+    no batch starts without its groups.
+
+    Args:
+        job: the job as resolved.
+
+    Raises:
+        ConfigError: the policy's config.json tells no vocabulary.
+    """
+
+    def __init__(self, job: JobSpec) -> None:
+        self._vocabulary = _vocabulary(job.policy.model)
+        self._with_topk = isinstance(job.algorithm.correction, JackpotCorrection)
+
+    def defer(self, group: Group, policy_version: int) -> ScoredGroup:
+        """Pass a group on; the actor's top-k stays where the learner needs it for Z.
+
+        Args:
+            group: with its rewards.
+            policy_version: the newest.
+
+        Raises:
+            PayloadError: the group's arrays do not fit the policy or the job.
+        """
+        check_group(group, self._vocabulary, with_topk=self._with_topk)
+        return deferred(group if self._with_topk else _without_topk(group), policy_version)
+
+
+def _without_topk(group: Group) -> Group:
+    trajectories = tuple(replace(t, topk_ids=None, topk_logprobs=None) for t in group.trajectories)
+    return replace(group, trajectories=trajectories)
+
+
+def _vocabulary(model: str) -> int:
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        return int(config.get("text_config", config)["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"its config.json tells no vocab_size ({error})"
+        raise ConfigError("policy.model", model, problem, "Download or export the model again.") from None
