@@ -26,7 +26,7 @@ LOG = logging.getLogger(__name__)
 def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Trainer, Ranks]:
     """The trainer of this process and the ranks it belongs to.
 
-    One process in float32 trains whole, plain models; everything else goes through FSDP, also a group of one.
+    One process trains whole, plain models; several go through FSDP, and so does one that offloads to the CPU.
 
     Raises:
         ConfigError: a model, a device or the number of ranks that cannot work.
@@ -60,11 +60,8 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
 
 
 def is_sharded(job: JobSpec) -> bool:
-    """Whether the job's models go through FSDP: several processes, parameters on the CPU, or mixed precision."""
-    formats = {job.policy.dtype}
-    if not isinstance(job.actor, str) and job.actor.train:
-        formats.add(job.actor.dtype)
-    return job.learner.processes > 1 or job.learner.cpu_offload or formats != {"float32"}
+    """Whether the job's models go through FSDP: several processes, or parameters on the CPU."""
+    return job.learner.processes > 1 or job.learner.cpu_offload
 
 
 def seed_everything(seed: int) -> None:

@@ -14,6 +14,7 @@ from jackpot.config import JobSpec
 from jackpot.learner.blocks import prepare_blocks
 from jackpot.learner.checkpoint import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.checkpoint_tensors import Learnable
+from jackpot.learner.computing_copy import ComputingCopy, in_dtype
 from jackpot.learner.controls import Controls
 from jackpot.learner.optimizer import build_optimizer
 from jackpot.learner.packing import layout_of
@@ -30,7 +31,7 @@ class TrainedModels:
         policy: θ.
         actor: ω, or None when the policy samples for itself.
         ranks: the processes that train together; with a mesh, models that learn are of :func:`load_on_ranks`, and
-            sharded over it here.
+            sharded over it here. Without, those that compute in 16 bits get a copy for that.
     """
 
     def __init__(
@@ -59,9 +60,13 @@ class TrainedModels:
         if self._initial is not None:
             self._initial.requires_grad_(False)
         self._dtypes: dict[Role, str] = {"policy": job.policy.dtype, "actor": job.rollout_model.dtype}
-        learning = [(self.models[role], self._dtypes[role]) for role in self._peak_lr]
+        masters = {role: self.models[role] for role in self._peak_lr}
+        self._copies: dict[Role, ComputingCopy] = {}
         if ranks.mesh is not None:
             self._shard()
+        else:
+            self._copy()
+        learning = [(self.models[role], self._dtypes[role]) for role in self._peak_lr]
         self._layout = layout_of(job.learner, learning, self.device, ranks)
         self._states = self._layout.states
         if self._initial is not None:
@@ -72,8 +77,8 @@ class TrainedModels:
             assert ranks.mesh is None or all(isinstance(one, DTensor) for one in model.parameters())
             prepare_blocks(model, job.learner)
         self.learnables: dict[Role, Learnable] = {
-            role: Learnable(self.models[role], build_optimizer(self.models[role], lr, job.learner))
-            for role, lr in self._peak_lr.items()
+            role: Learnable(model, build_optimizer(model, self._peak_lr[role], job.learner))
+            for role, model in masters.items()
         }
         self.controls = Controls(job.algorithm)
 
@@ -87,6 +92,21 @@ class TrainedModels:
         offload = self._job.learner.cpu_offload
         for role, model in self._passing():
             shard(model, self._ranks, self._dtypes[role], field=f"{role}.model", cpu_offload=offload)
+
+    def _copy(self) -> None:
+        """Have batches pass through copies of what does not compute in float32."""
+        for role in self._peak_lr:
+            dtype = DTYPES[self._dtypes[role]]
+            if dtype != torch.float32:
+                self._copies[role] = ComputingCopy(self.models[role], dtype)
+                self.models[role] = self._copies[role].computing
+        if self._initial is not None:
+            in_dtype(self._initial, DTYPES[self._dtypes["policy"]])
+
+    def _learned(self, role: Role) -> None:
+        """A model's weights have changed: what computes with a copy of them takes them over."""
+        if role in self._copies:
+            self._copies[role].refresh()
 
     @property
     def job(self) -> JobSpec:
@@ -115,6 +135,8 @@ class TrainedModels:
         """Take up a checkpoint, the controls' memory included; a collective. Errors as ``store.load``."""
         progress = store.load(path, self.learnables)
         self.controls.restore(progress.obrs_lambda, progress.controls)
+        for role in self._copies:
+            self._learned(role)
         return progress
 
 

@@ -229,6 +229,7 @@ class Trainer(TrainedModels):
             for group in learnable.optimizer.param_groups:
                 group["lr"] = lr
             learnable.optimizer.step()
+            self._learned(role)
 
     def _passes(self, batch: Batch) -> list[MicroRows]:
         lengths = [len(sequence.input_ids) for sequence in batch.sequences]

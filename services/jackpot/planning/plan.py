@@ -191,15 +191,16 @@ def _scorer_memory(job: JobSpec, policy: ModelShape, load: Load) -> dict[str, fl
 
 
 def _learner_memory(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -> dict[str, float]:
-    """float32 weights, gradients and moments, sharded; what a pass gathers of them; activations."""
+    """float32 weights, gradients and moments, sharded; copies of weights that compute; activations."""
     learning = [(policy, BYTES[job.policy.dtype])]
     if trains_actor(job):
         learning.append((actor, _actor_bytes(job)))
     sharded = 4.0 * sum(shape.parameters for shape, _ in learning) / _learner_processes(job)
     on_device = 0.0 if job.learner.cpu_offload else sharded
-    gathered = 0.0
-    if _learner_processes(job) > 1 or job.policy.dtype != "float32":
-        gathered = float(sum(_gathered(shape) * size for shape, size in learning))
+    if _learner_processes(job) > 1 or job.learner.cpu_offload:
+        copies = sum(_gathered(shape) * size for shape, size in learning)
+    else:
+        copies = sum(shape.parameters * size for shape, size in learning if size < 4)
     trained = min(job.learner.max_batch_tokens, _tokens_per_batch(job, load) / _learner_processes(job))
     if job.learner.activation_checkpointing:
         kept = [
@@ -211,7 +212,7 @@ def _learner_memory(job: JobSpec, policy: ModelShape, actor: ModelShape, load: L
         "weights": on_device,
         "gradients": on_device,
         "optimizer": 2 * on_device,
-        "gathered": gathered,
+        "copies": float(copies),
         # One model after the other makes its backward pass.
         "activations": max(trained * elements * size for elements, size in kept),
     }

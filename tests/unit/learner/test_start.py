@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from jackpot.config import JobSpec, parse_job
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.learner.batch import build_batch
 from jackpot.learner.checkpoint import CheckpointStore, Progress
+from jackpot.learner.checkpoint_tensors import tensors_of
 from jackpot.learner.start import build_trainer, is_sharded, seed_everything
 from jackpot.learner.trainer import Trainer
-from jackpot.runtime.ranks.group import leave_ranks
+from jackpot.runtime.ranks.group import join_ranks, leave_ranks
+from jackpot.runtime.ranks.loading import load_on_ranks
 
 from .conftest import MakeGroups, MakeJob, MakeTrainer
 
@@ -41,12 +44,13 @@ def test_bfloat16_learns_on_float32_masters(
     """A step of 1e-6 is far below what bfloat16 resolves: it is there in the masters, and not lost for the next."""
     lr = ("learner.lr=1e-6", "learner.max_grad_norm=1.0")
     exact, job = make_job(*lr), make_job(*lr, "policy.dtype=bfloat16", "actor.dtype=bfloat16")
-    assert is_sharded(job) and not is_sharded(exact)
+    assert not is_sharded(job)
     batch = build_batch(make_groups(exact), exact.algorithm.advantage)
     trainer, reference = build(job, tmp_path), make_trainer(exact)
-    before = {name: p.full_tensor().detach().clone() for name, p in trainer.models["policy"].named_parameters()}
+    masters = trainer.learnables["policy"].model
+    before = {name: p.detach().clone() for name, p in masters.named_parameters()}
     row, expected = trainer.train_batch(batch, 0)[0], reference.train_batch(batch, 0)[0]
-    after = {name: p.full_tensor().detach() for name, p in trainer.models["policy"].named_parameters()}
+    after = {name: p.detach() for name, p in masters.named_parameters()}
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before])
     assert float((moved > 0).float().mean()) > 0.9 and float(moved.max()) < 2e-6
@@ -55,6 +59,56 @@ def test_bfloat16_learns_on_float32_masters(
     published = trainer.weights("policy")
     assert {tensor.dtype for tensor in published.values()} == {torch.bfloat16}
     assert all(torch.equal(published[name], after[name].bfloat16()) for name in published if name in after)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+@pytest.mark.parametrize("max_batch_tokens", [16384, 60])
+def test_a_copy_that_computes_learns_what_fsdp_would(
+    tmp_path: Path, make_job: MakeJob, make_groups: MakeGroups, max_batch_tokens: int, penalty: float
+) -> None:
+    """To the bit: figures, weights and moments, over steps of one pass and of several."""
+    job = make_job(
+        "policy.dtype=bfloat16",
+        "actor.dtype=bfloat16",
+        f"learner.max_batch_tokens={max_batch_tokens}",
+        f"algorithm.kl_penalty.weight={penalty}",
+    )
+    groups = make_groups(job)
+    own = build(job, tmp_path)
+    cpu = torch.device("cpu")
+    ranks = join_ranks("learner", job.learner, cpu)
+    models = [
+        load_on_ranks(model.model, "float32", ranks, cpu, field="model") for model in (job.policy, job.rollout_model)
+    ]
+    sharded = Trainer(job, models[0], models[1], ranks)
+    assert not any(isinstance(one, DTensor) for one in own.models["policy"].parameters())
+    for step in range(3):
+        batch = build_batch(groups, job.algorithm.advantage)
+        assert own.train_batch(batch, step) == sharded.train_batch(batch, step)
+    expected = tensors_of(sharded.learnables)
+    found = tensors_of(own.learnables)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(found[name], whole), name
+
+
+def test_a_resumed_step_in_bfloat16_is_the_same_to_the_bit(
+    tmp_path: Path, make_job: MakeJob, make_groups: MakeGroups
+) -> None:
+    """What computes is taken up with the weights that it is a copy of."""
+    job = make_job("policy.dtype=bfloat16", "actor.dtype=bfloat16")
+    batch = build_batch(make_groups(job), job.algorithm.advantage)
+    trainer, store = build(job, tmp_path), CheckpointStore(tmp_path / "checkpoints", keep=1)
+    trainer.train_batch(batch, 0)
+    path = store.save(Progress(1, 1, trainer.controls.obrs_lambda, trainer.controls.state()), trainer.learnables)
+    expected = trainer.train_batch(batch, 1)
+    resumed = build(job, tmp_path)
+    resumed.restore(store, path)
+    assert resumed.train_batch(batch, 1) == expected
+    for role in ("policy", "actor"):
+        published, again = trainer.weights(role), resumed.weights(role)
+        assert all(torch.equal(again[name], tensor) for name, tensor in published.items())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -174,7 +228,7 @@ def test_compiling_without_a_compiler_is_refused(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("offload", [False, True])
-def test_bfloat16_on_a_gpu_over_nccl(
+def test_bfloat16_on_a_gpu(
     tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups, offload: bool
 ) -> None:
     job = make_job(

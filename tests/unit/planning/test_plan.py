@@ -122,12 +122,15 @@ def test_bytes_and_times_of_a_job() -> None:
     assert plan.memory_bytes["rollout"] == {
         "weights": 2 * ACTOR.parameters, "attention_cache": 256 * 1200 * ACTOR.kv_bytes(2),
     }  # fmt: skip
+    assert plan.memory_bytes["learner"]["copies"] == 2 * (POLICY.parameters + ACTOR.parameters)
+    exact = make_job("policy.dtype=float32", "actor.dtype=float32")
+    assert make_plan(exact, POLICY, ACTOR, make_load()).memory_bytes["learner"]["copies"] == 0
     assert plan.memory_bytes["learner"]["optimizer"] == 2 * 4 * (POLICY.parameters + ACTOR.parameters)
     smaller = make_job("learner.processes=8", "learner.activation_checkpointing=true", "learner.groups_per_batch=128")
     shards = make_plan(smaller, POLICY, ACTOR, make_load(prompt_tokens=200, completion_tokens=800)).memory_bytes
     assert shards["learner"]["weights"] == 4 * (POLICY.parameters + ACTOR.parameters) / 8
     blocks = sum(2 * (shape.parameters - (shape.layers - 1) * shape.block) for shape in (POLICY, ACTOR))
-    assert shards["learner"]["gathered"] == blocks
+    assert shards["learner"]["copies"] == blocks
     assert shards["learner"]["activations"] < plan.memory_bytes["learner"]["activations"] / 10
     scorer = make_plan(make_job("scorer.processes=4"), POLICY, ACTOR, make_load()).memory_bytes["scorer"]
     assert scorer["weights"] == 2 * POLICY.parameters / 4
