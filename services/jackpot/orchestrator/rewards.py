@@ -9,11 +9,13 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from jackpot.config import TaskConfig
 from jackpot.errors import DeadlineError, JackpotError, RewardError
 from jackpot.orchestrator.tasks import Item
 
+_CHUNK_BYTES = 1 << 16
 START_TIMEOUT_SECONDS = 120.0  # importing a large task package from a cold disk takes tens of seconds
 
 
@@ -86,6 +88,7 @@ class _Worker:
         self._task = task
         self._seed = seed
         self._process: Process | None = None
+        self._read = b""  # of its output, and not answered with yet
 
     async def ask(self, item: Item, completions: Sequence[str]) -> list[float | str]:
         """Rewards or error texts, in order. Ends early, with an error text, where the process hung or crashed."""
@@ -95,9 +98,9 @@ class _Worker:
             process = self._process or await self._start()
             request = {"prompt": item.prompt, "metadata": dict(item.metadata), "completions": list(completions)}
             await _write(process, request)
-            for _ in completions:
-                answer = await _read(process, limit)
-                answers.append(answer["reward"] if "reward" in answer else str(answer["error"]))
+            while len(answers) < len(completions):
+                for answer in await self._next_answers(process, limit):
+                    answers.append(answer["reward"] if "reward" in answer else str(answer["error"]))
         except TimeoutError:
             await self.end()
             answers.append(f"no answer within {limit:g} s (task.reward_timeout_seconds)")
@@ -110,7 +113,7 @@ class _Worker:
         return answers
 
     async def end(self) -> None:
-        process, self._process = self._process, None
+        process, self._process, self._read = self._process, None, b""
         if process is not None:
             with suppress(ProcessLookupError):
                 process.kill()
@@ -126,7 +129,7 @@ class _Worker:
         first = {"task": self._task.model_dump(mode="json"), "seed": self._seed}
         try:
             await _write(process, first)
-            answer = await _read(process, START_TIMEOUT_SECONDS)
+            (answer,) = await self._next_answers(process, START_TIMEOUT_SECONDS)
         except TimeoutError:
             raise DeadlineError(f"the task {self._task.name} to load for rewards", START_TIMEOUT_SECONDS) from None
         except (EOFError, ConnectionError):
@@ -135,18 +138,25 @@ class _Worker:
             raise JackpotError(f"the reward process cannot build its task: {answer['error']}")
         return process
 
+    async def _next_answers(self, process: Process, timeout_seconds: float) -> list[dict[str, Any]]:
+        """The answers that are there, as soon as there is one: most take less time than the way to each of them.
+
+        Raises:
+            TimeoutError: none came in time.
+            EOFError: the process ended.
+        """
+        assert process.stdout is not None
+        async with asyncio.timeout(timeout_seconds):
+            while b"\n" not in self._read:
+                read = await process.stdout.read(_CHUNK_BYTES)
+                if not read:
+                    raise EOFError
+                self._read += read
+        *lines, self._read = self._read.split(b"\n")
+        return [json.loads(line) for line in lines]
+
 
 async def _write(process: Process, content: Mapping[str, object]) -> None:
     assert process.stdin is not None
     process.stdin.write(json.dumps(content).encode() + b"\n")
     await process.stdin.drain()
-
-
-async def _read(process: Process, timeout_seconds: float) -> dict[str, float | str]:
-    assert process.stdout is not None
-    async with asyncio.timeout(timeout_seconds):
-        line = await process.stdout.readline()
-    if not line:
-        raise EOFError
-    answer: dict[str, float | str] = json.loads(line)
-    return answer
