@@ -269,6 +269,10 @@ async def test_a_client_that_asks_too_often_is_told_when_to_come_back(tmp_path: 
 
 async def test_prometheus_is_told_where_the_processes_of_running_jobs_are(tmp_path: Path) -> None:
     async with api(tmp_path / "data") as (client, backend):
+        backend.scheduler.stop()  # it would start sessions for what is said to be starting below
+        async with asyncio.timeout(20):
+            while not await backend.store.lead("the test", 60):
+                await asyncio.sleep(0.01)
         ids = [(await client.post("/v1/jobs", json=TINY_JOB)).json()["id"] for _ in range(3)]
         for job_id in ids[:2]:
             directory = backend.scheduler.run_dir(job_id)
