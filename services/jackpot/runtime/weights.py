@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jackpot.errors import DeadlineError, WeightCorruptError, WeightError, WeightMissingError
-from jackpot.runtime.durable_files import replace_synced, sync, sync_tree, write_synced
+from jackpot.runtime.durable_files import replace_synced, sync, sync_tree
 from jackpot.runtime.weight_manifest import (
     MANIFEST,
     RESTORE,
@@ -171,7 +171,7 @@ class WeightStore:
             if not files:
                 raise WeightError(f"version {version} of the {role}'s weights has no files. Nothing was published.")
             manifest = WeightManifest(role, version, files, dict(metadata), final)
-            write_synced(aside / MANIFEST, manifest_text(manifest))
+            (aside / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
             sync_tree(aside)
             if final.exists():
                 self._remove(final)
