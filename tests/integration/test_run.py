@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -38,8 +39,10 @@ def test_a_run_trains_to_its_last_step_and_leaves_what_it_promises(tmp_path: Pat
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert max(row["staleness/max"] for row in rows) <= 1
-    evaluations = [json.loads(line)["step"] for line in (directory / "evaluations.jsonl").read_text().splitlines()]
-    assert evaluations[0] == 0 and evaluations[-1] == 6
+    evaluations = [json.loads(line) for line in (directory / "evaluations.jsonl").read_text().splitlines()]
+    assert evaluations[0]["step"] == 0 and evaluations[-1]["step"] == 6
+    loaded = re.findall(r"weights loaded version=(\d+)", (directory / "logs" / "evaluator.log").read_text())
+    assert [int(version) for version in loaded] == [row["newest_step"] for row in evaluations]  # and no others
     assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
     for role in ("policy", "actor"):
         AutoModelForCausalLM.from_pretrained(directory / "export" / role)

@@ -108,6 +108,14 @@ async def test_cancelling_leaves_no_answer_behind(pool):
     assert await pool.rewards(ITEM, ["2"]) == [2.0]
 
 
+async def test_what_a_process_had_half_written_when_it_ended_is_nobodys_answer(pool):
+    assert await pool.rewards(ITEM, ["1"]) == [1.0]
+    (worker,) = [one for one in pool._workers if one._process is not None]
+    worker._read = b'{"reward": 9'
+    await worker.end()
+    assert await pool.rewards(ITEM, ["2"]) == [2.0]
+
+
 async def test_a_task_that_cannot_be_built_says_why(tmp_path):
     pool = RewardPool(TaskConfig(name="jsonl", params={"path": str(tmp_path / "none")}), seed=0)
     with pytest.raises(JackpotError, match=r"cannot build its task: task\.params\.path"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
+from jackpot.runtime.batching import AttentionCost
 from jackpot.runtime.forward import completion_hidden
 from jackpot.runtime.models import load_causal_lm
 from jackpot.runtime.shared_prompts import attention_cost
@@ -62,6 +63,8 @@ def test_kappa_is_the_ratio_of_the_operations(make_model: Any) -> None:
     cost = attention_cost([model], CPU)
     assert cost is not None and cost.mask_factor == 1.0
     assert cost.tokens == pytest.approx((3 * layer + 64) / (2 * 3 * 64))
+    on_gpu = attention_cost([model], torch.device("cuda"))  # where it would compute: nothing is put there
+    assert on_gpu == AttentionCost(cost.tokens, mask_factor=2.0)
 
 
 def test_a_model_with_a_window_or_another_attention_gives_every_completion_a_row(make_model: Any) -> None:
