@@ -7,13 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 
 from jackpot.config.environment import ServiceEnvironment
+from jackpot.runtime.durable_files import replace_synced
 from jackpot.runtime.model_weights import save_weights
 from jackpot.runtime.models import load_causal_lm
 from jackpot.runtime.rpc import open_channel, wait_ready
@@ -42,13 +46,8 @@ class RolloutWorld:
     def publish(self, version: int, *, role: str = "actor", intact: bool = True) -> None:
         """Publish the weights of :meth:`model_dir`; with a flipped byte if they are not to be intact."""
         model = load_causal_lm(self.model_dir(version), "float32", "cpu")
-        manifest = self.store.publish(role, version, lambda directory: save_weights(model, directory), {})
-        if not intact:
-            with (manifest.path / "model.safetensors").open("r+b") as file:
-                file.seek(-1, os.SEEK_END)
-                last = file.read(1)
-                file.seek(-1, os.SEEK_END)
-                file.write(bytes([last[0] ^ 1]))
+        publish = self.store.publish if intact else partial(publish_damaged, self.run_dir / "weights")
+        publish(role, version, lambda directory: save_weights(model, directory), {})
 
     def model_dir(self, version: int) -> Path:
         """The model that a version is."""
@@ -58,7 +57,7 @@ class RolloutWorld:
         """Where the server ``name`` listens."""
         return f"unix:{self.run_dir}/{name}.sock"
 
-    def start(self, name: str, *, role: str = "actor", **environment: Any) -> subprocess.Popen[str]:
+    def start(self, name: str, *, role: str = "actor", **environment: Any) -> subprocess.Popen[bytes]:
         """Start a server."""
         settings = ServiceEnvironment.model_validate(
             {
@@ -71,12 +70,19 @@ class RolloutWorld:
                 **environment,
             }
         )
-        return subprocess.Popen(
-            [sys.executable, "-m", "jackpot.rollout"],
-            env={**os.environ, **settings.to_env(), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with self._log(name).open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "jackpot.rollout"],
+                env={**os.environ, **settings.to_env(), "OMP_NUM_THREADS": "1"},
+                stderr=log,
+            )
+
+    def log(self, name: str) -> str:
+        """What the servers of that name have logged."""
+        return self._log(name).read_text()
+
+    def _log(self, name: str) -> Path:
+        return self.run_dir / f"{name}.log"
 
     async def wait_ready(self, name: str, service: str = "readiness") -> None:
         """Return once the server answers health checks."""
@@ -87,12 +93,39 @@ class RolloutWorld:
             await channel.close()
 
 
-def stop(process: subprocess.Popen[str]) -> str:
-    """SIGTERM; the log. Fails if the exit is not clean."""
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM. Fails if the exit is not clean."""
     process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=20)
-    assert process.returncode == 0, log
-    return log
+    assert process.wait(timeout=20) == 0
+
+
+def publish_damaged(
+    root: Path, role: str, version: int, write: Callable[[Path], None], metadata: Mapping[str, Any]
+) -> None:
+    """Publish a version that is damaged from its first moment on: whoever looks often never sees it intact."""
+    aside = WeightStore(root / "aside").publish(role, version, write, metadata).path
+    with (aside / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    aside.rename(root / role / aside.name)
+    replace_synced(root / role / "LATEST", f"{version}\n", root / role / "LATEST.new")
+
+
+async def refusal(stub: Any, version: int, patience: float = 30.0) -> str:
+    """What a client is told that waits for a version that the server refuses: what the server holds instead."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            await stub.Generate(generate_request(min_version=version), timeout=1.0)
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            details = str(error.details())
+            if "refused" in details or time.monotonic() > deadline:  # not yet: on a busy machine it has not looked
+                return details
+        else:
+            raise AssertionError("a damaged version was served")
 
 
 def generate_request(

@@ -64,6 +64,13 @@ class Server:
                 start_new_session=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
+        try:
+            self._find()
+        except BaseException:
+            self.close()
+            raise
+
+    def _find(self) -> None:
         assert self.process.stdout is not None
         assert select.select([self.process.stdout], [], [], 60)[0], "the server does not say where it listens"
         line = self.process.stdout.readline()

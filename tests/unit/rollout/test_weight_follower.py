@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
+from rollout_world import publish_damaged
 
 from jackpot.errors import DeadlineError
 from jackpot.rollout.engine import RolloutEngine
@@ -37,7 +39,7 @@ class World:
         on_demand: bool = False,
     ) -> None:
         self.engine = engine
-        self.store = WeightStore(root)
+        self.root, self.store = root, WeightStore(root)
         self.loaded: list[int] = []
         self.refused: list[int] = []
         self._make_model = make_model
@@ -53,12 +55,9 @@ class World:
 
     def publish(self, version: int, *, intact: bool = True, **settings: int) -> Path:
         model = load_causal_lm(self._make_model(seed=version % 3, **settings), "float32", "cpu")
-        manifest = self.store.publish("actor", version, lambda directory: save_weights(model, directory), {})
-        if not intact:
-            with (manifest.path / "model.safetensors").open("r+b") as file:
-                file.seek(-4, 2)
-                file.write(b"\0\1\2\3")
-        return manifest.path
+        publish = self.store.publish if intact else partial(publish_damaged, self.root)
+        publish("actor", version, lambda directory: save_weights(model, directory), {})
+        return self.root / "actor" / f"{version:08d}"
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
