@@ -142,9 +142,14 @@ def running_server(data_dir: Path, *options: str) -> Iterator[Server]:
         server.close()
 
 
-def tiny_job(directory: Path, make_model: Callable[..., Path], **learner: Any) -> dict[str, Any]:
-    """A job on two random models that trains in seconds."""
+def tiny_job(
+    directory: Path, make_model: Callable[..., Path], *, scorer: bool = False, **learner: Any
+) -> dict[str, Any]:
+    """A job on two random models that trains in seconds. Most of them are its processes' start: without a scorer, the
+    learner scores, and there is one less."""
     job: dict[str, Any] = yaml.safe_load(write_job(directory, make_model, **learner).read_text())
+    if not scorer:
+        job["scorer"] = {"reuse_reference": True}
     return job
 
 

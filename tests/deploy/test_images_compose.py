@@ -232,7 +232,9 @@ def test_its_commands_bring_up_a_platform_that_trains_a_job(
         client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {created.stdout.strip()}"}, timeout=20)
         prometheus = {"Authorization": f"Bearer {(run / 'token').read_text().strip()}"}
         with client:
-            job = tiny_job(tmp_path, lambda *a, **k: shutil.copytree(make_model(*a, **k), data / "models" / f"{k}"))
+            job = tiny_job(
+                tmp_path, lambda *a, **k: shutil.copytree(make_model(*a, **k), data / "models" / f"{k}"), scorer=True
+            )
             answer = client.post("/v1/jobs", json=job)
             assert answer.status_code == 201, answer.text
             job_id = answer.json()["id"]

@@ -61,7 +61,7 @@ def test_a_job_trains_as_a_jobset_while_the_server_is_killed_and_a_pod_dies(
         monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
         with running_server(data, *options) as server:
             with server.client() as client:
-                job = client.submit(tiny_job(tmp_path, make_model, steps=60))
+                job = client.submit(tiny_job(tmp_path, make_model, scorer=True, steps=60))
             run = data / "runs" / job.id
             server.wait_until(lambda: step(run) >= 3, "the third step")
             # A crash of the control plane's pod takes the session with it; the JobSet goes on.

@@ -44,7 +44,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> 
             },
         ]
         with prometheus(directory / "prometheus", scrape) as watcher, server.client() as client:
-            job = tiny_job(directory, make_model, steps=5000, checkpoint_every=2)
+            job = tiny_job(directory, make_model, scorer=True, steps=5000, checkpoint_every=2)
             job["evaluation"] = {"every": 2, "prompts": 4}
             job_id = client.submit(job).id
             ready = (

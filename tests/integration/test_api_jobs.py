@@ -32,7 +32,7 @@ def test_a_job_is_followed_to_success_and_its_model_loads(
     server: Server, tmp_path: Path, make_model: MakeModel
 ) -> None:
     with server.client() as client:
-        job = client.submit(tiny_job(tmp_path, make_model, steps=6), labels={"team": "a"}, priority=1)
+        job = client.submit(tiny_job(tmp_path, make_model, scorer=True, steps=6), labels={"team": "a"}, priority=1)
         arrived, events = [], []
         for event in client.events(job.id):
             arrived.append(time.time())
