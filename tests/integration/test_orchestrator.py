@@ -384,11 +384,16 @@ async def test_groups_dropped_by_others_are_replaced(make_world):
         assert Counter(world.ledger().values()) == {"trained": 16, "scoring_failed": 1}
 
 
-async def test_dispatch_holds_while_the_budget_is_spent_and_still_finishes(make_world):
+async def test_dispatch_holds_while_the_budget_is_spent_and_still_finishes(make_world, caplog):
     # Room for about two groups, and four are needed for a batch.
     async with make_world(bus={"max_bytes": 150_000}, orchestrator={"max_staleness": 3}) as world:
         assert await run(world) == 0
         await assert_ledger_adds_up(world)
+        # Groups of the batch that is being filled pass over the budget, in the same look in which others are refused.
+        holds = [record for record in caplog.records if record.getMessage().startswith("dispatch holds")]
+        assert holds and min(record.slot for record in holds) >= 4
+        (record,) = (world.run_dir / "activity").glob("orchestrator-*.json")
+        assert json.loads(record.read_text())["seconds"]["wait_bus_budget"] > 0
 
 
 async def test_a_job_whose_groups_all_fail_says_so(make_world):
