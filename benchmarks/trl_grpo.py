@@ -19,8 +19,8 @@ Sampling may be --staleness optimizer steps old (default 1, Jackpot's; TRL knows
 
 --device cuda puts TRL, and all of Jackpot's services, on one GPU, each service in a process of its own. --dtype
 bfloat16 keeps weights and AdamW's moments in float32 on both sides and computes in bfloat16: TRL with ``bf16=True``
-(autocast, also while it samples), Jackpot with ``dtype: bfloat16`` of the models (the learner by FSDP's mixed precision
-in one process, rollout and scorer with weights in bfloat16). float32 is float32 throughout, without TF32.
+(autocast, also while it samples), Jackpot with ``dtype: bfloat16`` of the models (the learner on a copy of its weights
+in bfloat16, rollout and scorer with weights in bfloat16). float32 is float32 throughout, without TF32.
 """
 
 from __future__ import annotations

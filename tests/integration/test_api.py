@@ -261,10 +261,10 @@ async def test_every_answer_carries_security_headers(tmp_path: Path) -> None:
 
 
 async def test_a_client_that_asks_too_often_is_told_when_to_come_back(tmp_path: Path) -> None:
-    async with api(tmp_path / "data", requests_per_second=1.0, burst=3) as (client, _):
+    async with api(tmp_path / "data", requests_per_second=0.01, burst=3) as (client, _):
         answers = [await client.get("/healthz") for _ in range(4)]
         assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
-        assert answers[-1].headers["retry-after"] == "1"
+        assert 60 < int(answers[-1].headers["retry-after"]) <= 100  # less by what the other requests took
 
 
 async def test_prometheus_is_told_where_the_processes_of_running_jobs_are(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -46,13 +47,7 @@ class DecodeBatch:
 
     def add(self, rows: Sequence[Row]) -> None:
         """Let rows join, of which nothing has been sampled yet. Siblings next to each other share one prefill."""
-        prompts: list[NDArray[np.uint32]] = []
-        prompt_of_row: list[int] = []
-        for place, row in enumerate(rows):
-            if place == 0 or row.request is not rows[place - 1].request:
-                prompts.append(row.request.prompt_token_ids)
-            prompt_of_row.append(len(prompts) - 1)
-        cache = self._prefill([prompt[:-1] for prompt in prompts], prompt_of_row)
+        cache = self._prefill(rows)
         for row in rows:
             row.joined = self._steps
         state = RowTensors.start(rows, self._eos_ids, self._model.device)
@@ -98,32 +93,43 @@ class DecodeBatch:
         if self._state is None:
             return
         sampled = self._state.token_ids.cpu().numpy()
-        sequences = []
+        continuations = []
         for row, tokens in zip(self.rows, sampled, strict=True):
             count = self._steps - row.joined
             if row.versions[-1][1] == count:
                 row.versions.pop()  # it has sampled nothing
             row.versions.append((version, count))
-            sequences.append(np.concatenate([row.request.prompt_token_ids, tokens[:count]])[:-1])
+            continuations.append(np.concatenate([row.request.prompt_token_ids[-1:], tokens[:count]])[:-1])
         self._cache = None  # before the new one is made, not after: both may not fit
-        self._cache = self._prefill(sequences, range(len(sequences)))
+        self._cache = self._prefill(self.rows)
+        if any(map(len, continuations)):
+            self._cache = self._extended(self._cache, continuations)
 
-    def _prefill(self, sequences: Sequence[NDArray[Any]], sequence_of_row: Sequence[int]) -> RowCache:
-        """Keys and values of all sequences, repeated as rows need them."""
-        buckets = length_buckets([len(sequence) for sequence in sequences], PREFILL_TOKENS)
-        cache: RowCache | None = None
-        for bucket in buckets:
-            part = prefill(self._model, [sequences[index] for index in bucket])
-            if cache is None:
-                cache = part
-            else:
-                cache.join(part)
-        assert cache is not None
-        place_of = {index: place for place, index in enumerate(index for bucket in buckets for index in bucket)}
-        places = [place_of[index] for index in sequence_of_row]
-        if places != list(range(len(sequences))):
-            cache.select(places)
+    def _prefill(self, rows: Sequence[Row]) -> RowCache:
+        """Keys and values of the rows' prompts but for their last token. Siblings next to each other share a pass."""
+        prompts: list[NDArray[np.uint32]] = []
+        prompt_of_row: list[int] = []
+        for place, row in enumerate(rows):
+            if place == 0 or row.request is not rows[place - 1].request:
+                prompts.append(row.request.prompt_token_ids[:-1])
+            prompt_of_row.append(len(prompts) - 1)
+        buckets = length_buckets([len(prompt) for prompt in prompts], PREFILL_TOKENS)
+        cache = _joined(prefill(self._model, [prompts[index] for index in bucket]) for bucket in buckets)
+        _select(cache, buckets, prompt_of_row)
         return cache
+
+    def _extended(self, cache: RowCache, continuations: Sequence[NDArray[Any]]) -> RowCache:
+        """The cache of prompts, and behind them what rows have sampled: some much, some little."""
+
+        def extended(rows: list[int]) -> RowCache:
+            part = cache.taken(rows)
+            part.extend(self._model, [continuations[row] for row in rows], PREFILL_TOKENS)
+            return part
+
+        buckets = length_buckets([len(tokens) for tokens in continuations], PREFILL_TOKENS)
+        whole = _joined(map(extended, buckets))
+        _select(whole, buckets, range(len(continuations)))
+        return whole
 
     def _forward(self, state: RowTensors, cache: RowCache) -> Tensor:
         states = cached_pass(
@@ -131,7 +137,7 @@ class DecodeBatch:
             cache.past,
             input_ids=state.next_inputs[:, None],
             position_ids=state.positions[:, None],
-            attention_mask=cache.step_mask(),
+            attention_mask=cache.mask(1),
         )
         cache.length += 1
         return self._head.logits(states[:, -1])
@@ -169,6 +175,21 @@ class DecodeBatch:
             self._cache.select(places)
             self.rows = [self.rows[place] for place in places]
         self._any_greedy = any(row.request.sampling.temperature == 0 for row in self.rows)
+
+
+def _joined(parts: Iterable[RowCache]) -> RowCache:
+    first, *others = parts
+    for other in others:
+        first.join(other)
+    return first
+
+
+def _select(cache: RowCache, buckets: Sequence[Sequence[int]], indices: Sequence[int]) -> None:
+    """Have the rows be those of these indices; they lie there as the buckets follow one another."""
+    place_of = {index: place for place, index in enumerate(chain.from_iterable(buckets))}
+    places = [place_of[index] for index in indices]
+    if places != list(range(len(place_of))):
+        cache.select(places)
 
 
 def _spans(versions: Sequence[tuple[int, int]], num_tokens: int) -> tuple[VersionSpan, ...]:

@@ -32,9 +32,17 @@ class RowCache:
         """Keep these rows, in this order (a row may repeat), and drop columns that are padding in all of them."""
         self.past.batch_select_indices(upload(np.asarray(rows, dtype=np.int64), self._device))
         self._set_pads(self.pads[rows])
-        if self.pads.any():
-            # One column always stays, so that layers are never empty.
-            self._drop_front(min(int(self.pads.min()), self.length - 1))
+        self._drop_common_padding()
+
+    def taken(self, rows: Sequence[int]) -> RowCache:
+        """A cache of these rows alone, in this order (a row may repeat); this one stays as it is."""
+        index = upload(np.asarray(rows, dtype=np.int64), self._device)
+        past = DynamicCache()
+        for number, layer in enumerate(_layers(self.past)):
+            past.update(layer.keys[index], layer.values[index], number)
+        part = RowCache(past, self.pads[rows], self.length)
+        part._drop_common_padding()
+        return part
 
     def join(self, other: RowCache) -> None:
         """Append the rows of another cache. The shorter of the two is padded in front."""
@@ -46,13 +54,44 @@ class RowCache:
         self._set_pads(np.concatenate([self.pads + ours, other.pads + theirs]))
         self.length = length
 
-    def step_mask(self) -> Tensor | None:
-        """What each row's next token attends to, itself included: bool ``[B, L + 1]``; None if nothing is hidden."""
+    def extend(self, model: PreTrainedModel, continuations: Sequence[NDArray[Any]], pass_tokens: int) -> None:
+        """Append each row's next tokens, some of which may be none, in passes of at most ``pass_tokens`` tokens."""
+        counts = np.array([len(tokens) for tokens in continuations])
+        width = int(counts.max())
+        ids = np.zeros((len(counts), width), dtype=np.int64)
+        for row, tokens in zip(ids, continuations, strict=True):
+            row[: len(tokens)] = tokens
+        first = self.length - self.pads
+        # What pads a row behind its last token repeats that one's position: a later one may not exist.
+        positions = np.minimum(first[:, None] + np.arange(width), (first + np.maximum(counts, 1) - 1)[:, None])
+        columns = max(1, pass_tokens // len(counts))
+        for begin in range(0, width, columns):
+            inputs = [upload(array[:, begin : begin + columns], self._device) for array in (ids, positions)]
+            mask = self.mask(inputs[0].shape[1])
+            cached_pass(model, self.past, input_ids=inputs[0], position_ids=inputs[1], attention_mask=mask)
+            self.length += inputs[0].shape[1]
+        self._move_to_the_end(width - counts)
+        self._set_pads(self.pads + width - counts)
+
+    def mask(self, columns: int) -> Tensor | None:
+        """What may be seen of the cache and of so many tokens behind it: bool ``[B, L + columns]``; None if all."""
         if not self.pads.any():
             return None
         if self._pads_there is None:
             self._pads_there = upload(self.pads, self._device)
-        return torch.arange(self.length + 1, device=self._device) >= self._pads_there[:, None]
+        return torch.arange(self.length + columns, device=self._device) >= self._pads_there[:, None]
+
+    def _move_to_the_end(self, behind: NDArray[np.int64]) -> None:
+        """Bring the last ``behind[b]`` columns of row b, which are padding, to its front."""
+        if behind.any():
+            shifts = upload(behind, self._device)
+            for layer in _layers(self.past):
+                layer.keys, layer.values = _rotated(layer.keys, shifts), _rotated(layer.values, shifts)
+
+    def _drop_common_padding(self) -> None:
+        if self.pads.any():
+            # One column always stays, so that layers are never empty.
+            self._drop_front(min(int(self.pads.min()), self.length - 1))
 
     def _drop_front(self, columns: int) -> None:
         for layer in _layers(self.past):
@@ -79,12 +118,9 @@ def prefill(model: PreTrainedModel, prefixes: Sequence[NDArray[Any]]) -> RowCach
     # Padding behind needs no mask: attention is causal. It is moved to the front afterwards.
     past = DynamicCache()
     cached_pass(model, past, input_ids=upload(ids, model.device))
-    pads = length - lengths
-    if pads.any():
-        shifts = upload(pads, model.device)
-        for layer in _layers(past):
-            layer.keys, layer.values = _to_the_end(layer.keys, shifts), _to_the_end(layer.values, shifts)
-    return RowCache(past, pads, length)
+    cache = RowCache(past, length - lengths, length)
+    cache._move_to_the_end(cache.pads)
+    return cache
 
 
 def cached_pass(model: PreTrainedModel, past: DynamicCache, **inputs: Tensor | None) -> Tensor:
@@ -106,9 +142,9 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
-def _to_the_end(states: Tensor, pads: Tensor) -> Tensor:
-    """Rotate row b of ``[B, heads, L, size]`` by ``pads[b]`` columns, so that its padding comes first."""
-    columns = (torch.arange(states.shape[2], device=states.device) - pads[:, None]) % states.shape[2]
+def _rotated(states: Tensor, shifts: Tensor) -> Tensor:
+    """Row b of ``[B, heads, L, size]``, rotated to the right by ``shifts[b]`` columns."""
+    columns = (torch.arange(states.shape[2], device=states.device) - shifts[:, None]) % states.shape[2]
     return states.gather(2, columns[:, None, :, None].expand_as(states))
 
 

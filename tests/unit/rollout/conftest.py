@@ -18,6 +18,7 @@ from jackpot.runtime.models import load_causal_lm
 
 MakeModel = Callable[..., Path]
 StartEngine = Callable[..., RolloutEngine]
+ENDLESS_POSITIONS = 512
 
 
 @pytest.fixture(params=["transformers-qwen3", "transformers-llama"])
@@ -60,6 +61,7 @@ async def start_engine(load: Callable[[int], PreTrainedModel]) -> AsyncIterator[
             if endless:  # no end of sequence: a test can do something while trajectories run
                 model.config.eos_token_id = None
                 model.generation_config = None
+                model.config.max_position_embeddings = ENDLESS_POSITIONS
             engine = TransformersEngine(model, max_batch_size=max_batch_size, max_queue=max_queue)
             stack.push_async_callback(engine.close)
             return engine

@@ -178,7 +178,9 @@ async def test_weights_change_between_tokens_and_every_token_matches_its_version
 ) -> None:
     engine = start_engine(endless=True)
     await engine.load_weights(1, weights(1))
-    requests = [ask(i, length=2 + 3 * i, n=2, max_tokens=110) for i in range(3)]
+    # Long enough to live through both, however busy the machine is that reads them meanwhile.
+    max_tokens = engine.limits.max_positions - 18
+    requests = [ask(i, length=2 + 3 * i, n=2, max_tokens=max_tokens) for i in range(3)]
     tasks = [asyncio.create_task(engine.generate(request)) for request in requests]
     for version, tokens in ((2, 30), (5, 120)):
         await until(lambda tokens=tokens: engine.status().tokens_generated > tokens, f"{tokens} tokens")

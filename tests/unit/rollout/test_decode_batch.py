@@ -1,0 +1,58 @@
+"""Rows of all ages change weights together: each token is drawn from the version that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from jackpot.rollout import decode_batch
+from jackpot.rollout.decode_batch import DecodeBatch
+from jackpot.rollout.engine import GroupRequest
+from jackpot.rollout.rows import Row
+
+EXACT = 2e-5
+
+
+@pytest.mark.parametrize("pass_tokens", [8192, 24, 3])
+def test_weights_change_under_rows_that_joined_at_different_times(
+    load: Callable[[int], PreTrainedModel],
+    ask: Callable[..., GroupRequest],
+    full_logprobs: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    pass_tokens: int,
+) -> None:
+    """Prompts of 1 to 9 tokens; siblings; rows with 5, 2 and no tokens so far, in one pass or in many."""
+    monkeypatch.setattr(decode_batch, "PREFILL_TOKENS", pass_tokens)
+    model, other = load(0), load(3)
+    batch = DecodeBatch(model, eos_ids=())
+    joining = [
+        [ask(0, length=5, n=2), ask(1, length=9, n=1)],
+        [ask(2, length=2, n=3)],
+        [ask(3, length=1, n=2), ask(4, length=7, n=1)],
+    ]
+    requests = [request for wave in joining for request in wave]
+    finished = []
+    with torch.inference_mode():
+        for wave, steps in zip(joining, (3, 2, 0), strict=True):
+            batch.add([Row(request, index, [(0, 0)]) for request in wave for index in range(request.num_trajectories)])
+            for _ in range(steps):
+                assert not batch.step()
+        model.load_state_dict(other.state_dict())
+        batch.change_version(3)
+        while batch.rows:
+            finished += batch.step()
+    versions = {0: load(0), 3: other}
+    assert len(finished) == sum(request.num_trajectories for request in requests) == 9
+    for row, trajectory in finished:
+        sampled = {0: 5, 1: 5, 2: 2, 3: 0, 4: 0}[requests.index(row.request)]
+        spans = [(span.version, span.start, span.end) for span in trajectory.version_spans]
+        assert spans == [(0, 0, sampled)] * bool(sampled) + [(3, sampled, 12)]
+        for version, start, end in spans:
+            whole = full_logprobs(versions[version], row.request, trajectory.token_ids)
+            ids = torch.from_numpy(trajectory.token_ids.astype(np.int64))[:, None]
+            expected = whole.gather(1, ids)[start:end, 0].numpy()
+            np.testing.assert_allclose(trajectory.actor_logprobs[start:end], expected, atol=EXACT, rtol=0)
