@@ -47,7 +47,8 @@ class DecodeBatch:
 
     def add(self, rows: Sequence[Row]) -> None:
         """Let rows join, of which nothing has been sampled yet. Siblings next to each other share one prefill."""
-        cache = self._prefill(rows)
+        cache, places = self._prefill(rows)
+        _arrange(cache, places)
         for row in rows:
             row.joined = self._steps
         state = RowTensors.start(rows, self._eos_ids, self._model.device)
@@ -101,12 +102,13 @@ class DecodeBatch:
             row.versions.append((version, count))
             continuations.append(np.concatenate([row.request.prompt_token_ids[-1:], tokens[:count]])[:-1])
         self._cache = None  # before the new one is made, not after: both may not fit
-        self._cache = self._prefill(self.rows)
-        if any(map(len, continuations)):
-            self._cache = self._extended(self._cache, continuations)
+        self._cache = self._extended(*self._prefill(self.rows), continuations)
 
-    def _prefill(self, rows: Sequence[Row]) -> RowCache:
-        """Keys and values of the rows' prompts but for their last token. Siblings next to each other share a pass."""
+    def _prefill(self, rows: Sequence[Row]) -> tuple[RowCache, list[int]]:
+        """Keys and values of prompts but for their last token, and for each row where its prompt lies there.
+
+        Siblings next to each other share one.
+        """
         prompts: list[NDArray[np.uint32]] = []
         prompt_of_row: list[int] = []
         for place, row in enumerate(rows):
@@ -115,21 +117,22 @@ class DecodeBatch:
             prompt_of_row.append(len(prompts) - 1)
         buckets = length_buckets([len(prompt) for prompt in prompts], PREFILL_TOKENS)
         cache = _joined(prefill(self._model, [prompts[index] for index in bucket]) for bucket in buckets)
-        _select(cache, buckets, prompt_of_row)
-        return cache
+        place_of = _places(buckets)
+        return cache, [place_of[index] for index in prompt_of_row]
 
-    def _extended(self, cache: RowCache, continuations: Sequence[NDArray[Any]]) -> RowCache:
-        """The cache of prompts, and behind them what rows have sampled: some much, some little."""
+    def _extended(self, prompts: RowCache, places: list[int], continuations: Sequence[NDArray[Any]]) -> RowCache:
+        """Each row's prompt, which lies at its place among ``prompts``, and behind it what the row has sampled."""
 
         def extended(rows: list[int]) -> RowCache:
-            part = cache.taken(rows)
+            part = prompts.taken([places[row] for row in rows])
             part.extend(self._model, [continuations[row] for row in rows], PREFILL_TOKENS)
             return part
 
         buckets = length_buckets([len(tokens) for tokens in continuations], PREFILL_TOKENS)
-        whole = _joined(map(extended, buckets))
-        _select(whole, buckets, range(len(continuations)))
-        return whole
+        cache = _joined(map(extended, buckets))
+        place_of = _places(buckets)
+        _arrange(cache, [place_of[row] for row in range(len(continuations))])
+        return cache
 
     def _forward(self, state: RowTensors, cache: RowCache) -> Tensor:
         states = cached_pass(
@@ -184,11 +187,14 @@ def _joined(parts: Iterable[RowCache]) -> RowCache:
     return first
 
 
-def _select(cache: RowCache, buckets: Sequence[Sequence[int]], indices: Sequence[int]) -> None:
-    """Have the rows be those of these indices; they lie there as the buckets follow one another."""
-    place_of = {index: place for place, index in enumerate(chain.from_iterable(buckets))}
-    places = [place_of[index] for index in indices]
-    if places != list(range(len(place_of))):
+def _places(buckets: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Where each index lies when the buckets follow one another."""
+    return {index: place for place, index in enumerate(chain.from_iterable(buckets))}
+
+
+def _arrange(cache: RowCache, places: list[int]) -> None:
+    """Have the rows be those at these places."""
+    if places != list(range(len(cache.pads))):
         cache.select(places)
 
 

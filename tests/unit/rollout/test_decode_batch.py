@@ -25,14 +25,14 @@ def test_weights_change_under_rows_that_joined_at_different_times(
     monkeypatch: pytest.MonkeyPatch,
     pass_tokens: int,
 ) -> None:
-    """Prompts of 1 to 9 tokens; siblings; rows with 5, 2 and no tokens so far, in one pass or in many."""
+    """Prompts of 1 to 11 tokens; siblings; rows with 5, 2 and no tokens so far, in one pass or in many."""
     monkeypatch.setattr(decode_batch, "PREFILL_TOKENS", pass_tokens)
     model, other = load(0), load(3)
     batch = DecodeBatch(model, eos_ids=())
     joining = [
         [ask(0, length=5, n=2), ask(1, length=9, n=1)],
         [ask(2, length=2, n=3)],
-        [ask(3, length=1, n=2), ask(4, length=7, n=1)],
+        [ask(3, length=1, n=2), ask(4, length=11, n=1)],
     ]
     requests = [request for wave in joining for request in wave]
     finished = []
@@ -42,7 +42,17 @@ def test_weights_change_under_rows_that_joined_at_different_times(
             for _ in range(steps):
                 assert not batch.step()
         model.load_state_dict(other.state_dict())
+        positions: list[int] = []
+        watch = model.base_model.register_forward_pre_hook(
+            lambda _, __, inputs: (
+                positions.append(int(inputs["position_ids"].max())) if "position_ids" in inputs else None
+            ),
+            with_kwargs=True,
+        )
         batch.change_version(3)
+        watch.remove()
+        # The last input of the row that has the most: padding of no row is placed behind what the model may know.
+        assert max(positions) == 9 + 5 - 2
         while batch.rows:
             finished += batch.step()
     versions = {0: load(0), 3: other}
