@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from jackpot.compute import varlen
+from jackpot.compute.forward import packed_completion_hidden
+from jackpot.compute.models import load_causal_lm, quiet
+from jackpot.compute.ranks.group import join_ranks, leave_ranks
+from jackpot.compute.ranks.loading import load_on_ranks
+from jackpot.compute.ranks.sharding import release, shard
 from jackpot.config import LearnerConfig
-from jackpot.learner.computing_copy import ComputingCopy, in_dtype
-from jackpot.runtime import varlen
-from jackpot.runtime.forward import packed_completion_hidden
-from jackpot.runtime.models import load_causal_lm, quiet
-from jackpot.runtime.ranks.group import join_ranks, leave_ranks
-from jackpot.runtime.ranks.loading import load_on_ranks
-from jackpot.runtime.ranks.sharding import release, shard
+from jackpot.learner.models.mixed_precision import MixedPrecisionCopy, in_dtype
 
 SEQUENCE = np.arange(3, 7)
 
@@ -50,7 +50,7 @@ def variants(layers: int) -> dict[str, PreTrainedModel]:
     return {
         "plain bfloat16": in_dtype(plain, torch.bfloat16),
         "FSDP, one rank": sharded,
-        "computing copy": ComputingCopy(master, torch.bfloat16).computing,
+        "computing copy": MixedPrecisionCopy(master, torch.bfloat16).computing,
     }
 
 

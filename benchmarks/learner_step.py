@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from jackpot.config import JobSpec, parse_job
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.learner.batch import Batch, build_batch
-from jackpot.learner.start import build_trainer
+from jackpot.learner.models.start import build_trainer
 from jackpot.planning.hardware import GPUS
 from jackpot.planning.model_shape import KNOWN, ModelShape
 from jackpot.planning.plan import Load, make_plan
+from jackpot.scoring.batch import Batch, build_batch
 from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan
 
 GROUP_SIZE = 8

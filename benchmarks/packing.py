@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from jackpot.compute import varlen
+from jackpot.compute.forward import completion_hidden, packed_completion_hidden
+from jackpot.compute.packing_trial import problem_with_varlen
+from jackpot.compute.ranks.partition import MicroRows, plan_passes
 from jackpot.config import LearnerConfig
-from jackpot.learner.blocks import prepare_blocks
-from jackpot.runtime import varlen
-from jackpot.runtime.forward import completion_hidden, packed_completion_hidden
-from jackpot.runtime.packing_trial import problem_with_varlen
-from jackpot.runtime.ranks.partition import MicroRows, plan_passes
+from jackpot.learner.models.compile_and_checkpoint import compile_and_checkpoint
 
 VOCABULARY = 1024
 
@@ -62,7 +62,7 @@ def make_policy(options: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
     model: PreTrainedModel = made.to(options.device).eval()
-    prepare_blocks(model, LearnerConfig(activation_checkpointing=options.checkpointing))
+    compile_and_checkpoint(model, LearnerConfig(activation_checkpointing=options.checkpointing))
     return model
 
 

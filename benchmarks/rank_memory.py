@@ -81,14 +81,14 @@ def rank(directory: Path, service: str) -> None:
     import numpy as np
     import torch
 
+    from jackpot.compute.forward import completion_hidden
+    from jackpot.compute.ranks.sharding import release
     from jackpot.config import JobSpec
     from jackpot.config.environment import ServiceEnvironment
-    from jackpot.learner.start import build_trainer
-    from jackpot.runtime.forward import completion_hidden
-    from jackpot.runtime.ranks.sharding import release
-    from jackpot.runtime.weights import WeightStore
-    from jackpot.scorer.members import meet_members
+    from jackpot.learner.models.start import build_trainer
+    from jackpot.scorer.ranked_scorer import meet_members
     from jackpot.scorer.target import TargetPolicy
+    from jackpot.storage.weights import WeightStore
 
     job = JobSpec.model_validate_json((directory / "job.json").read_text())
     environment = ServiceEnvironment(run_dir=directory, job_id="job-1", threads=1)

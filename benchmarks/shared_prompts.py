@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from jackpot.compute.batching import ModelPass, Siblings, passes_of_rows, plan_rows, shared_rows
+from jackpot.compute.ranks.partition import plan_packed
 from jackpot.config import LearnerConfig
-from jackpot.learner.packing import PassLayout, layout_of
-from jackpot.runtime.batching import ModelPass, Siblings, passes_of_rows, plan_rows, shared_rows
-from jackpot.runtime.ranks.partition import plan_packed
+from jackpot.learner.batches.packing import PassLayout, layout_of
 
 GROUP_SIZE, VOCABULARY = 8, 256
 PER_ROW = (2, 4, 8)

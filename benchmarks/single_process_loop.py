@@ -2,7 +2,7 @@
 
     python benchmarks/single_process_loop.py examples/demo.yaml algorithm.correction=tis seed=3
 
-The loop is that of `jackpot experiment` (jackpot.experiment.inline): the services' own code, called in turn. It serves
+The loop is that of `jackpot experiment` (jackpot.loop): the services' own code, called in turn. It serves
 two ends here: to try settings quickly, and as the baseline that the pipeline is measured against. Sampling is as stale
 as the job allows (``orchestrator.max_staleness``) unless ``--staleness`` says otherwise, and scoring as stale as
 sampling, or less with ``--scorer-staleness``; in the pipeline either may happen. The two differ more than it seems:
@@ -21,7 +21,7 @@ import torch
 from jackpot.config import load_job
 from jackpot.control_plane.sessions.preparation import prepare_job
 from jackpot.errors import JackpotError
-from jackpot.experiment.inline import InlineLoop, run_inline
+from jackpot.loop import Loop, run_loop
 
 
 def main() -> None:
@@ -40,11 +40,11 @@ def main() -> None:
         most = -(-job.orchestrator.max_staleness // job.learner.updates_per_batch)
         staleness = most if options.staleness is None else options.staleness
         scorer_staleness = staleness if options.scorer_staleness is None else options.scorer_staleness
-        loop = InlineLoop(job, staleness=staleness, scorer_staleness=scorer_staleness)
+        loop = Loop(job, staleness=staleness, scorer_staleness=scorer_staleness)
     except JackpotError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    curve = run_inline(
+    curve = run_loop(
         loop, on_evaluation=lambda step, accuracy: print(f"step {step:4d}  policy accuracy {accuracy:.3f}")
     )
     result = {

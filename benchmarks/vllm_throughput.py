@@ -20,7 +20,7 @@ import numpy as np
 from vllm_models import random_model
 
 from jackpot.config import ModelConfig, RolloutConfig
-from jackpot.rollout.vllm_launch import is_cpu_build, prepare_environment, start_vllm
+from jackpot.rollout.vllm.launch import is_cpu_build, prepare_environment, start_vllm
 
 PROMPT_TOKENS, N, BURST = 16, 8, 16
 
@@ -83,8 +83,8 @@ async def through_engine(engine: Any, num_groups: int, max_tokens: int, k: int) 
 
 async def client(address: str, vocabulary: int, num_groups: int, max_tokens: int, k: int) -> float:
     """Tokens per second as a client sees them."""
-    from jackpot.runtime.rpc import open_channel
-    from jackpot.runtime.wire import trajectory_from_proto
+    from jackpot.rpc.proto import trajectory_from_proto
+    from jackpot.rpc.transport import open_channel
     from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
 
     channel = open_channel(address)
@@ -114,10 +114,10 @@ async def through_grpc(engine: Any, num_groups: int, max_tokens: int, k: int) ->
 
     from jackpot.rollout.servicer import SERVICE_NAME, RolloutServicer
     from jackpot.rollout.weight_follower import WeightFollower
-    from jackpot.runtime.activity import Activity
-    from jackpot.runtime.metrics import Metrics
-    from jackpot.runtime.rpc import create_server
-    from jackpot.runtime.weights import WeightStore
+    from jackpot.rpc.transport import create_server
+    from jackpot.storage.weights import WeightStore
+    from jackpot.telemetry import Metrics
+    from jackpot.telemetry.activity import Activity
     from jackpot.v1 import rollout_pb2_grpc
 
     with tempfile.TemporaryDirectory() as directory:
@@ -142,7 +142,7 @@ async def through_grpc(engine: Any, num_groups: int, max_tokens: int, k: int) ->
 
 async def measure(llm: Any, counts: Any, model: Path, quick: bool, batches: list[int]) -> dict[str, Any]:
     """All figures."""
-    from jackpot.rollout.vllm_engine import VllmEngine
+    from jackpot.rollout.vllm.engine import VllmEngine
 
     engine = VllmEngine(llm, counts, eos_ids=(), max_queue=4096)
     await engine.load_weights(0, model)
@@ -208,7 +208,7 @@ def main() -> None:
         print(asyncio.run(client(address, *map(int, numbers))))
         return
     prepare_environment(1, is_cpu_build())
-    from jackpot.rollout.vllm_stats import EngineCounts
+    from jackpot.rollout.vllm.stats import EngineCounts
 
     counts = EngineCounts(lambda num_tokens: None)
     model = random_model(arguments.models, arguments.shape)

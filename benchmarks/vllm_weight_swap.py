@@ -17,8 +17,8 @@ import numpy as np
 from vllm_models import random_model
 
 from jackpot.config import ModelConfig, RolloutConfig, VllmConfig
-from jackpot.rollout.vllm_launch import is_cpu_build, prepare_environment, start_vllm
-from jackpot.runtime.weights import WeightStore
+from jackpot.rollout.vllm.launch import is_cpu_build, prepare_environment, start_vllm
+from jackpot.storage.weights import WeightStore
 
 
 def read_plainly(path: Path) -> float:
@@ -35,7 +35,7 @@ def read_plainly(path: Path) -> float:
 
 async def measure(llm: Any, counts: Any, store: WeightStore, versions: int) -> dict[str, Any]:
     """Medians over the versions."""
-    from jackpot.rollout.vllm_engine import VllmEngine
+    from jackpot.rollout.vllm.engine import VllmEngine
 
     engine = VllmEngine(llm, counts, eos_ids=(), max_queue=64)
     rounds = []
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     prepare_environment(1, is_cpu_build())
-    from jackpot.rollout.vllm_stats import EngineCounts
+    from jackpot.rollout.vllm.stats import EngineCounts
 
     counts = EngineCounts(lambda num_tokens: None)
     model = random_model(arguments.models, arguments.shape, arguments.dtype)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from redis.asyncio import Redis
 
+from jackpot.bus import Delivery, Ledger, TrajectoryBus
 from jackpot.config import BusConfig
-from jackpot.runtime.bus import Delivery, Ledger, TrajectoryBus
 from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan, deferred
 
 STORES = ("redis", "file")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jackpot.runtime.bus.server import find_server_binary
+from jackpot.bus.server import find_server_binary
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "helm" / "jackpot"

@@ -41,7 +41,7 @@ CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz+-*/= .,?:"
 @pytest.fixture(scope="session")
 def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An embedded server that all tests share: each takes a job id of its own."""
-    from jackpot.runtime.bus.server import EmbeddedServer
+    from jackpot.bus.server import EmbeddedServer
 
     server = EmbeddedServer(tmp_path_factory.mktemp("valkey"))
     asyncio.run(server.start())

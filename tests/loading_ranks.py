@@ -32,15 +32,15 @@ def main(directory: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from jackpot.compute.forward import completion_hidden
+    from jackpot.compute.model_weights import own_tensors
+    from jackpot.compute.models import output_head
+    from jackpot.compute.ranks.group import join_ranks
+    from jackpot.compute.ranks.held_tensors import HeldTensors
+    from jackpot.compute.ranks.loading import load_on_ranks
+    from jackpot.compute.ranks.sharding import release, shard
     from jackpot.config import LearnerConfig
     from jackpot.errors import ConfigError
-    from jackpot.runtime.forward import completion_hidden
-    from jackpot.runtime.model_weights import own_tensors
-    from jackpot.runtime.models import output_head
-    from jackpot.runtime.ranks.group import join_ranks
-    from jackpot.runtime.ranks.held_tensors import HeldTensors
-    from jackpot.runtime.ranks.loading import load_on_ranks
-    from jackpot.runtime.ranks.sharding import release, shard
 
     config = LearnerConfig(processes=int(os.environ["WORLD_SIZE"]))
     ranks = join_ranks("learner", config, torch.device("cpu"))

@@ -30,8 +30,8 @@ def run_ranks(
     groups: Sequence[Any] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Carry out a plan on so many ranks; ``groups`` are what those other than 0 can read."""
-    from jackpot.learner.batch_wire import batch_to_bytes
-    from jackpot.runtime.codec import encode_scored
+    from jackpot.bus.payload_format import encode_scored
+    from jackpot.learner.ranks.batch_broadcast import batch_to_bytes
 
     directory.mkdir(exist_ok=True)
     (directory / "job.json").write_text(job.model_dump_json())
@@ -47,11 +47,11 @@ def run_ranks(
 
 
 def main(directory: Path) -> int:
+    from jackpot.compute.ranks.group import leave_ranks
     from jackpot.config.environment import ServiceEnvironment
-    from jackpot.learner.checkpoint import CheckpointStore
-    from jackpot.learner.lead import LeadTrainer, follow
-    from jackpot.learner.start import build_trainer
-    from jackpot.runtime.ranks.group import leave_ranks
+    from jackpot.learner.checkpoints.checkpoint import CheckpointStore
+    from jackpot.learner.models.start import build_trainer
+    from jackpot.learner.ranks.rank_leader import LeadTrainer, follow
 
     environment = ServiceEnvironment(run_dir=directory, job_id="job", threads=1)
     trainer, ranks = build_trainer(environment, environment.load_job())
@@ -77,7 +77,7 @@ class GroupFiles:
         self.found: list[list[str]] = []  # by batch
 
     def read(self, group_ids: Sequence[str]) -> dict[str, Any]:
-        from jackpot.runtime.codec import decode_scored
+        from jackpot.bus.payload_format import decode_scored
 
         paths = {group_id: self._directory / group_id for group_id in group_ids}
         groups = {group_id: decode_scored(path.read_bytes()) for group_id, path in paths.items() if path.exists()}
@@ -88,8 +88,8 @@ class GroupFiles:
 def carry_out(directory: Path, trainer: Any, store: Any) -> list[dict[str, float]]:
     from safetensors.torch import save_file
 
-    from jackpot.learner.batch_wire import batch_from_bytes
-    from jackpot.learner.checkpoint import Progress
+    from jackpot.learner.checkpoints.checkpoint import Progress
+    from jackpot.learner.ranks.batch_broadcast import batch_from_bytes
 
     rows: list[dict[str, float]] = []
     step = 0

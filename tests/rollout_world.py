@@ -16,12 +16,12 @@ from typing import Any
 import grpc
 import numpy as np
 
+from jackpot.compute.model_weights import save_weights
+from jackpot.compute.models import load_causal_lm
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.runtime.durable_files import replace_synced
-from jackpot.runtime.model_weights import save_weights
-from jackpot.runtime.models import load_causal_lm
-from jackpot.runtime.rpc import open_channel, wait_ready
-from jackpot.runtime.weights import WeightStore
+from jackpot.rpc.transport import open_channel, wait_ready
+from jackpot.storage.durable_files import replace_synced
+from jackpot.storage.weights import WeightStore
 from jackpot.v1 import rollout_pb2
 
 READY_SECONDS = 60.0

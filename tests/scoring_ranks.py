@@ -16,10 +16,10 @@ from pathlib import Path
 
 from ranks_world import TORCHRUN
 
+from jackpot.bus.payload_format import decode_group, decode_scored, encode_group, encode_scored
+from jackpot.compute.ranks.group import Ranks
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.runtime.codec import decode_group, decode_scored, encode_group, encode_scored
-from jackpot.runtime.ranks.group import Ranks
 from jackpot.trajectory import Group, ScoredGroup
 
 
@@ -57,10 +57,10 @@ def read(path: Path) -> list[bytes]:
 
 
 def main(directory: Path) -> None:
-    from jackpot.runtime.ranks.group import leave_ranks
-    from jackpot.runtime.ranks.orders import Orders
-    from jackpot.runtime.weights import WeightStore
-    from jackpot.scorer.members import Members, meet_members
+    from jackpot.compute.ranks.group import leave_ranks
+    from jackpot.compute.ranks.orders import Orders
+    from jackpot.scorer.ranked_scorer import Members, meet_members
+    from jackpot.storage.weights import WeightStore
 
     environment = ServiceEnvironment(run_dir=directory, job_id="job-1", threads=1)
     jobs = [JobSpec.model_validate_json(path.read_text()) for path in sorted(directory.glob("job-*.json"))]
@@ -87,8 +87,8 @@ def main(directory: Path) -> None:
 
 
 def note_held_bytes(directory: Path, ranks: Ranks, job: JobSpec) -> None:
-    from jackpot.runtime.weights import WeightStore
     from jackpot.scorer.target import TargetPolicy
+    from jackpot.storage.weights import WeightStore
 
     store = WeightStore(directory / "weights")
     state = TargetPolicy(job.policy, store, "cpu", 1.0, ranks).read(store.open("policy", 0))

@@ -27,13 +27,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from jackpot.compute.model_weights import save_weights
 from jackpot.config import JobSpec, parse_job
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.runtime.metrics import Metrics
-from jackpot.runtime.model_weights import save_weights
-from jackpot.runtime.weights import WeightStore
 from jackpot.scorer.engine import ScoringEngine
 from jackpot.scorer.service import make_engine
+from jackpot.storage.weights import WeightStore
+from jackpot.telemetry import Metrics
 from jackpot.trajectory import Group, GroupKey, Trajectory, VersionSpan
 
 VOCABULARY = 97

@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 import grpc
 import numpy as np
 
-from jackpot.runtime.rpc import RpcServer, create_server
-from jackpot.runtime.wire import trajectory_to_proto
+from jackpot.rpc.proto import trajectory_to_proto
+from jackpot.rpc.transport import RpcServer, create_server
 from jackpot.trajectory import Trajectory, VersionSpan
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
 

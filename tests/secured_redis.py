@@ -22,7 +22,7 @@ from pathlib import Path
 import redis
 from certificates import Authority
 
-from jackpot.runtime.bus.server import find_server_binary
+from jackpot.bus.server import find_server_binary
 
 ROOT = Path(__file__).parents[1]
 ROLES = ("control-plane", "orchestrator", "scorer", "learner")

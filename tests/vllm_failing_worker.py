@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jackpot.rollout.vllm_worker import WeightReading
+from jackpot.rollout.vllm.worker import WeightReading
 
 
 class FailingWeightReading(WeightReading):

@@ -27,7 +27,7 @@ class EngineThread:
     """
 
     def __init__(self) -> None:
-        from jackpot.rollout.vllm_launch import prepare_environment
+        from jackpot.rollout.vllm.launch import prepare_environment
 
         prepare_environment(threads=1, on_cpu=True)
         self.loop = asyncio.new_event_loop()
@@ -44,8 +44,8 @@ class EngineThread:
         async def start() -> SharedVllm:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # vLLM's imports warn
-                from jackpot.rollout.vllm_launch import start_vllm
-                from jackpot.rollout.vllm_stats import EngineCounts
+                from jackpot.rollout.vllm.launch import start_vllm
+                from jackpot.rollout.vllm.stats import EngineCounts
 
                 counts = EngineCounts(lambda num_tokens: None)
                 llm = start_vllm(config, rollout, counts, on_cpu=True, extension=extension)
@@ -65,8 +65,8 @@ class SharedVllm:
 
     def engine(self, max_queue: int = 256, endless: bool = False, owned: bool = False) -> EngineElsewhere:
         """A new engine that holds the model directory's weights."""
-        from jackpot.rollout.vllm_engine import VllmEngine
-        from jackpot.rollout.vllm_launch import eos_token_ids
+        from jackpot.rollout.vllm.engine import VllmEngine
+        from jackpot.rollout.vllm.launch import eos_token_ids
 
         async def make() -> VllmEngine:
             eos_ids = () if endless else eos_token_ids(self._model_dir)
@@ -80,7 +80,7 @@ class SharedVllm:
 
     def close(self) -> None:
         """End vLLM's process."""
-        from jackpot.rollout.vllm_engine import VllmEngine
+        from jackpot.rollout.vllm.engine import VllmEngine
 
         async def close() -> None:
             await VllmEngine(self.llm, self.counts, eos_ids=(), max_queue=1).close()

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jackpot.control_plane.service_metrics import CATALOGUE as CONTROL_PLANE
-from jackpot.runtime.metrics import CATALOGUE, LABELS, STEP_COLUMNS, MetricSpec
+from jackpot.telemetry import CATALOGUE, LABELS, STEP_COLUMNS, MetricSpec
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 INTRODUCTION = """# Metrics
 
-<!-- Written by deploy/prometheus/metrics_table.py from services/jackpot/runtime/metrics/catalogue.py. -->
+<!-- Written by deploy/prometheus/metrics_table.py from services/jackpot/telemetry/catalogue.py. -->
 
 What every process serves on `/metrics`. How to scrape it, and what to look at: [monitoring.md](monitoring.md). Names
 end with their base unit; counters also with `_total`, and a histogram has the three series `_bucket`, `_sum` and

@@ -19,10 +19,10 @@ from chart_world import CHART, ROOT, Object, named, parse, render, render_text, 
 from redis import exceptions
 from redis.asyncio import Redis
 
+from jackpot.bus import TrajectoryBus
 from jackpot.config import BusConfig
 from jackpot.control_plane.jobs.redis_job_store import RedisJobStore
 from jackpot.control_plane.tokens import Scope, TokenFile
-from jackpot.runtime.bus import TrajectoryBus
 
 OWNED = {"annotations": {"meta.helm.sh/release-name": "jp", "meta.helm.sh/release-namespace": "ml"}}
 JOB_ID = "demo-1123-094051-1a2b3c4d"

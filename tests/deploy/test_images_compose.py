@@ -24,7 +24,7 @@ import redis
 import yaml
 from server_world import tiny_job
 
-from jackpot.runtime.bus.server import find_server_binary
+from jackpot.bus.server import find_server_binary
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"

@@ -52,7 +52,7 @@ def test_an_image_runs_without_privileges_and_says_how_it_is(target: str) -> Non
     assert found["COPY"] == f"--from=build-{target} /opt/jackpot /opt/jackpot"  # compilers and caches stay behind
     assert [rest for name, rest in instructions if name == "USER"] == ["10001:10001"]
     assert found["EXPOSE"] == PORTS[target]
-    assert found["HEALTHCHECK"].endswith('CMD ["python", "-m", "jackpot.runtime.probe"]')
+    assert found["HEALTHCHECK"].endswith('CMD ["python", "-m", "jackpot.rpc.probe"]')
     module = ["jackpot"] if PORTS[target] == "8700" else ["python", "-m", f"jackpot.{target}"]
     assert json.loads(found["ENTRYPOINT"]) == module
     asked = re.search(r"JACKPOT_PROBE_URL=\w+://[\d.]+:(\d+)/", found["ENV"])
@@ -163,7 +163,7 @@ def installed_with(extra: str) -> set[str]:
 @pytest.mark.parametrize(
     ("extra", "packages"),
     [
-        ("kubernetes", ["jackpot.control_plane", "jackpot.cli", "jackpot.runtime.bus"]),
+        ("kubernetes", ["jackpot.control_plane", "jackpot.cli", "jackpot.bus"]),
         ("orchestrator", ["jackpot.orchestrator", "jackpot.demo.task"]),
     ],
 )

@@ -13,6 +13,7 @@ from bus_world import make_group, make_scored
 from certificates import Authority
 from secured_redis import ROLES, SecuredRedis, secured_redis
 
+from jackpot.bus import TrajectoryBus
 from jackpot.config import BusConfig
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.control_plane.jobs.records import JobRecord, now
@@ -20,7 +21,6 @@ from jackpot.control_plane.jobs.redis_job_store import RedisJobStore
 from jackpot.control_plane.jobs.states import JobState
 from jackpot.control_plane.observing.bus_observer import BusObserver
 from jackpot.errors import BusError
-from jackpot.runtime.bus import TrajectoryBus
 from jackpot.trajectory import deferred
 
 JOB_ID = "tiny-1123-140645-b1bc4f0d"

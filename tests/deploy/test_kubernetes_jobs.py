@@ -13,7 +13,7 @@ import yaml
 from kubernetes_world import CLUSTER, Cluster, running_cluster
 from server_world import Server, jackpot, running_server, tiny_job
 
-from jackpot.runtime.bus.server import EmbeddedServer
+from jackpot.bus.server import EmbeddedServer
 
 MakeModel = Callable[..., Path]
 

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from jackpot.control_plane.jobs.states import JobState
 from jackpot.control_plane.service_metrics import ServiceMetrics
-from jackpot.runtime.metrics import Metrics, recording, serve_metrics
+from jackpot.telemetry import Metrics, recording, serve_metrics
 
 TESTS = sorted((Path(__file__).parent / "rules").glob("*.test.yaml"))
 JOB = "sick"

@@ -15,7 +15,7 @@ import yaml
 from monitoring_world import DASHBOARDS, ROOT, RULES, PanelQuery, panels, queries
 
 from jackpot.control_plane.service_metrics import CATALOGUE as CONTROL_PLANE
-from jackpot.runtime.metrics import CATALOGUE, MetricSpec
+from jackpot.telemetry import CATALOGUE, MetricSpec
 
 NAMES = ("bus", "job", "overview", "services")
 # What is neither ours nor made by our rules: Prometheus's own, the Python client's, vLLM's.

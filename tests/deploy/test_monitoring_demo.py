@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from server_world import running_server, tiny_job
 
 from jackpot.control_plane.service_metrics import CATALOGUE as CONTROL_PLANE
-from jackpot.runtime.metrics import ACTIVITIES, CATALOGUE, GpuCollector, serve_metrics
-from jackpot.runtime.metrics.catalogue import MetricSpec
+from jackpot.telemetry import ACTIVITIES, CATALOGUE, GpuCollector, serve_metrics
+from jackpot.telemetry.catalogue import MetricSpec
 
 WINDOW = "20s"
 JOB_SECONDS = 200.0  # for a job to start and train a few steps; a dozen are enough on an idle machine

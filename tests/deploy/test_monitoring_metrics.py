@@ -10,7 +10,7 @@ import pytest
 from monitoring_world import ROOT
 
 from jackpot.control_plane.service_metrics import CATALOGUE as CONTROL_PLANE
-from jackpot.runtime.metrics import CATALOGUE, LABELS, MetricSpec
+from jackpot.telemetry import CATALOGUE, LABELS, MetricSpec
 
 SPECS = (*CATALOGUE.values(), *CONTROL_PLANE.values())
 # Words that say another unit than the base unit, or what the client library says by itself.

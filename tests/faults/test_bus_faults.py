@@ -23,12 +23,12 @@ from bus_world import STORES, Job, bus_settings, ids, make_scored
 from cutting_proxy import cutting_proxy
 from redis.asyncio import Redis
 
+from jackpot.bus import Ledger, TrajectoryBus
+from jackpot.bus.client import BusClient
+from jackpot.bus.payload_format import encode_group, encode_scored
+from jackpot.bus.payloads import FilePayloads
+from jackpot.bus.server import EmbeddedServer
 from jackpot.errors import BusError, BusLostError, LeaseLostError
-from jackpot.runtime.bus import Ledger, TrajectoryBus
-from jackpot.runtime.bus.client import BusClient
-from jackpot.runtime.bus.payloads import FilePayloads
-from jackpot.runtime.bus.server import EmbeddedServer
-from jackpot.runtime.codec import encode_group, encode_scored
 from jackpot.trajectory import deferred
 
 NUM_GROUPS = 30
@@ -450,7 +450,7 @@ import asyncio, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[5])
 from bus_world import bus_settings, make_scored
-from jackpot.runtime.bus import TrajectoryBus
+from jackpot.bus import TrajectoryBus
 
 async def main(url, job_id, store, payload_dir):
     bus = await TrajectoryBus.connect(url, job_id, bus_settings(store), "0", Path(payload_dir))

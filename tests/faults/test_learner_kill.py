@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from jackpot.bus import TrajectoryBus
 from jackpot.config import JobSpec, parse_job
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.runtime.bus import TrajectoryBus
 from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan
 
 STEPS, GROUPS_PER_BATCH, CHECKPOINT_EVERY = 6, 2, 4

@@ -18,12 +18,12 @@ import pytest
 from redis.asyncio import Redis
 from scoring_world import World, make_world, sample_group, until
 
+from jackpot.bus import TrajectoryBus
+from jackpot.bus.server import EmbeddedServer
 from jackpot.config import JobSpec
 from jackpot.errors import BusError, DeadlineError
-from jackpot.runtime.bus import TrajectoryBus
-from jackpot.runtime.bus.server import EmbeddedServer
-from jackpot.runtime.process import STOPPED_EARLY
-from jackpot.runtime.rpc import open_channel, wait_ready
+from jackpot.process.service_process import STOPPED_EARLY
+from jackpot.rpc.transport import open_channel, wait_ready
 from jackpot.scorer.worker import ScorerWorker
 from jackpot.trajectory import Group, GroupKey
 

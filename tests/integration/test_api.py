@@ -18,7 +18,7 @@ from server_world import TINY_JOB, api
 from jackpot.control_plane.jobs.admission import Admission
 from jackpot.control_plane.jobs.states import JobState
 from jackpot.control_plane.tokens import Scope, TokenFile
-from jackpot.runtime.metrics import announce_metrics
+from jackpot.telemetry import announce_metrics
 
 YAML = {"Content-Type": "application/yaml"}
 JSON = {"Content-Type": "application/json"}

@@ -11,9 +11,9 @@ import pytest
 from bus_world import STORES, Job, bus_settings, eventually, ids, make_group, make_scored, plain
 from redis.asyncio import Redis
 
+from jackpot.bus import BusDepths, Ledger, TrajectoryBus, reader
+from jackpot.bus.payload_format import encode_scored
 from jackpot.errors import BusError, BusLostError, ConfigError, LeaseLostError, PayloadError
-from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus, reader
-from jackpot.runtime.codec import encode_scored
 from jackpot.trajectory import GroupKey, deferred
 
 

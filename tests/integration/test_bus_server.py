@@ -18,9 +18,9 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from jackpot.bus import TrajectoryBus
+from jackpot.bus.server import EmbeddedServer, find_server_binary
 from jackpot.errors import BusError, ConfigError
-from jackpot.runtime.bus import TrajectoryBus
-from jackpot.runtime.bus.server import EmbeddedServer, find_server_binary
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ async def test_two_servers_cannot_share_a_data_directory(server: EmbeddedServer,
 LAUNCHER = """
 import asyncio, sys, time
 from pathlib import Path
-from jackpot.runtime.bus.server import EmbeddedServer
+from jackpot.bus.server import EmbeddedServer
 server = EmbeddedServer(Path(sys.argv[1]))
 asyncio.run(server.start())
 print(server.pid, server.url, flush=True)

@@ -22,14 +22,14 @@ from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 from scripted_rollout import ScriptedRollout, start_scripted
 
+from jackpot.bus import TrajectoryBus
+from jackpot.bus.server import EmbeddedServer
 from jackpot.config import JobSpec, parse_job
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusLostError, DeadlineError, EngineError, JobFailedError
 from jackpot.orchestrator.service import serve
-from jackpot.runtime.bus import TrajectoryBus
-from jackpot.runtime.bus.server import EmbeddedServer
-from jackpot.runtime.process import STOPPED_EARLY
-from jackpot.runtime.weights import WeightStore
+from jackpot.process.service_process import STOPPED_EARLY
+from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import DEFERRED, Group, GroupKey, ScoredGroup, TokenScores
 
 JOB_ID = "job-1"

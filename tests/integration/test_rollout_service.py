@@ -13,10 +13,10 @@ import pytest
 import torch
 from rollout_world import RolloutWorld, generate_request, stop
 
-from jackpot.rollout.engines import has_vllm
-from jackpot.runtime.models import load_causal_lm
-from jackpot.runtime.rpc import open_channel
-from jackpot.runtime.wire import trajectory_from_proto
+from jackpot.compute.models import load_causal_lm
+from jackpot.rollout.engine_choice import has_vllm
+from jackpot.rpc.proto import trajectory_from_proto
+from jackpot.rpc.transport import open_channel
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
 
 PATIENCE = 20.0

@@ -16,15 +16,15 @@ import pytest
 from prometheus_client import CollectorRegistry
 from scoring_world import World, expected_scores, make_world, sample_group, until
 
+from jackpot.bus import TrajectoryBus
 from jackpot.config import JobSpec
 from jackpot.errors import DeadlineError, RequestRefusedError
-from jackpot.runtime.bus import TrajectoryBus
-from jackpot.runtime.metrics import Metrics
-from jackpot.runtime.rpc import call, open_channel, wait_ready
-from jackpot.runtime.wire import group_to_proto, scored_group_from_proto
+from jackpot.rpc.proto import group_to_proto, scored_group_from_proto
+from jackpot.rpc.transport import call, open_channel, wait_ready
 from jackpot.scorer.engine import ScoringEngine
 from jackpot.scorer.service import serve
 from jackpot.scorer.worker import ScorerWorker
+from jackpot.telemetry import Metrics
 from jackpot.trajectory import Group, ScoredGroup
 from jackpot.v1 import scoring_pb2, scoring_pb2_grpc, weights_pb2
 

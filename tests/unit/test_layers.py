@@ -10,7 +10,10 @@ import pytest
 import jackpot
 
 PACKAGE = Path(jackpot.__file__).parent
-LIGHT = ("config", "trajectory", "errors", "orchestrator", "control_plane", "cli")
+LIGHT = (
+    *("config", "trajectory", "errors", "orchestrator", "control_plane", "cli"),
+    *("bus", "storage", "rpc", "telemetry", "process"),
+)
 SERVICES = sorted({path.parent.name for path in PACKAGE.glob("*/__main__.py")} - {"control_plane", "demo", "replay"})
 HEAVY = ("torch", "transformers", "vllm")
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from unit.rollout.conftest import ask, full_logprobs, until, weights
 from vllm_world import EngineElsewhere, EngineThread, SharedVllm
 
+from jackpot.compute.models import load_causal_lm
 from jackpot.config import ModelConfig, RolloutConfig
-from jackpot.runtime.models import load_causal_lm
 
 __all__ = ["ask", "full_logprobs", "until", "weights"]
 

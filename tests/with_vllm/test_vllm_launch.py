@@ -9,7 +9,7 @@ import pytest
 
 from jackpot.config import ActorConfig, ModelConfig, RolloutConfig, VllmConfig
 from jackpot.errors import ConfigError
-from jackpot.rollout.vllm_launch import create_vllm_engine, engine_arguments, eos_token_ids, is_cpu_build
+from jackpot.rollout.vllm.launch import create_vllm_engine, engine_arguments, eos_token_ids, is_cpu_build
 
 MakeModel = Callable[..., Path]
 

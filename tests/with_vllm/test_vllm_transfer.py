@@ -15,12 +15,12 @@ import pytest
 import torch
 from rollout_world import RolloutWorld, generate_request
 
-from jackpot.learner.broadcast import Outcome, Sender, WeightBroadcaster
-from jackpot.learner.replica_client import ReplicaClient
-from jackpot.runtime.model_weights import copy_state
-from jackpot.runtime.models import load_causal_lm
-from jackpot.runtime.rpc import open_channel
-from jackpot.runtime.wire import trajectory_from_proto
+from jackpot.compute.model_weights import copy_state
+from jackpot.compute.models import load_causal_lm
+from jackpot.learner.publishing.broadcast import Outcome, Sender, WeightBroadcaster
+from jackpot.learner.publishing.replica_client import ReplicaClient
+from jackpot.rpc.proto import trajectory_from_proto
+from jackpot.rpc.transport import open_channel
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
 
 PATIENCE = 30.0
@@ -86,7 +86,7 @@ class Fleet:
 
 
 def _open_sender(client: ReplicaClient, host: str, port: int) -> Sender:
-    from jackpot.learner.vllm_sender import VllmSender
+    from jackpot.learner.publishing.vllm_sender import VllmSender
 
     device = torch.device("cpu")
     return VllmSender(client, transport="gloo", host=host, port=port, device=device, timeout_seconds=PATIENCE)

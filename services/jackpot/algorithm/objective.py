@@ -1,6 +1,6 @@
 """Token losses of policy and actor (paper eq. 5 and 6), as sums over tokens.
 
-A token's loss is multiplied by its share in the whole batch's loss (:func:`loss_shares`), so that the way a batch is
+A token's loss is multiplied by its share in the whole batch's loss (:func:`token_shares`), so that the way a batch is
 split into micro-batches changes nothing: sums of micro-batches add up to the batch's loss.
 """
 
@@ -44,7 +44,7 @@ def token_denominator(mask: Tensor, denominator: Literal["accepted", "all"]) -> 
     return torch.where(total > 0, total, torch.ones_like(total)).to(device=mask.device, dtype=torch.float32)
 
 
-def loss_shares(
+def token_shares(
     mask: Tensor,
     sequence_index: Tensor,
     *,
@@ -104,7 +104,7 @@ def policy_loss_sum(
             other values are.
         clip_low: ε below; None for no lower clip.
         clip_high: ε above; None for no upper clip.
-        shares: of :func:`loss_shares`, [tokens]; None for a plain sum.
+        shares: of :func:`token_shares`, [tokens]; None for a plain sum.
     """
     active = mask.detach() > 0
     # Selected before the exponential: 0 × inf would be nan, and a nan behind a mask still spoils the gradient.
@@ -148,7 +148,7 @@ def actor_loss_sum(
         cap: C > 0.
         clip_low: ε below, or None.
         clip_high: ε above, or None.
-        shares: of :func:`loss_shares`, [tokens]; None for a plain sum.
+        shares: of :func:`token_shares`, [tokens]; None for a plain sum.
     """
     weights = tis_weights(actor_reference_logprobs, sampled_logprobs, cap=cap).value
     everything = torch.ones_like(weights)

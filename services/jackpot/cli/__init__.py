@@ -13,7 +13,7 @@ import typer
 import jackpot
 from jackpot.cli import experimenting, local, planning, remote, replaying, serving
 from jackpot.errors import JackpotError
-from jackpot.runtime.logs import redact_url
+from jackpot.telemetry.logs import redact_url
 
 INSTALL = "This command needs more than the base package: pip install 'jackpot[local]'."
 

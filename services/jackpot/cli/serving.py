@@ -69,7 +69,7 @@ def serve(
     from jackpot.config.environment import redis_url_over_tls
     from jackpot.control_plane.jobs.admission import DEFAULT_TASKS, Admission
     from jackpot.control_plane.jobs.scheduler import SchedulingPolicy
-    from jackpot.control_plane.launch.launchers import Launchers
+    from jackpot.control_plane.launch.launcher_choice import Launchers
     from jackpot.control_plane.serve import serve as serve_until_stopped
     from jackpot.control_plane.settings import ServeSettings
     from jackpot.control_plane.tokens import TokenFile

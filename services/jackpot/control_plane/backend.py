@@ -9,13 +9,13 @@ import logging
 import os
 from collections.abc import AsyncIterator
 
+from jackpot.bus.server import EmbeddedServer
 from jackpot.control_plane.jobs.redis_job_store import RedisJobStore
 from jackpot.control_plane.jobs.scheduler import Scheduler
 from jackpot.control_plane.service_metrics import ServiceMetrics
 from jackpot.control_plane.settings import ServeSettings
 from jackpot.control_plane.tokens import TokenFile
 from jackpot.errors import ConfigError, JackpotError
-from jackpot.runtime.bus.server import EmbeddedServer
 
 LOG = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Where the processes of a job serve /metrics, in Prometheus's own format for service discovery.
 
-Each process writes one file once it has its port (:func:`jackpot.runtime.metrics.announce_metrics`): no port is picked
+Each process writes one file once it has its port (:func:`jackpot.telemetry.announce_metrics`): no port is picked
 for it that somebody else may take meanwhile.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jackpot.runtime.metrics import ADDRESSES
+from jackpot.telemetry import ADDRESSES
 
 
 def forget_targets(run_dir: Path) -> None:

@@ -17,7 +17,7 @@ from jackpot.control_plane.backend import Backend
 from jackpot.control_plane.certificate import follow_renewals
 from jackpot.control_plane.settings import ServeSettings
 from jackpot.errors import ConfigError
-from jackpot.runtime.logs import setup_logging
+from jackpot.telemetry.logs import setup_logging
 
 LOG = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The control plane's own metrics. Those of a job's processes have their home in ``jackpot.runtime.metrics``."""
+"""The control plane's own metrics. Those of a job's processes have their home in ``jackpot.telemetry``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.metadata import version
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 
 from jackpot.control_plane.jobs.states import JobState
-from jackpot.runtime.metrics import MetricSpec
+from jackpot.telemetry import MetricSpec
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")

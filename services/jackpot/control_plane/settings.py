@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jackpot.control_plane.jobs.admission import Admission
 from jackpot.control_plane.jobs.scheduler import SchedulingPolicy
-from jackpot.control_plane.launch.launchers import Launchers
+from jackpot.control_plane.launch.launcher_choice import Launchers
 from jackpot.errors import ConfigError
 
 MAX_BODY_BYTES = 256 << 10

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from jackpot.bus.server import dies_with
 from jackpot.demo.recipe import models_directory
 from jackpot.errors import JackpotError
 from jackpot.experiment.grid import Run
-from jackpot.runtime.bus.server import dies_with
 
 Report = Callable[[Run, Mapping[str, Any]], None]
 

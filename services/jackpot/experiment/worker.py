@@ -22,8 +22,8 @@ from jackpot.demo.recipe import RECIPES, Recipe, builtin_models_missing, cache_r
 from jackpot.demo.warmup import make_models
 from jackpot.errors import JackpotError
 from jackpot.experiment.grid import Run
-from jackpot.experiment.inline import InlineLoop, run_inline
 from jackpot.experiment.records import Result, make_result, write_result
+from jackpot.loop import Loop, run_loop
 
 PIPELINE = "from jackpot.cli import main; main()"
 
@@ -58,7 +58,7 @@ def make_run(run: Run, directory: Path) -> Result:
     if run.execution == "pipeline":
         return _pipeline(run, job, directory)
     started = time.process_time()
-    curve = run_inline(InlineLoop(job, staleness=run.staleness, scorer_staleness=run.scorer_staleness))
+    curve = run_loop(Loop(job, staleness=run.staleness, scorer_staleness=run.scorer_staleness))
     return make_result(run, curve.evaluations, curve.steps, time.process_time() - started, curve.failure)
 
 

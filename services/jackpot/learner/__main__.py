@@ -9,25 +9,25 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from jackpot.compute.ranks.launch import run_ranked_service
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import JackpotError
-from jackpot.runtime.process import STOPPED_EARLY, announce_ready
-from jackpot.runtime.ranks.launch import run_ranked_service
+from jackpot.process.service_process import STOPPED_EARLY, announce_ready
 
 if TYPE_CHECKING:
-    from jackpot.learner.checkpoint import CheckpointStore
+    from jackpot.learner.checkpoints.checkpoint import CheckpointStore
     from jackpot.learner.trainer import Trainer
 
 
 async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
     """Train to the last step: 0; stopped before that: 75."""
-    from jackpot.learner.checkpoint import CheckpointStore
-    from jackpot.learner.lead import LeadTrainer, follow
-    from jackpot.learner.own_groups import OwnGroups
-    from jackpot.learner.start import build_trainer
-    from jackpot.runtime.job_storage import stored_checkpoints
-    from jackpot.runtime.ranks.group import leave_ranks
+    from jackpot.compute.ranks.group import leave_ranks
+    from jackpot.learner.checkpoints.checkpoint import CheckpointStore
+    from jackpot.learner.models.start import build_trainer
+    from jackpot.learner.ranks.rank_groups import RankGroups
+    from jackpot.learner.ranks.rank_leader import LeadTrainer, follow
+    from jackpot.storage.job_storage import stored_checkpoints
 
     trainer, ranks = await asyncio.to_thread(build_trainer, environment, job)
     stored = stored_checkpoints(job, environment.job_id)
@@ -42,7 +42,7 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     try:
         if ranks.rank > 0:
             # A signal stops rank 0, which stops this one when it is done.
-            groups = OwnGroups(environment, job, asyncio.get_running_loop())
+            groups = RankGroups(environment, job, asyncio.get_running_loop())
             code = await asyncio.to_thread(follow, trainer, store, ranks, groups.read)
             await groups.close()
         else:
@@ -61,18 +61,18 @@ async def lead(
     environment: ServiceEnvironment, job: JobSpec, trainer: Trainer, store: CheckpointStore, stop: asyncio.Event
 ) -> int:
     """Rank 0, or the only process: read the bus, train, publish."""
-    from jackpot.learner.alarm_log import AlarmLog
-    from jackpot.learner.broadcast import connect_broadcaster
-    from jackpot.learner.manifests import ManifestLog
-    from jackpot.learner.publisher import WeightPublisher
+    from jackpot.bus import TrajectoryBus
+    from jackpot.bus.kept_trajectories import KeptTrajectories
+    from jackpot.learner.batches.manifests import ManifestLog
+    from jackpot.learner.publishing.broadcast import connect_broadcaster
+    from jackpot.learner.publishing.publisher import WeightPublisher
+    from jackpot.learner.reports.alarm_log import AlarmLog
+    from jackpot.learner.reports.step_log import StepLog
     from jackpot.learner.service import Learner
-    from jackpot.learner.step_log import StepLog
-    from jackpot.runtime.activity import Activity
-    from jackpot.runtime.bus import TrajectoryBus
-    from jackpot.runtime.job_storage import open_weight_store, payload_place
-    from jackpot.runtime.kept_trajectories import KeptTrajectories
-    from jackpot.runtime.metrics import Metrics
-    from jackpot.runtime.objects import observe_calls
+    from jackpot.storage.job_storage import open_weight_store, payload_place
+    from jackpot.storage.objects import observe_calls
+    from jackpot.telemetry import Metrics
+    from jackpot.telemetry.activity import Activity
 
     run_dir, metrics = environment.run_dir, Metrics(environment.job_id)
     observe_calls(metrics.observe_object_call)

@@ -14,15 +14,15 @@ from jackpot.algorithm.distillation import forward_kl
 from jackpot.algorithm.objective import actor_loss_sum, kl_penalty, policy_loss_sum
 from jackpot.algorithm.output_head import OutputHead
 from jackpot.algorithm.vocabulary import VocabularyScores, differentiable_token_logprobs, token_logprobs
+from jackpot.compute.forward import CompletionStates
+from jackpot.compute.models import output_head
+from jackpot.compute.ranks.partition import MicroRows
+from jackpot.compute.ranks.sharding import release
 from jackpot.config import JobSpec
-from jackpot.learner.batch import Batch, TokenArrays
-from jackpot.learner.controls import Controls
-from jackpot.learner.step_metrics import StepMeter
-from jackpot.learner.token_weights import TokenWeights
-from jackpot.runtime.forward import CompletionStates
-from jackpot.runtime.models import output_head
-from jackpot.runtime.ranks.partition import MicroRows
-from jackpot.runtime.ranks.sharding import release
+from jackpot.learner.lambda_control import Controls
+from jackpot.learner.reports.step_metrics import StepMeter
+from jackpot.scoring.batch import Batch, TokenArrays
+from jackpot.scoring.token_weights import TokenWeights
 from jackpot.trajectory import Role
 
 

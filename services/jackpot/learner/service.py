@@ -17,20 +17,20 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
+from jackpot.bus import TrajectoryBus
+from jackpot.bus.kept_trajectories import KeptTrajectories
 from jackpot.config import JobSpec
 from jackpot.errors import BusError
-from jackpot.learner.alarm_log import AlarmLog
-from jackpot.learner.background import BackgroundWork
-from jackpot.learner.batch import Batch, build_batch
-from jackpot.learner.checkpoint import CheckpointStore, PendingCheckpoint, Progress
-from jackpot.learner.collector import BatchCollector
-from jackpot.learner.manifests import Manifest, ManifestLog
-from jackpot.learner.publisher import WeightPublisher
-from jackpot.learner.step_log import StepLog
+from jackpot.learner.batches.collector import BatchCollector
+from jackpot.learner.batches.manifests import Manifest, ManifestLog
+from jackpot.learner.checkpoints.checkpoint import CheckpointStore, PendingCheckpoint, Progress
+from jackpot.learner.publishing.background import BackgroundWork
+from jackpot.learner.publishing.publisher import WeightPublisher
+from jackpot.learner.reports.alarm_log import AlarmLog
+from jackpot.learner.reports.step_log import StepLog
 from jackpot.learner.trainer import Trainer
-from jackpot.runtime.activity import Activity
-from jackpot.runtime.bus import TrajectoryBus
-from jackpot.runtime.kept_trajectories import KeptTrajectories
+from jackpot.scoring.batch import Batch, build_batch
+from jackpot.telemetry.activity import Activity
 from jackpot.trajectory import ScoredGroup
 
 LOG = logging.getLogger(__name__)

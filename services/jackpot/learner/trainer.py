@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jackpot.algorithm.objective import loss_shares
+from jackpot.algorithm.objective import token_shares
 from jackpot.algorithm.vocabulary import token_logprobs
+from jackpot.compute.models import output_head
+from jackpot.compute.ranks.group import SOLO, Ranks
+from jackpot.compute.ranks.partition import MicroRows, plan_passes
+from jackpot.compute.ranks.sharding import release
 from jackpot.config import JobSpec
-from jackpot.learner.batch import Batch
 from jackpot.learner.joint_loss import JointLoss, MicroBatch
-from jackpot.learner.optimizer import clip_gradients
-from jackpot.learner.policy_target import ScoringPass, policy_target_weights
-from jackpot.learner.profiling import StepProfiler
-from jackpot.learner.reused_reference import OwnReference, own_reference
+from jackpot.learner.models.optimizer import clip_gradients
+from jackpot.learner.models.trained_models import TrainedModels
+from jackpot.learner.reports.profiling import StepProfiler
+from jackpot.learner.reports.step_metrics import StepMeter
 from jackpot.learner.schedule import learning_rate_factor
-from jackpot.learner.step_metrics import StepMeter
-from jackpot.learner.token_weights import TokenWeights, reference_target_weights
-from jackpot.learner.trained_models import TrainedModels
-from jackpot.runtime.models import output_head
-from jackpot.runtime.ranks.group import SOLO, Ranks
-from jackpot.runtime.ranks.partition import MicroRows, plan_passes
-from jackpot.runtime.ranks.sharding import release
+from jackpot.scoring.batch import Batch
+from jackpot.scoring.policy_target import ScoringPass, policy_target_weights
+from jackpot.scoring.reused_reference import OwnReference, own_reference
+from jackpot.scoring.token_weights import TokenWeights, reference_target_weights
 
 LOG = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class Trainer(TrainedModels):
     def _shares(self, batch: Batch, mask: Tensor) -> Tensor:
         """What each token's loss is multiplied by, [N]: alike within a sequence, and rank 0's, which has all masks."""
         algorithm = self._job.algorithm
-        shares = loss_shares(
+        shares = token_shares(
             mask,
             batch.tokens.sequence_index,
             denominator=algorithm.denominator,

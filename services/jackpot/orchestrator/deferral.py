@@ -6,9 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from jackpot.compute.model_inputs import check_group
 from jackpot.config import JackpotCorrection, JobSpec
 from jackpot.errors import ConfigError
-from jackpot.runtime.model_inputs import check_group
 from jackpot.trajectory import Group, ScoredGroup, deferred
 
 

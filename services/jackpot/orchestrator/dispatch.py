@@ -15,6 +15,8 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
+from jackpot.bus import TrajectoryBus
+from jackpot.bus.coalesce import all_ended
 from jackpot.config import JobSpec
 from jackpot.errors import (
     ConfigError,
@@ -32,11 +34,9 @@ from jackpot.orchestrator.slots import SlotBook
 from jackpot.orchestrator.tasks import Item, Task
 from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
-from jackpot.runtime.activity import Activity
-from jackpot.runtime.bus import TrajectoryBus
-from jackpot.runtime.bus.together import all_ended
-from jackpot.runtime.metrics import Metrics
-from jackpot.runtime.wire import ids_to_bytes
+from jackpot.rpc.proto import ids_to_bytes
+from jackpot.telemetry import Metrics
+from jackpot.telemetry.activity import Activity
 from jackpot.trajectory import Group, GroupKey, Trajectory
 from jackpot.v1 import rollout_pb2
 

@@ -26,8 +26,8 @@ from jackpot.orchestrator.rewards import RewardPool
 from jackpot.orchestrator.tasks import Item
 from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
-from jackpot.runtime.metrics import Metrics
-from jackpot.runtime.wire import ids_to_bytes
+from jackpot.rpc.proto import ids_to_bytes
+from jackpot.telemetry import Metrics
 from jackpot.trajectory import Trajectory
 from jackpot.v1 import rollout_pb2
 

@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from jackpot.bus import Ledger, TrajectoryBus
 from jackpot.orchestrator.replicas import ReplicaPool
 from jackpot.orchestrator.versions import VersionWatch
-from jackpot.runtime.bus import Ledger, TrajectoryBus
-from jackpot.runtime.metrics import Metrics
+from jackpot.telemetry import Metrics
 
 LOOK_SECONDS = 1.0
 

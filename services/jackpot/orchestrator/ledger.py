@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from jackpot.bus import TerminalRecord
 from jackpot.errors import JackpotError
 from jackpot.orchestrator.slots import TerminalState
-from jackpot.runtime.bus import TerminalRecord
 from jackpot.trajectory import GroupKey
 
 

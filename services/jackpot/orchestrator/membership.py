@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jackpot.orchestrator.replicas import ReplicaPool
-from jackpot.runtime.scaling import announced_rollouts, wanted_replicas
+from jackpot.process.scaling import announced_rollouts, wanted_replicas
 
 LOG = logging.getLogger(__name__)
 

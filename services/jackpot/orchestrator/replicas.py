@@ -18,8 +18,8 @@ from jackpot.errors import (
     RequestRefusedError,
     WeightError,
 )
-from jackpot.runtime.rpc import READINESS, call, wait_ready
-from jackpot.runtime.wire import trajectory_from_proto
+from jackpot.rpc.proto import trajectory_from_proto
+from jackpot.rpc.transport import READINESS, call, wait_ready
 from jackpot.trajectory import Trajectory
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
 

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 
+from jackpot.bus import TerminalRecord, TrajectoryBus
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusError, BusLostError, DeadlineError
@@ -19,21 +20,20 @@ from jackpot.orchestrator.evaluation import EvaluationLog, PolicyEvaluation
 from jackpot.orchestrator.failures import first_error
 from jackpot.orchestrator.gauges import JobGauges
 from jackpot.orchestrator.ledger import LedgerFile
+from jackpot.orchestrator.ledger_sync import LedgerSync
 from jackpot.orchestrator.membership import RolloutMembership
-from jackpot.orchestrator.mirror import LedgerMirror
 from jackpot.orchestrator.replicas import ReplicaPool
 from jackpot.orchestrator.rewards import RewardPool
 from jackpot.orchestrator.slots import SlotBook
 from jackpot.orchestrator.tasks import build_task
 from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
-from jackpot.runtime.activity import Activity
-from jackpot.runtime.bus import TerminalRecord, TrajectoryBus
-from jackpot.runtime.job_storage import open_weight_store, payload_place
-from jackpot.runtime.metrics import Metrics
-from jackpot.runtime.objects import observe_calls
-from jackpot.runtime.process import STOPPED_EARLY, announce_ready
-from jackpot.runtime.rpc import open_channel
+from jackpot.process.service_process import STOPPED_EARLY, announce_ready
+from jackpot.rpc.transport import open_channel
+from jackpot.storage.job_storage import open_weight_store, payload_place
+from jackpot.storage.objects import observe_calls
+from jackpot.telemetry import Metrics
+from jackpot.telemetry.activity import Activity
 from jackpot.trajectory import GroupKey
 
 LOG = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class Orchestrator:
             metrics=metrics,
             activity=self._activity,
         )
-        self._mirror = LedgerMirror(bus, self._ledger, self._book, metrics, self._dispatcher.slots_changed)
+        self._mirror = LedgerSync(bus, self._ledger, self._book, metrics, self._dispatcher.slots_changed)
         self._gauges = JobGauges(bus, self._versions, replicas, run_dir, metrics)
         self._evaluation = PolicyEvaluation(
             job=job,

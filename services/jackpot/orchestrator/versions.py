@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Collection, Mapping
 
 from jackpot.errors import DeadlineError
-from jackpot.runtime.weights import WeightStore
+from jackpot.storage.weights import WeightStore
 
 UNPUBLISHED = -1
 GLANCE_SECONDS = 0.005

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance_uniforms
+from jackpot.bus.kept_trajectories import KeptTrajectories
 from jackpot.config import JackpotCorrection, JobSpec
 from jackpot.errors import ConfigError, WeightError
-from jackpot.learner.batch import Batch, TokenArrays, build_batch
-from jackpot.learner.step_metrics import mismatch_figures
-from jackpot.learner.token_weights import reference_target_weights
+from jackpot.learner.reports.step_metrics import mismatch_figures
 from jackpot.replay.vocabulary_pass import PerLambda, StoredModel, VocabularyPass, vocabulary_pass
-from jackpot.runtime.kept_trajectories import KeptTrajectories
+from jackpot.scoring.batch import Batch, TokenArrays, build_batch
+from jackpot.scoring.token_weights import reference_target_weights
 from jackpot.trajectory import DEFERRED, ScoredGroup
 
 LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0)

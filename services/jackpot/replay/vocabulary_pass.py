@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from jackpot.algorithm.diagnostics import exact_kl_before_and_after
 from jackpot.algorithm.normalizer import Candidates, NormalizerName, estimate_normalizer, full_normalizer
 from jackpot.algorithm.vocabulary import iterate_logprobs
+from jackpot.compute.forward import completion_hidden
+from jackpot.compute.model_weights import load_state
+from jackpot.compute.models import load_causal_lm, output_head, resolve_device
 from jackpot.config import JobSpec
-from jackpot.runtime.forward import completion_hidden
-from jackpot.runtime.job_storage import weight_store_of_run
-from jackpot.runtime.model_weights import load_state
-from jackpot.runtime.models import load_causal_lm, output_head, resolve_device
+from jackpot.storage.job_storage import weight_store_of_run
 from jackpot.trajectory import Role, ScoredGroup
 
 

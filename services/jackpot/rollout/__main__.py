@@ -6,7 +6,7 @@ import asyncio
 
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.runtime.process import run_service
+from jackpot.process.service_process import run_service
 
 
 async def _main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:

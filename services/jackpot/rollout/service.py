@@ -10,17 +10,17 @@ import grpc
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import DeadlineError
+from jackpot.process.scaling import announce_rollout, withdraw_rollout
+from jackpot.process.service_process import EVALUATOR, announce_ready
 from jackpot.rollout.engine import RolloutEngine
-from jackpot.rollout.engines import create_engine
+from jackpot.rollout.engine_choice import create_engine
 from jackpot.rollout.servicer import SERVICE_NAME, RolloutServicer
 from jackpot.rollout.weight_follower import WeightFollower
-from jackpot.runtime.activity import Activity
-from jackpot.runtime.job_storage import open_weight_store
-from jackpot.runtime.metrics import Metrics
-from jackpot.runtime.objects import observe_calls
-from jackpot.runtime.process import EVALUATOR, announce_ready
-from jackpot.runtime.rpc import RpcServer, create_server
-from jackpot.runtime.scaling import announce_rollout, withdraw_rollout
+from jackpot.rpc.transport import RpcServer, create_server
+from jackpot.storage.job_storage import open_weight_store
+from jackpot.storage.objects import observe_calls
+from jackpot.telemetry import Metrics
+from jackpot.telemetry.activity import Activity
 from jackpot.v1 import rollout_pb2_grpc
 
 LOG = logging.getLogger(__name__)

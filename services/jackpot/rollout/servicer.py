@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from jackpot.errors import ConfigError
 from jackpot.rollout.engine import GroupRequest, RolloutEngine, Sampling, WeightReceiver
 from jackpot.rollout.weight_follower import WeightFollower
-from jackpot.runtime.activity import Activity
-from jackpot.runtime.wire import ids_from_bytes, trajectory_to_proto
+from jackpot.rpc.proto import ids_from_bytes, trajectory_to_proto
+from jackpot.telemetry.activity import Activity
 from jackpot.trajectory import Role
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from jackpot.errors import DeadlineError, WeightError, WeightMissingError
 from jackpot.rollout.engine import RolloutEngine
-from jackpot.runtime.weights import WeightStore
+from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import Role
 
 LOG = logging.getLogger(__name__)

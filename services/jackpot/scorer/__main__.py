@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 
+from jackpot.compute.ranks.launch import run_ranked_service
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError, JackpotError
-from jackpot.runtime.ranks.launch import run_ranked_service
 
 
 async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
@@ -18,8 +18,8 @@ async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Even
     if not job.scorer_replicas:
         problem = "leaves the scores to the learner, so that there is nothing to do for a scorer"
         raise ConfigError("scorer.reuse_reference", True, problem, "Start none, or leave reuse_reference out.")
-    from jackpot.runtime.ranks.group import leave_ranks
-    from jackpot.scorer.members import meet_members
+    from jackpot.compute.ranks.group import leave_ranks
+    from jackpot.scorer.ranked_scorer import meet_members
     from jackpot.scorer.service import serve, weight_store
 
     members = await asyncio.to_thread(meet_members, environment, job)

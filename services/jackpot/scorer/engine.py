@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from jackpot.errors import DeadlineError
-from jackpot.runtime.activity import Activity
-from jackpot.runtime.metrics import Metrics
-from jackpot.scorer.scoring import GroupScorer
 from jackpot.scorer.target import PendingWeights, TargetPolicy
+from jackpot.scoring.group_scorer import GroupScorer
+from jackpot.telemetry import Metrics
+from jackpot.telemetry.activity import Activity
 from jackpot.trajectory import Group, ScoredGroup
 
 LOG = logging.getLogger(__name__)

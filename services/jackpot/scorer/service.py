@@ -9,21 +9,21 @@ from typing import Any
 
 import grpc
 
+from jackpot.bus import TrajectoryBus
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusError, ConfigError, DeadlineError
-from jackpot.runtime.activity import Activity
-from jackpot.runtime.bus import TrajectoryBus
-from jackpot.runtime.job_storage import open_weight_store, payload_place
-from jackpot.runtime.metrics import Metrics
-from jackpot.runtime.objects import observe_calls
-from jackpot.runtime.process import announce_ready
-from jackpot.runtime.rpc import create_server
-from jackpot.runtime.weights import WeightStore
+from jackpot.process.service_process import announce_ready
+from jackpot.rpc.transport import create_server
 from jackpot.scorer.engine import ScoringEngine
-from jackpot.scorer.members import ALONE, Members
+from jackpot.scorer.ranked_scorer import ALONE, Members
 from jackpot.scorer.servicer import SERVICE_NAME, ScoringServicer
 from jackpot.scorer.worker import ScorerWorker
+from jackpot.storage.job_storage import open_weight_store, payload_place
+from jackpot.storage.objects import observe_calls
+from jackpot.storage.weights import WeightStore
+from jackpot.telemetry import Metrics
+from jackpot.telemetry.activity import Activity
 from jackpot.v1 import scoring_pb2_grpc
 
 CONNECT_PAUSE_SECONDS = 0.5

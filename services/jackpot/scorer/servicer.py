@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jackpot.runtime.wire import group_from_proto, scored_group_to_proto
+from jackpot.rpc.proto import group_from_proto, scored_group_to_proto
 from jackpot.scorer.engine import ScoringEngine
 from jackpot.v1 import scoring_pb2, scoring_pb2_grpc, weights_pb2
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from jackpot.compute.models import load_causal_lm, output_head, resolve_device
+from jackpot.compute.ranks.group import SOLO, Ranks
+from jackpot.compute.ranks.held_tensors import HeldTensors
+from jackpot.compute.ranks.loading import load_on_ranks
+from jackpot.compute.ranks.sharding import release, shard
 from jackpot.config import ModelConfig
 from jackpot.errors import WeightCorruptError, WeightError, WeightMissingError
-from jackpot.runtime.models import load_causal_lm, output_head, resolve_device
-from jackpot.runtime.ranks.group import SOLO, Ranks
-from jackpot.runtime.ranks.held_tensors import HeldTensors
-from jackpot.runtime.ranks.loading import load_on_ranks
-from jackpot.runtime.ranks.sharding import release, shard
-from jackpot.runtime.weights import WeightStore
+from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import Role
 
 LOG = logging.getLogger(__name__)

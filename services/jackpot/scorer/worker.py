@@ -7,6 +7,9 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
+from jackpot.bus import Delivery, TrajectoryBus
+from jackpot.bus.coalesce import all_ended
+from jackpot.compute.ranks.group import RankLostError
 from jackpot.config import JobSpec
 from jackpot.errors import (
     BusError,
@@ -17,9 +20,6 @@ from jackpot.errors import (
     PayloadError,
     WeightMissingError,
 )
-from jackpot.runtime.bus import Delivery, TrajectoryBus
-from jackpot.runtime.bus.together import all_ended
-from jackpot.runtime.ranks.group import RankLostError
 from jackpot.scorer.engine import ScoringEngine
 from jackpot.trajectory import Group, ScoredGroup
 

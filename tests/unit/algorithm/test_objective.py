@@ -14,9 +14,9 @@ from jackpot.algorithm.objective import (
     TokenLoss,
     actor_loss_sum,
     kl_penalty,
-    loss_shares,
     policy_loss_sum,
     token_denominator,
+    token_shares,
 )
 from jackpot.algorithm.obrs import jackpot_weights
 
@@ -259,7 +259,7 @@ def test_shares_by_hand(
     denominator: Literal["accepted", "all"],
     expected: list[float],
 ) -> None:
-    shares = loss_shares(MASK, SEQUENCES, denominator=denominator, normalization=normalization, constant_length=10)
+    shares = token_shares(MASK, SEQUENCES, denominator=denominator, normalization=normalization, constant_length=10)
     torch.testing.assert_close(shares, torch.tensor(expected))
 
 
@@ -267,7 +267,7 @@ def test_shares_by_hand(
 def test_shares_of_a_batch_without_an_accepted_token_are_finite(
     normalization: Literal["token", "sequence", "constant"],
 ) -> None:
-    shares = loss_shares(torch.zeros(6), SEQUENCES, denominator="accepted", normalization=normalization)
+    shares = token_shares(torch.zeros(6), SEQUENCES, denominator="accepted", normalization=normalization)
     assert shares.isfinite().all()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jackpot.algorithm.advantage import AdvantageName, estimate_advantages
 from jackpot.algorithm.correction import Weights, icepop_weights, is_weights, mis_weights, tis_weights
-from jackpot.algorithm.objective import kl_penalty, loss_shares
+from jackpot.algorithm.objective import kl_penalty, token_shares
 
 LENGTHS = (1, 3, 7, 12)
 
@@ -140,7 +140,7 @@ def test_loss_normalization(
     if normalization == "constant":
         mask = torch.ones_like(mask)  # ours rescales by the accepted fraction, which theirs does not know
     expected = algorithms.agg_loss(padded(losses), padded(mask), mode, loss_scale_factor=10)
-    shares = loss_shares(mask, sequences, denominator="accepted", normalization=normalization, constant_length=10)
+    shares = token_shares(mask, sequences, denominator="accepted", normalization=normalization, constant_length=10)
     torch.testing.assert_close((losses * mask * shares).sum(), expected)
 
 

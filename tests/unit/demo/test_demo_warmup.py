@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from jackpot.compute.models import load_causal_lm
 from jackpot.demo.recipe import COMPLEMENT, Recipe, models_directory
 from jackpot.demo.warmup import make_models
-from jackpot.runtime.models import load_causal_lm
 
 TINY = replace(COMPLEMENT, policy=replace(COMPLEMENT.policy, steps=3), actor=replace(COMPLEMENT.actor, steps=3))
 

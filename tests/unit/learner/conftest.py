@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance_uniforms
+from jackpot.compute.models import load_causal_lm
 from jackpot.config import JobSpec, parse_job
 from jackpot.learner.trainer import Trainer
-from jackpot.runtime.models import load_causal_lm
 from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan
 
 VOCABULARY = 49

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
+from jackpot.bus.payload_format import decode_scored, encode_scored
+from jackpot.compute.models import load_causal_lm
 from jackpot.config import JobSpec
 from jackpot.errors import ConfigError
-from jackpot.learner.batch import build_batch
 from jackpot.learner.trainer import Trainer
 from jackpot.orchestrator.deferral import Deferral
-from jackpot.runtime.codec import decode_scored, encode_scored
-from jackpot.runtime.models import load_causal_lm
-from jackpot.scorer.scoring import GroupScorer
+from jackpot.scoring.batch import build_batch
+from jackpot.scoring.group_scorer import GroupScorer
 from jackpot.trajectory import ScoredGroup
 
 REUSE = "scorer.reuse_reference=true"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from jackpot.compute.models import load_causal_lm
 from jackpot.config import JobSpec
-from jackpot.learner.batch import build_batch
-from jackpot.runtime.models import load_causal_lm
+from jackpot.scoring.batch import build_batch
 from jackpot.trajectory import ScoredGroup, TokenScores, Trajectory
 
 from .conftest import MakeGroups, MakeJob, MakeTrainer, full_logprobs

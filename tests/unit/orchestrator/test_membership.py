@@ -13,9 +13,9 @@ from scripted_rollout import ScriptedRollout, start_scripted
 
 from jackpot.orchestrator.membership import RolloutMembership
 from jackpot.orchestrator.replicas import ReplicaPool
-from jackpot.runtime.rpc import open_channel
-from jackpot.runtime.scaling import announce_rollout, set_wanted_replicas, withdraw_rollout
-from jackpot.runtime.wire import ids_to_bytes
+from jackpot.process.scaling import announce_rollout, set_wanted_replicas, withdraw_rollout
+from jackpot.rpc.proto import ids_to_bytes
+from jackpot.rpc.transport import open_channel
 from jackpot.v1 import rollout_pb2
 
 DEADLINE_SECONDS = 20.0

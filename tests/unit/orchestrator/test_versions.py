@@ -11,7 +11,7 @@ import pytest
 
 from jackpot.errors import DeadlineError
 from jackpot.orchestrator.versions import VersionWatch
-from jackpot.runtime.weights import WeightStore
+from jackpot.storage.weights import WeightStore
 
 HOUR = 3600.0
 

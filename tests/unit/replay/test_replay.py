@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from scoring_world import World, make_world, sample_group
 
+from jackpot.bus.kept_trajectories import KeptTrajectories
 from jackpot.config import JobSpec
 from jackpot.errors import ConfigError
-from jackpot.learner.batch import build_batch
-from jackpot.learner.step_metrics import mismatch_figures
-from jackpot.learner.token_weights import reference_target_weights
+from jackpot.learner.reports.step_metrics import mismatch_figures
 from jackpot.replay.replay import LAMBDAS, replay
-from jackpot.runtime.kept_trajectories import KeptTrajectories
-from jackpot.scorer.scoring import GroupScorer, needs_actor
 from jackpot.scorer.target import ActorVersions, TargetPolicy
+from jackpot.scoring.batch import build_batch
+from jackpot.scoring.group_scorer import GroupScorer, needs_actor
+from jackpot.scoring.token_weights import reference_target_weights
 from jackpot.trajectory import ScoredGroup
 
 TOP_K = 6

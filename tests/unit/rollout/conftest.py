@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from jackpot.compute.model_weights import save_weights
+from jackpot.compute.models import load_causal_lm
 from jackpot.rollout.engine import GroupRequest, RolloutEngine, Sampling
-from jackpot.rollout.transformers_engine import TransformersEngine
-from jackpot.runtime.model_weights import save_weights
-from jackpot.runtime.models import load_causal_lm
+from jackpot.rollout.transformers.engine import TransformersEngine
 
 MakeModel = Callable[..., Path]
 StartEngine = Callable[..., RolloutEngine]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from rollout_world import publish_damaged
 
+from jackpot.compute.model_weights import save_weights
+from jackpot.compute.models import load_causal_lm
 from jackpot.errors import DeadlineError
 from jackpot.rollout.engine import RolloutEngine
 from jackpot.rollout.weight_follower import WeightFollower
-from jackpot.runtime.model_weights import save_weights
-from jackpot.runtime.models import load_causal_lm
-from jackpot.runtime.weights import WeightStore
+from jackpot.storage.weights import WeightStore
 
 PATIENCE = 10.0
 

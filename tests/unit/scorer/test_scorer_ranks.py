@@ -10,11 +10,11 @@ import torch
 from scoring_ranks import make_newest, score_on_ranks
 from scoring_world import World, make_world, sample_group
 
+from jackpot.compute.ranks.group import leave_ranks
+from jackpot.compute.ranks.held_tensors import HeldTensors
 from jackpot.config import JobSpec, parse_job
 from jackpot.errors import ConfigError, WeightCorruptError
-from jackpot.runtime.ranks.group import leave_ranks
-from jackpot.runtime.ranks.held_tensors import HeldTensors
-from jackpot.scorer.members import ALONE, meet_members
+from jackpot.scorer.ranked_scorer import ALONE, meet_members
 from jackpot.trajectory import EXACT_KL, Group, ScoredGroup
 
 FIGURES = ("target_logprobs", "acceptance_probs", "normalizer_head", "normalizer_tail", "topk_mass")

@@ -25,7 +25,7 @@ from jackpot.errors import (
     JobStateError,
     ObjectUnavailableError,
 )
-from jackpot.runtime.logs import redact_url
+from jackpot.telemetry.logs import redact_url
 
 LOG = logging.getLogger(__name__)
 

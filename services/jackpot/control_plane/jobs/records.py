@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from jackpot.control_plane.jobs.states import JobState
-from jackpot.runtime.scaling import MAX_ROLLOUT_REPLICAS
+from jackpot.process.scaling import MAX_ROLLOUT_REPLICAS
 
 JOB_ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 LABEL_PATTERN = r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?$"

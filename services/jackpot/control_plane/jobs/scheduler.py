@@ -18,13 +18,13 @@ from jackpot.config import parse_job
 from jackpot.control_plane.jobs.job_store import JobStore
 from jackpot.control_plane.jobs.records import JobRecord, Progress, is_job_id, now
 from jackpot.control_plane.jobs.states import JobState
-from jackpot.control_plane.launch.launchers import Launchers
+from jackpot.control_plane.launch.launcher_choice import Launchers
 from jackpot.control_plane.observing.jsonl_tail import JsonlTail
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.sessions.scaling import request_scale
 from jackpot.control_plane.sessions.session import Session
 from jackpot.errors import JackpotError, JobNotFoundError, JobStateError
-from jackpot.runtime.job_storage import objects_of_run
+from jackpot.storage.job_storage import objects_of_run
 
 LOG = logging.getLogger(__name__)
 

@@ -12,20 +12,20 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from jackpot.bus import TrajectoryBus
+from jackpot.bus.server import EmbeddedServer, dies_with
 from jackpot.config import JobSpec
 from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.launch.local_processes import ROLLOUT, LocalPlan, LocalProcess
+from jackpot.control_plane.launch.operator_settings import VARIABLES, OperatorSettings
 from jackpot.control_plane.launch.socket_directory import close_socket_directory, open_socket_directory
 from jackpot.control_plane.launch.supervision import Deaths, told
-from jackpot.control_plane.launch.surroundings import VARIABLES, Surroundings
 from jackpot.control_plane.run_directory import RunDirectory, last_lines
 from jackpot.control_plane.scrape_targets import forget_target, forget_targets
 from jackpot.errors import ConfigError, JackpotError
-from jackpot.runtime.bus import TrajectoryBus
-from jackpot.runtime.bus.server import EmbeddedServer, dies_with
-from jackpot.runtime.job_storage import payload_place
-from jackpot.runtime.process import EVALUATOR
-from jackpot.runtime.scaling import forget_rollouts, withdraw_rollout
+from jackpot.process.scaling import forget_rollouts, withdraw_rollout
+from jackpot.process.service_process import EVALUATOR
+from jackpot.storage.job_storage import payload_place
 
 # A SIGTERM asks every process to finish its current unit of work; after this long it is ended.
 GRACE_SECONDS = 6.0
@@ -63,10 +63,10 @@ class LocalLauncher:
         ConfigError: the surroundings cannot be.
     """
 
-    def __init__(self, run: RunDirectory, job: JobSpec, surroundings: Surroundings | None = None) -> None:
+    def __init__(self, run: RunDirectory, job: JobSpec, surroundings: OperatorSettings | None = None) -> None:
         self._run = run
         self._job = job
-        self._surroundings = surroundings or Surroundings.from_env()
+        self._surroundings = surroundings or OperatorSettings.from_env()
         external = job.bus.url or self._surroundings.bus_url
         self._server = EmbeddedServer(run.path / "redis") if external is None else None
         self._server_watch = _ServerWatch(Deaths(job.run.max_restarts))

@@ -15,10 +15,10 @@ from typing import Any
 
 from jackpot.control_plane.observing.archive_members import FileMember, Member, ObjectMember
 from jackpot.errors import JobNotFoundError, ObjectMissingError
-from jackpot.runtime.job_storage import objects_of_run
-from jackpot.runtime.latest_checkpoint import LATEST, STEP_NAME, by_preference, read_latest
-from jackpot.runtime.object_directories import ObjectDirectories
-from jackpot.runtime.objects import Objects
+from jackpot.storage.job_storage import objects_of_run
+from jackpot.storage.latest_checkpoint import LATEST, STEP_NAME, by_preference, read_latest
+from jackpot.storage.object_directories import ObjectDirectories
+from jackpot.storage.objects import Objects
 
 EXPORT = "export"
 NAME_PATTERN = r"^(export|latest|[0-9]{8})$"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from jackpot.errors import ObjectCorruptError
-from jackpot.runtime.objects import Objects
-from jackpot.runtime.weight_manifest import WeightFile
+from jackpot.storage.objects import Objects
+from jackpot.storage.weight_manifest import WeightFile
 
 CHUNK_BYTES = 1 << 18
 

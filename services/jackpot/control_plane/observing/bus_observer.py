@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+from jackpot.bus import BusDepths, Ledger, TrajectoryBus
 from jackpot.config import BusConfig
 from jackpot.errors import BusError, ConfigError
-from jackpot.runtime.bus import BusDepths, Ledger, TrajectoryBus
-from jackpot.runtime.objects import Objects
+from jackpot.storage.objects import Objects
 
 ANSWER_SECONDS = 1.5
 

@@ -12,8 +12,8 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from jackpot.bus import BusDepths, Ledger
 from jackpot.control_plane.run_directory import Row
-from jackpot.runtime.bus import BusDepths, Ledger
 
 PLAIN_SECONDS = 5.0
 

@@ -14,7 +14,7 @@ from jackpot.control_plane.observing.recorder import TELEMETRY
 from jackpot.control_plane.observing.samples import SAMPLES
 from jackpot.control_plane.run_directory import Row
 from jackpot.errors import JobNotFoundError
-from jackpot.runtime.logs import redact_url
+from jackpot.telemetry.logs import redact_url
 
 SERVICE_PATTERN = r"^[a-z]+(-[0-9]{1,4})?$"
 MAX_LOG_BYTES = 1 << 20

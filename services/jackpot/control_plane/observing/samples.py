@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jackpot.bus.payload_format import decode_scored
 from jackpot.config import JobSpec
 from jackpot.errors import PayloadError
-from jackpot.runtime.codec import decode_scored
 from jackpot.trajectory import ScoredGroup
 
 SAMPLES = "samples.jsonl"

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from jackpot.bus import Ledger
 from jackpot.config import JobSpec
 from jackpot.control_plane.launch.launcher import Launcher
-from jackpot.control_plane.launch.launchers import Launchers
+from jackpot.control_plane.launch.launcher_choice import Launchers
 from jackpot.control_plane.observing.bus_observer import BusObserver
 from jackpot.control_plane.observing.curves import draw_run
 from jackpot.control_plane.observing.jsonl_tail import StepRows
@@ -24,9 +25,8 @@ from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.sessions.scaling import Scaling
 from jackpot.control_plane.sessions.summary import State, build_summary, write_summary
 from jackpot.errors import DeadlineError, JackpotError
-from jackpot.runtime.bus import Ledger
-from jackpot.runtime.job_storage import payload_place
-from jackpot.runtime.logs import redact_url
+from jackpot.storage.job_storage import payload_place
+from jackpot.telemetry.logs import redact_url
 
 POLL_SECONDS = 0.1
 VIEW_SECONDS = 0.5

@@ -11,15 +11,15 @@ from typing import Any
 
 from redis.asyncio.connection import parse_url
 
+from jackpot.bus.server import dies_with
 from jackpot.config import JobSpec
 from jackpot.control_plane.observing.trackers import require_trackers
 from jackpot.control_plane.sessions.model_directories import check_models
 from jackpot.demo.recipe import builtin_models_missing, is_builtin, make_command, resolve_builtin
 from jackpot.errors import ConfigError, JackpotError, ObjectStoreError
 from jackpot.orchestrator.preflight import validate_job
-from jackpot.runtime.bus.server import dies_with
-from jackpot.runtime.logs import redact_url
-from jackpot.runtime.objects import Objects
+from jackpot.storage.objects import Objects
+from jackpot.telemetry.logs import redact_url
 
 TIDY_UP_SECONDS = 5.0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jackpot.control_plane.launch.launchers import Launchers
+from jackpot.control_plane.launch.launcher_choice import Launchers
 from jackpot.control_plane.observing.live_view import PlainLines
 from jackpot.control_plane.observing.recorder import Recorder
 from jackpot.control_plane.run_directory import RunDirectory
@@ -22,7 +22,7 @@ from jackpot.control_plane.sessions.job_run import run_job
 from jackpot.control_plane.sessions.preparation import prepare_job
 from jackpot.control_plane.sessions.session import STOP_REQUEST, Phase, SessionStatus
 from jackpot.errors import JackpotError
-from jackpot.runtime.logs import redact_url
+from jackpot.telemetry.logs import redact_url
 
 REQUEST_SECONDS = 1.0
 

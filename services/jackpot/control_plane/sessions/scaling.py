@@ -10,7 +10,7 @@ from pathlib import Path
 from jackpot.control_plane.launch.launcher import Launcher
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.errors import ConfigError, JackpotError, JobStateError
-from jackpot.runtime.scaling import set_wanted_replicas, wanted_replicas
+from jackpot.process.scaling import set_wanted_replicas, wanted_replicas
 
 SCALINGS = "scalings.jsonl"
 RETRY_SECONDS = 5.0

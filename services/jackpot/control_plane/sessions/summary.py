@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from jackpot.bus import Ledger
 from jackpot.control_plane.run_directory import Row, RunDirectory
-from jackpot.runtime.bus import Ledger
 
 State = Literal["succeeded", "failed", "stopped"]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from jackpot.bus.server import EmbeddedServer
 from jackpot.control_plane.jobs.job_store import IdempotencyKey
 from jackpot.control_plane.jobs.records import JobRecord, Progress, new_job_id, now
 from jackpot.control_plane.jobs.redis_job_store import RedisJobStore
 from jackpot.control_plane.jobs.states import JobState
 from jackpot.errors import BusError, IdempotencyError, JobNotFoundError, JobStateError
-from jackpot.runtime.bus.server import EmbeddedServer
 
 SPEC = b'{"name": "job"}'
 

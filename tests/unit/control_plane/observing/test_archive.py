@@ -14,10 +14,10 @@ from object_world import object_world
 
 from jackpot.control_plane.observing.archive import Archive, checkpoints
 from jackpot.errors import JobNotFoundError, ObjectCorruptError
-from jackpot.runtime.latest_checkpoint import LATEST, write_latest
-from jackpot.runtime.object_directories import ObjectDirectories
-from jackpot.runtime.object_weights import ObjectWeightStore
-from jackpot.runtime.objects import Objects
+from jackpot.storage.latest_checkpoint import LATEST, write_latest
+from jackpot.storage.object_directories import ObjectDirectories
+from jackpot.storage.object_weights import ObjectWeightStore
+from jackpot.storage.objects import Objects
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from jackpot.bus import BusDepths
 from jackpot.control_plane.observing import live_view
 from jackpot.control_plane.observing.live_view import LivePanel, PlainLines, Snapshot, open_view
-from jackpot.runtime.bus import BusDepths
 
 DEPTHS = BusDepths(
     rollouts_waiting=3, rollouts_pending=1, scored_waiting=2, scored_pending=5, bytes_used=0, bytes_budget=1

@@ -12,7 +12,7 @@ from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.sessions import scaling
 from jackpot.control_plane.sessions.scaling import SCALINGS, Scaling, rollout_replicas
 from jackpot.errors import JackpotError
-from jackpot.runtime.scaling import set_wanted_replicas
+from jackpot.process.scaling import set_wanted_replicas
 
 
 class Launcher:

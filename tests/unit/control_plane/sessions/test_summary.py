@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from jackpot.bus import Ledger
 from jackpot.config import parse_job
 from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.sessions.summary import build_summary, write_summary
-from jackpot.runtime.bus import Ledger
 
 SETTINGS: dict[str, Any] = {
     "state": "succeeded", "wall_seconds": 12.3456, "ledger": None, "restarts": {}, "resumed": False, "error": None,

@@ -1,0 +1,102 @@
+"""What can be asked of a job's bus without changing it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from jackpot.bus.client import BusClient
+from jackpot.bus.ledger import BusDepths, GroupState, Ledger, TerminalRecord
+
+
+class BusReadings:
+    """Queries on one job's state. They raise BusError and BusLostError as all methods of the bus do.
+
+    Args:
+        client: an open client.
+        bytes_budget: the job's ``bus.max_bytes``.
+    """
+
+    def __init__(self, client: BusClient, bytes_budget: int) -> None:
+        self._client = client
+        self._bytes_budget = bytes_budget
+
+    async def dispatched(self) -> dict[str, GroupState]:
+        """All groups that have not ended, and how far they are."""
+        (states,) = await self._client.read(("HGETALL", self._client.keys.open))
+        return cast("dict[str, GroupState]", states)
+
+    async def ledger(self) -> Ledger:
+        """The counters, all from one moment."""
+        keys = self._client.keys
+        counters, still_open = await self._client.read(("HGETALL", keys.counters), ("HLEN", keys.open))
+        counts = {name: int(value) for name, value in counters.items()}
+        dropped = {name.removeprefix("dropped:"): n for name, n in counts.items() if name.startswith("dropped:")}
+        return Ledger(counts.get("dispatched", 0), counts.get("trained", 0), dropped, still_open)
+
+    async def terminal_states(self, group_ids: Sequence[str]) -> dict[str, str]:
+        """``trained`` or ``dropped:<reason>`` of those groups that have ended."""
+        if not group_ids:
+            return {}
+        (states,) = await self._client.read(("HMGET", self._client.keys.terminal, *group_ids))
+        return {group_id: state for group_id, state in zip(group_ids, states, strict=True) if state}
+
+    async def read_terminal(self, after: str, count: int) -> list[tuple[str, TerminalRecord]]:
+        """Terminal states in the order in which they came, with their positions.
+
+        Args:
+            after: the position of the last record known; empty for the start.
+            count: at most so many.
+        """
+        start = f"({after}" if after else "-"
+        (rows,) = await self._client.read(("XRANGE", self._client.keys.ledger, start, "+", "COUNT", count))
+        return [(position, _record(fields)) for position, fields in rows]
+
+    async def depths(self) -> BusDepths:
+        """How much lies on the bus."""
+        keys = self._client.keys
+        rollouts, with_scorers, scored, with_learner, used = await self._client.read(
+            ("XLEN", keys.rollouts),
+            ("XPENDING", keys.rollouts, "scorers"),
+            ("XLEN", keys.scored),
+            ("XPENDING", keys.scored, "learner"),
+            ("HGET", keys.counters, "bytes"),
+        )
+        return BusDepths(
+            rollouts_waiting=rollouts - with_scorers["pending"],
+            rollouts_pending=with_scorers["pending"],
+            scored_waiting=scored - with_learner["pending"],
+            scored_pending=with_learner["pending"],
+            bytes_used=int(used or 0),
+            bytes_budget=self._bytes_budget,
+        )
+
+    async def oldest_seconds(self) -> dict[str, float]:
+        """Age of the oldest group of each stream by this machine's clock, since the group was put there; 0 if empty."""
+        keys = self._client.keys
+        streams = {"rollouts": keys.rollouts, "scored": keys.scored}
+        firsts = await self._client.read(*(("XRANGE", key, "-", "+", "COUNT", 1) for key in streams.values()))
+        now = time.time()
+        # Ids of entries begin with the server's clock in milliseconds.
+        ages = (max(0.0, now - int(rows[0][0].partition("-")[0]) / 1000) if rows else 0.0 for rows in firsts)
+        return dict(zip(streams, ages, strict=True))
+
+    async def server_memory(self) -> tuple[int, int] | None:
+        """Bytes that the server uses, and that it may use; None where its access list forbids to ask."""
+        return await self._client.server_memory()
+
+    async def get_value(self, name: str) -> str | None:
+        """A value kept by ``set_value``."""
+        (value,) = await self._client.read(("HGET", self._client.keys.values, name))
+        return cast("str | None", value)
+
+
+def _record(fields: Mapping[str, str]) -> TerminalRecord:
+    return TerminalRecord(
+        group_id=fields["group"],
+        state="trained" if fields["state"] == "trained" else "dropped",
+        reason=fields["reason"],
+        step=int(fields["step"]),
+        detail=fields["detail"],
+    )

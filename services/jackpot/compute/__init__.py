@@ -1,0 +1,1 @@
+"""Models and their forward passes: loading, packing, attention by lengths."""

@@ -1,0 +1,236 @@
+"""Causal language models in Hugging Face format: loading, hidden states, output head.
+
+Every service that holds a model gets it here, so that sampling, scoring and training see the same numbers. Only
+safetensors are read and no code from a model directory is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from jackpot.algorithm.output_head import OutputHead
+from jackpot.compute.varlen import attends_by_lengths, bounds
+from jackpot.errors import ConfigError
+
+LOG = logging.getLogger(__name__)
+
+SHARDED_FORWARD = "sharded_forward"
+"""Attribute of a model whose parameters are shards: what to call in place of its trunk."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Largest |logit difference| accepted by the self-check, relative to the largest |logit|: rounding, no more.
+_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+# How architectures name a factor on their logits, and one that they divide by.
+_SCALE_FIELDS = ("logit_scale", "lm_head_multiplier")
+_DIVISOR_FIELDS = ("logits_scaling",)
+
+
+def set_threads(num_threads: int) -> None:
+    """Let torch use this many CPU threads in this process; 0 leaves its own choice."""
+    if num_threads > 0:
+        torch.set_num_threads(num_threads)
+
+
+def resolve_device(text: str, *, field: str = "device") -> torch.device:
+    """The device behind ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:<n>``.
+
+    Raises:
+        ConfigError: a CUDA device that this process cannot see. ``field`` names the setting in the message.
+    """
+    available = torch.cuda.is_available()
+    if text == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(text)
+    if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
+        seen = torch.cuda.device_count() if available else 0
+        raise ConfigError(
+            field, text, f"this process sees {seen} CUDA devices", "Use auto or cpu, or check the driver."
+        )
+    return device
+
+
+def load_causal_lm(
+    model_dir: str | os.PathLike[str], dtype: str, device: torch.device | str, *, field: str = "model"
+) -> PreTrainedModel:
+    """Load a model in eval mode, checked by :func:`self_check`. Attention is SDPA where the architecture has it.
+
+    Args:
+        model_dir: a directory with config.json and \\*.safetensors.
+        dtype: number format of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        device: where to put it.
+        field: the setting that named the directory, for error messages.
+
+    Raises:
+        ConfigError: the directory is not there or not complete, or the architecture is not one we can use.
+    """
+    model = read_causal_lm(model_dir, dtype, field=field)
+    model.to(torch.device(device))  # type: ignore[arg-type] # transformers decorates `to`
+    self_check(model, field=field)
+    return model
+
+
+def read_causal_lm(model_dir: str | os.PathLike[str], dtype: str, *, field: str = "model") -> PreTrainedModel:
+    """Read a model into the CPU's memory, in eval mode, unchecked. Arguments and errors as :func:`load_causal_lm`."""
+    path = Path(model_dir)
+    _require_model_files(path, field)
+    with quiet():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=_DTYPES[dtype],
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
+            problem = f"cannot be loaded ({' '.join(str(error).split())[:300]})"
+            raise ConfigError(field, str(path), problem, "Use a causal language model of transformers.") from None
+    model: PreTrainedModel = loaded[0]
+    report: Mapping[str, set[str]] = loaded[1]
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:5])
+        raise ConfigError(field, str(path), f"lacks {len(report['missing_keys'])} tensors ({names})", _COMPLETE)
+    if report["unexpected_keys"]:
+        LOG.warning("%s holds tensors that its architecture does not use: %s", path, sorted(report["unexpected_keys"]))
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    packed_lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """Last hidden states after the final norm, ``[B, L, H]``: what :func:`output_head` turns into logits.
+
+    Rows may be padded on the right. Attention is causal, so real tokens never see that padding, and
+    ``attention_mask`` ``[B, L]`` may be left out (which is faster); hidden states of padding are meaningless.
+
+    Args:
+        model: a model of :func:`load_causal_lm`.
+        input_ids: ``[B, L]``.
+        attention_mask: ``[B, L]``, 1 at real tokens; required for rows that are padded on the left. Or bool
+            ``[B, 1, L, L]``: which tokens each token sees, with SDPA, or in a model that attends by lengths.
+        position_ids: ``[B, L]``; None counts each row from 0.
+        packed_lengths: tokens of the sequences that lie one after the other in the only row, by which a model that
+            attends by lengths keeps them apart; every other goes by ``position_ids``, which begin anew with each.
+
+    Raises:
+        ValueError: a model that attends by lengths is given positions alone, from which it learns of no sequences.
+    """
+    forward = getattr(model, SHARDED_FORWARD, model.base_model)
+    own: dict[str, Any] = {}
+    if attends_by_lengths(model):
+        if packed_lengths is not None:
+            own = bounds(packed_lengths, input_ids.device)
+        elif position_ids is not None and attention_mask is None:
+            raise ValueError("a model that attends by lengths needs packed_lengths or a mask beside position_ids")
+    output = forward(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **own
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """The model's map from hidden states to logits.
+
+    Raises:
+        ConfigError: the model has no linear output layer.
+    """
+    layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(layer, nn.Linear):
+        raise ConfigError("model", architecture(model), "has no linear output layer", _OTHER_ARCHITECTURE)
+    config = model.config
+    scale = 1.0
+    for name in _SCALE_FIELDS:
+        scale *= getattr(config, name, None) or 1.0
+    for name in _DIVISOR_FIELDS:
+        scale /= getattr(config, name, None) or 1.0
+    return OutputHead(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """What transformers calls it; FSDP calls a sharded one otherwise."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
+@torch.no_grad()
+def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
+    """Make sure that hidden states and output head reproduce the model's own logits, right padding included.
+
+    Of a sharded model all ranks have to ask.
+
+    Raises:
+        ConfigError: they do not, so that scores and losses would be those of another model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = output_head(model).weight.shape[0]
+    ids = torch.randint(min(vocab_size, model.config.vocab_size), (2, 8), generator=generator).to(model.device)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    expected = model(input_ids=ids[1:, :5], use_cache=False).logits[0].float()
+    # After a pass a sharded model's output layer is in the number format that it computes in.
+    bound = _CHECK_TOLERANCE[output_head(model).weight.dtype] * max(1.0, float(expected.abs().max()))
+    for attention_mask in (mask, None):
+        hidden = hidden_states(model, ids, attention_mask)
+        found = output_head(model).logits(hidden)[1, :5].float()
+        # Written so that NaN fails as well.
+        if found.shape != expected.shape or not float((found - expected).abs().max()) <= bound:
+            raise ConfigError(
+                field,
+                architecture(model),
+                "its logits are not those of its last hidden states through its output layer",
+                _OTHER_ARCHITECTURE,
+            )
+
+
+_COMPLETE = "Download or export the model again, with all of its *.safetensors."
+_OTHER_ARCHITECTURE = "Use another architecture, such as Qwen3 or Llama."
+
+
+def _require_model_files(path: Path, field: str) -> None:
+    if not path.is_dir():
+        raise ConfigError(field, str(path), "is not a directory", "Give a directory in Hugging Face format.")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(field, str(path), "holds no config.json", _COMPLETE) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(field, str(path), f"its config.json cannot be read ({error})", _COMPLETE) from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ConfigError(field, str(path), "its config.json names no model_type", _COMPLETE)
+    if next(path.glob("*.safetensors"), None) is None:
+        raise ConfigError(
+            field, str(path), "holds no *.safetensors", "Convert the weights; other formats can run code when loaded."
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports of transformers: what matters in them is checked and raised here."""
+    log: Any = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,97 @@
+"""Whether a model gives sequences that lie one after the other in a row the hidden states that they have alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from jackpot.compute.forward import completion_hidden, packed_completion_hidden
+from jackpot.compute.models import architecture
+from jackpot.compute.ranks.group import Ranks
+from jackpot.compute.shared_prompts import sees_all
+from jackpot.compute.varlen import HasKernel, attends_by_lengths, switched
+
+# Largest difference of hidden states accepted, relative to the largest: rounding, no more.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02}
+_HALF_TOLERANCE = 0.1
+_LENGTHS, _PROMPTS = (5, 3, 7), (2, 1, 3)
+
+
+@torch.no_grad()
+def packs_exactly(model: PreTrainedModel) -> bool:
+    """Whether it does, with the attention that it has. Of a sharded model, all ranks have to ask."""
+    return _agree(_packed(model), _alone(model))
+
+
+@torch.no_grad()
+def problem_with_varlen(model: PreTrainedModel) -> str | None:
+    """Why it does not when it attends by lengths, or None where it does: tried in full, with the model's own attention
+    for comparison. On a CPU a loop over the sequences is in the kernel's place; all else is what a GPU gets.
+
+    The model keeps its attention. Of a sharded one, all ranks have to ask.
+    """
+    name = architecture(model)
+    if not sees_all(model.config.get_text_config()):
+        return f"{name} has layers that do not see the whole context"
+    broke_off: Exception | None = None
+    try:
+        with switched(model):
+            if not attends_by_lengths(model):
+                return f"{name} lets nobody change its attention"
+            packed = _packed(model)
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
+    except Exception as error:  # whatever an architecture's own code makes of it, rows remain
+        broke_off = error
+    # Last, because FSDP gives nothing up amid a pass that broke off: a whole pass ends it.
+    alone = _alone(model)
+    if broke_off is not None:
+        return f"{name}: {broke_off}"
+    return None if _agree(packed, alone) else f"{name} lets packed sequences see each other"
+
+
+def agreed_problem_with_varlen(
+    models: Sequence[tuple[PreTrainedModel, torch.dtype]], device: torch.device, ranks: Ranks, has_varlen: HasKernel
+) -> str | None:
+    """Why not all of the models can attend by lengths, or None where they can; a collective.
+
+    Args:
+        models: each with what it computes in.
+        device: where they compute.
+        ranks: over which they are sharded; all of them try, and what rank 0 finds holds.
+        has_varlen: whether torch has the kernel.
+    """
+    without = [dtype for _, dtype in models if not has_varlen(device, dtype)]
+    problem: str | None = None
+    if without:
+        name = str(without[0]).removeprefix("torch.")
+        problem = f"torch {torch.__version__} has no attention by lengths for {name} on this {device.type}"
+    problem = ranks.finding_of_rank_0(problem)
+    if problem is None:
+        found = [problem for model, _ in models if (problem := problem_with_varlen(model))]
+        problem = ranks.finding_of_rank_0(found[0] if found else None)
+    return problem
+
+
+def _sequences(model: PreTrainedModel) -> list[NDArray[np.int64]]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, model.config.get_text_config().vocab_size, length) for length in _LENGTHS]
+
+
+def _packed(model: PreTrainedModel) -> Tensor:
+    return packed_completion_hidden(model, _sequences(model), _PROMPTS)
+
+
+def _alone(model: PreTrainedModel) -> Tensor:
+    each = zip(_sequences(model), _PROMPTS, strict=True)
+    return torch.cat([completion_hidden(model, [sequence], [prompt]) for sequence, prompt in each])
+
+
+def _agree(packed: Tensor, alone: Tensor) -> bool:
+    bound = _TOLERANCE.get(alone.dtype, _HALF_TOLERANCE) * float(alone.abs().max())
+    return bool((packed - alone).abs().max() <= bound)

@@ -1,0 +1,1 @@
+"""Several processes that compute together: meeting, sharding, and dividing the work."""

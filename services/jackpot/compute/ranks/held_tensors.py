@@ -1,0 +1,74 @@
+"""What this process holds of a model, and how a weight version gets there: of a sharded model its slices alone, read
+from the file by place, so that no process ever has the whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from jackpot.compute.model_weights import own_tensors, read_tensors
+from jackpot.compute.ranks.sharding import rows_of
+from jackpot.errors import JackpotError
+
+
+class HeldTensors:
+    """The tensors of a model that this process holds: all of them, or its slices of a model sharded on dimension 0.
+
+    Asked for once, when no pass is under way; :meth:`read` may then run beside passes.
+
+    Args:
+        model: whole, or sharded by :func:`jackpot.compute.ranks.sharding.shard`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        own, self._aliases = own_tensors(model)
+        self._shapes = {name: list(tensor.shape) for name, tensor in own.items()}
+        self._local: dict[str, Tensor] = {}
+        self._rows: dict[str, slice] = {}
+        for name, tensor in own.items():
+            if isinstance(tensor, DTensor):
+                self._local[name] = tensor.to_local()
+                self._rows[name] = _own_rows(name, tensor)
+            else:
+                self._local[name] = tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what this process holds."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._local.values())
+
+    def read(self, weights_dir: Path) -> dict[str, Tensor]:
+        """Read this process's part of a weight version into memory; the model stays as it is.
+
+        Returns:
+            CPU tensors for :meth:`apply`.
+
+        Raises:
+            WeightCorruptError: the file cannot be read, or its names or shapes are not the model's.
+            FileNotFoundError: there is no such file (the version was pruned).
+        """
+        return read_tensors(weights_dir, self._shapes, self._aliases, self._rows)
+
+    @torch.no_grad()
+    def apply(self, state: Mapping[str, Tensor]) -> None:
+        """Copy tensors of :meth:`read` into the model, in place, cast to its number format. No pass may be under way,
+        and a sharded model must have given up what it gathered."""
+        for name, tensor in self._local.items():
+            tensor.copy_(state[name])
+
+
+def _own_rows(name: str, tensor: DTensor) -> slice:
+    """Where the local part of a tensor lies in the whole."""
+    mesh = tensor.device_mesh
+    rows = rows_of(tensor.shape[0], mesh.size(), mesh.get_local_rank())
+    if tuple(tensor.to_local().shape) != (rows.stop - rows.start, *tensor.shape[1:]):
+        raise JackpotError(
+            f"this version of torch cuts {name} {tuple(tensor.shape)} otherwise than along its first dimension: "
+            f"{tuple(tensor.to_local().shape)} on rank {mesh.get_local_rank()} of {mesh.size()}. "
+            "Install the version of torch that the requirements name."
+        )
+    return rows

@@ -1,0 +1,268 @@
+"""A model for several ranks: rank 0 reads it tensor by tensor, and each rank holds its rows of every tensor, no more.
+
+Rank 0 has transformers load the model, renamings, conversions and number formats included, and takes each parameter
+away as soon as it is read: the rows of every rank go to that rank, and a placeholder on the meta device stays. The
+others make the model from its config.json. So what the ranks hold is what :func:`load_causal_lm` would have loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from jackpot.compute.model_weights import own_tensors, put_tensor, tie
+from jackpot.compute.models import quiet, read_causal_lm
+from jackpot.compute.ranks.group import Ranks
+from jackpot.compute.ranks.sharding import HELD, rows_of
+from jackpot.errors import ConfigError, JackpotError
+
+LOG = logging.getLogger(__name__)
+
+# By which transformers marks a parameter that it has read, before it puts it into its module.
+_READ_MARK = "_is_hf_initialized"
+# Unless told so, transformers reads far ahead of what it puts into the model.
+_READ_IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+def load_on_ranks(model_dir: str, dtype: str, ranks: Ranks, device: torch.device, *, field: str) -> PreTrainedModel:
+    """A model for :func:`jackpot.compute.ranks.sharding.shard`, in eval mode, not yet checked; a collective.
+
+    Args:
+        model_dir: a directory with config.json and, for rank 0, \\*.safetensors.
+        dtype: number format of the weights.
+        ranks: all of them.
+        device: where this rank's rows go as they are read.
+        field: the setting that named the directory, for error messages.
+
+    Returns:
+        The model with its parameters on the meta device, and this rank's rows of them as attribute ``HELD``.
+
+    Raises:
+        ConfigError: as :func:`load_causal_lm`, but for the check of its logits, on all ranks.
+        RankLostError: a rank is gone, or took longer than ``collective_timeout_seconds`` for a tensor.
+    """
+    if ranks.rank == 0:
+        model, held = _hand_out(model_dir, dtype, ranks, device, field)
+    else:
+        model, held = _take_up(Path(model_dir), ranks, device)
+    setattr(model, HELD, held)
+    return model
+
+
+Loaded = tuple[PreTrainedModel, dict[str, Tensor]]
+
+
+def _hand_out(model_dir: str, dtype: str, ranks: Ranks, device: torch.device, field: str) -> Loaded:
+    """Rank 0's part: read the model, and give every rank its rows of it."""
+    given = _Handout(ranks, device)
+    try:
+        with _read_in_turn(), _registering(given.take_away):
+            model = read_causal_lm(model_dir, dtype, field=field)
+    except ConfigError as error:
+        given.tell({"refused": [error.field, str(error.value), error.problem, error.remedy]})
+        raise
+    given.take_rest(model)
+    given.tie_equals(model)
+    own, aliases = own_tensors(model)
+    numbers = {name: given.number_of[tensor] for name, tensor in own.items()}
+    tensors = {name: [numbers[name], list(tensor.shape), _name(tensor.dtype)] for name, tensor in own.items()}
+    attention, made_in = model.config._attn_implementation, _name(model.dtype)
+    given.tell({"attention": attention, "dtype": made_in, "aliases": aliases, "tensors": tensors})
+    return model, {name: given.parts[number] for name, number in numbers.items()}
+
+
+def _take_up(path: Path, ranks: Ranks, device: torch.device) -> Loaded:
+    """Another rank's part: take rows as rank 0 reads them, and make the model that they belong to."""
+    parts: list[Tensor] = []
+    while True:
+        told = json.loads(ranks.broadcast())
+        if "refused" in told:
+            raise ConfigError(*told["refused"])
+        if "equal" in told:
+            ranks.agree(_equal(parts, told["equal"]))
+        elif "part" in told:
+            part = _Part(*told["part"])
+            received = torch.empty(part.shape_on(ranks), dtype=getattr(torch, part.dtype))
+            if received.numel():
+                ranks.receive_(received)
+            parts.append(received.to(device))
+        else:
+            held = {name: parts[number] for name, (number, _, _) in told["tensors"].items()}
+            return _without_weights(path, told), held
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What rank 0 says of a tensor before it sends it."""
+
+    shape: list[int]  # of the whole
+    dtype: str
+    by_rows: bool  # parameters are sharded, buffers are not
+
+    def rows(self, ranks: Ranks, rank: int) -> slice:
+        """Which rows a rank holds."""
+        return rows_of(self.shape[0], ranks.size, rank)
+
+    def shape_on(self, ranks: Ranks) -> list[int]:
+        """Shape of what this rank holds."""
+        if not self.by_rows:
+            return self.shape
+        rows = self.rows(ranks, ranks.rank)
+        return [rows.stop - rows.start, *self.shape[1:]]
+
+
+class _Handout:
+    """What rank 0 has read and handed out.
+
+    Args:
+        ranks: who gets it.
+        device: where rank 0's own rows go.
+    """
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self._ranks = ranks
+        self._device = device
+        self.parts: list[Tensor] = []
+        """Rank 0's own rows, in the order in which tensors were handed out."""
+        self.number_of: dict[Tensor, int] = {}
+        """The place in that order of what stands in the model."""
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Say something to the other ranks."""
+        self._ranks.broadcast(json.dumps(message).encode())
+
+    def take_away(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Hand out a parameter that has been read; what is to stand in its place."""
+        if parameter.is_meta or not getattr(parameter, _READ_MARK, False):
+            return parameter
+        return self._replaced(parameter)
+
+    def take_rest(self, model: nn.Module) -> None:
+        """Hand out buffers, and parameters that transformers did not mark as read: those that it made by itself, or all
+        of them if it should stop to mark them."""
+        unmarked = []
+        own, aliases = own_tensors(model)
+        for name, tensor in own.items():
+            if not isinstance(tensor, nn.Parameter):
+                self.number_of[tensor] = self._give(tensor, by_rows=False)
+            elif not tensor.is_meta:
+                unmarked.append(name)
+                put_tensor(model, name, self._replaced(tensor))
+        tie(model, aliases)
+        if unmarked:
+            LOG.warning(
+                "rank 0 held %d tensors whole until the last was read (%s, ...)", len(unmarked), ", ".join(unmarked[:3])
+            )
+
+    def tie_equals(self, model: PreTrainedModel) -> None:
+        """Tie what the configuration ties and the file holds twice, if it is the same: transformers does so by the
+        values, which it cannot see here."""
+        for name, other in model.all_tied_weights_keys.items():
+            tensors = model.state_dict(keep_vars=True)
+            if tensors[name] is tensors[other]:
+                continue
+            pair = [self.number_of[tensors[name]], self.number_of[tensors[other]]]
+            self.tell({"equal": pair})
+            if self._ranks.agree(_equal(self.parts, pair)):
+                put_tensor(model, name, tensors[other])
+
+    def _replaced(self, parameter: nn.Parameter) -> nn.Parameter:
+        placeholder = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        setattr(placeholder, _READ_MARK, True)
+        self.number_of[placeholder] = self._give(parameter, by_rows=True)
+        return placeholder
+
+    @torch.no_grad()
+    def _give(self, tensor: Tensor, *, by_rows: bool) -> int:
+        part = _Part(list(tensor.shape), _name(tensor.dtype), by_rows)
+        self.tell({"part": [part.shape, part.dtype, by_rows]})
+        for rank in range(1, self._ranks.size):
+            content = tensor[part.rows(self._ranks, rank)] if by_rows else tensor
+            if content.numel():
+                self._ranks.send(content.contiguous(), rank)
+        content = tensor[part.rows(self._ranks, 0)] if by_rows else tensor
+        # A copy: the rest of the tensor is not to stay, nor the file to be needed.
+        own = torch.empty(content.shape, dtype=content.dtype, device=self._device).copy_(content)
+        self.parts.append(own)
+        return len(self.parts) - 1
+
+
+def _equal(parts: list[Tensor], pair: list[int]) -> bool:
+    return torch.equal(parts[pair[0]], parts[pair[1]])
+
+
+def _without_weights(path: Path, layout: dict[str, Any]) -> PreTrainedModel:
+    """The model of a directory's config.json, its parameters on the meta device, with rank 0's ties and formats."""
+    with quiet(), _registering(_on_meta):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        made: Any = AutoModelForCausalLM
+        # In rank 0's format, which is not the file's: buffers that no file holds are computed in it.
+        dtype = getattr(torch, layout["dtype"])
+        model: PreTrainedModel = made.from_config(config, dtype=dtype, attn_implementation=layout["attention"])
+    given = model.state_dict(keep_vars=True)
+    if given.keys() != layout["aliases"].keys():
+        differing = sorted(given.keys() ^ layout["aliases"].keys())[:5]
+        raise JackpotError(
+            f"{path} is another model here than for rank 0 ({', '.join(differing)}); use one version of it"
+        )
+    for name, (_, shape, number_format) in layout["tensors"].items():
+        if list(given[name].shape) != shape:
+            raise JackpotError(
+                f"{path} has {name} of shape {list(given[name].shape)} here and {shape} for rank 0; use one version "
+                "of it"
+            )
+        tensor = torch.empty(shape, dtype=getattr(torch, number_format), device=given[name].device)
+        put_tensor(model, name, nn.Parameter(tensor) if isinstance(given[name], nn.Parameter) else tensor)
+    tie(model, layout["aliases"])
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter without memory. Buffers, which no file holds, are made as ever."""
+    if parameter.is_meta:
+        return parameter
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _registering(replace: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
+    """Parameters that are put into any module meanwhile are replaced by what ``replace`` makes of them."""
+    register = nn.Module.register_parameter
+
+    def replaced(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else replace(parameter))
+
+    nn.Module.register_parameter = replaced  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _read_in_turn() -> Iterator[None]:
+    """transformers reads a tensor when it is its turn to be put into the model."""
+    before = os.environ.get(_READ_IN_TURN)
+    os.environ[_READ_IN_TURN] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_READ_IN_TURN]
+        else:
+            os.environ[_READ_IN_TURN] = before

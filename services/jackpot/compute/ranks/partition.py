@@ -1,0 +1,149 @@
+"""Which sequences pass through the models when, and on which rank. A function of the lengths alone. numpy only."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from jackpot.compute.batching import ModelPass, Siblings, passes_of_rows, plan_rows, shared_rows
+
+# Tokens of the rank that has most, over the mean, that whole groups may bring about: all ranks wait for that one.
+_TOLERATED_LOAD = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class MicroRows:
+    """Sequences that pass through a model together.
+
+    A filler, which is not ``counted``, is there because another rank has one more pass and FSDP's collectives need
+    all ranks in every pass: it adds nothing to gradients and figures.
+    """
+
+    rows: tuple[int, ...]
+    per_row: tuple[int, ...] | None = None
+    """How many of them share each row of the model's input; None is one each."""
+    counted: bool = True
+
+
+def plan_passes(
+    lengths: Sequence[int],
+    max_batch_tokens: int,
+    *,
+    group_starts: Sequence[int] = (),
+    rank: int = 0,
+    size: int = 1,
+    packed: bool = False,
+    siblings: Siblings | None = None,
+) -> list[MicroRows]:
+    """The passes of one rank over a batch: as many on every rank, every sequence counted once.
+
+    Args:
+        lengths: tokens of each sequence, of the whole batch.
+        max_batch_tokens: upper bound of a pass, padding included.
+        group_starts: see :func:`batch_shares`.
+        rank: whose passes.
+        size: how many ranks.
+        packed: sequences lie one after the other, without padding; else they are rows of similar length.
+        siblings: which sequences may share a row.
+    """
+    shares = batch_shares(lengths, group_starts, size)
+    plans = [_passes(lengths, share, max_batch_tokens, packed, siblings) for share in shares]
+    own = plans[rank]
+    missing = max(map(len, plans)) - len(own)
+    filler = MicroRows((filler_row(lengths, shares[rank]),), counted=False)
+    return [MicroRows(one.sequences, one.per_row) for one in own] + [filler] * missing
+
+
+def filler_row(lengths: Sequence[int], share: Sequence[int]) -> int:
+    """The sequence that a rank's fillers consist of: the shortest of its own, or of all if it has none."""
+    return min(share or range(len(lengths)), key=lambda row: lengths[row])
+
+
+def batch_shares(lengths: Sequence[int], group_starts: Sequence[int], size: int) -> list[list[int]]:
+    """Split a batch among ranks: by whole groups, of which each rank then reads its own alone, or by sequences where
+    that would leave a rank with much more than its part.
+
+    Args:
+        lengths: tokens of each sequence.
+        group_starts: index of each group's first sequence; none are there where sequences belong to no groups.
+        size: how many ranks.
+    """
+    if size == 1 or len(group_starts) < size:
+        return balanced_shares(lengths, size)
+    bounds = [*group_starts, len(lengths)]
+    groups = [range(first, last) for first, last in pairwise(bounds)]
+    by_group = [
+        [row for group in share for row in groups[group]]
+        for share in balanced_shares([sum(lengths[row] for row in group) for group in groups], size)
+    ]
+    heaviest = max(sum(lengths[row] for row in share) for share in by_group)
+    return by_group if heaviest <= _TOLERATED_LOAD * sum(lengths) / size else balanced_shares(lengths, size)
+
+
+def balanced_shares(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Split sequences among ranks so that all have about as many tokens: the longest first, each to who has least.
+
+    A share may be empty. Within a share sequences keep their order.
+    """
+    if size == 1:
+        return [list(range(len(lengths)))]
+    shares: list[list[int]] = [[] for _ in range(size)]
+    loads = [(0, rank) for rank in range(size)]
+    for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(row)
+        heapq.heappush(loads, (load + lengths[row], rank))
+    return [sorted(share) for share in shares]
+
+
+def plan_packed(lengths: Sequence[int], max_batch_tokens: int, siblings: Siblings | None = None) -> list[ModelPass]:
+    """Passes of one row each, in which sequences lie one after the other; but siblings whose prompt is worth sharing
+    lie behind it in rows of passes of their own.
+
+    Args:
+        lengths: tokens of each sequence, prompt and completion.
+        max_batch_tokens: upper bound of a pass. A sequence longer than this is a pass of its own.
+        siblings: who may share a prompt; None is nobody.
+    """
+    if siblings is None:
+        return [ModelPass(tuple(own), (1,) * len(own)) for own in packed_bins(lengths, max_batch_tokens)]
+    rows = shared_rows(lengths, siblings, max_batch_tokens)
+    alone = [row[0] for row in rows if len(row) == 1]
+    packed = [[alone[place] for place in own] for own in packed_bins([lengths[row] for row in alone], max_batch_tokens)]
+    return [
+        *passes_of_rows([row for row in rows if len(row) > 1], lengths, max_batch_tokens, siblings),
+        *(ModelPass(tuple(own), (1,) * len(own)) for own in packed),
+    ]
+
+
+def packed_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Sequences in bins of at most ``capacity`` tokens: the longest first, each into the first bin with room.
+
+    At most 11/9 of the fewest bins possible, plus one. A sequence beyond the capacity is a bin of its own.
+    """
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        place = next((index for index, room in enumerate(free) if room >= lengths[row]), None)
+        if place is None:
+            bins.append([row])
+            free.append(capacity - lengths[row])
+        else:
+            bins[place].append(row)
+            free[place] -= lengths[row]
+    return bins
+
+
+def _passes(
+    lengths: Sequence[int], share: Sequence[int], max_batch_tokens: int, packed: bool, siblings: Siblings | None
+) -> list[ModelPass]:
+    if not share:
+        return []
+    plan = plan_packed if packed else plan_rows
+    own = None if siblings is None else siblings.select(share)
+    passes = plan([lengths[row] for row in share], max_batch_tokens, own)
+    return [ModelPass(tuple(share[index] for index in one.sequences), one.per_row) for one in passes]

@@ -1,0 +1,75 @@
+"""Whether a model's rows can hold several completions behind one prompt, and from when on that is less work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from jackpot.compute.batching import AttentionCost
+from jackpot.compute.forward import completion_hidden
+from jackpot.compute.ranks.group import SOLO, Ranks
+
+# Largest difference of hidden states accepted by the check, relative to the largest: rounding, no more.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02}
+_HALF_TOLERANCE = 0.1
+# A CPU's attention takes a mask at the rate of everything else. So does an H100's at hidden size 1024, where everything
+# else waits for memory; with wider models that gets faster, and attention does not (docs/performance.md).
+_MASK_FACTORS = {"cuda": 2.0}
+_PROMPT_TOKENS = 3
+_COMPLETION_TOKENS = (2, 5, 1, 4)
+
+
+def attention_cost(
+    models: Sequence[PreTrainedModel], device: torch.device, ranks: Ranks = SOLO
+) -> AttentionCost | None:
+    """What attention costs in the first of the models; None where one of them cannot have completions share a prompt's
+    row.
+
+    Args:
+        models: that the same rows go through.
+        device: where they compute.
+        ranks: over which they are sharded; all of them try, and what rank 0 finds holds.
+    """
+    found = [_attention_tokens(model) for model in models]
+    tokens = ranks.finding_of_rank_0(None if None in found else found[0])
+    return None if tokens is None else AttentionCost(tokens, _MASK_FACTORS.get(device.type, 1.0))
+
+
+def sees_all(config: PreTrainedConfig) -> bool:
+    """Whether every token attends to all before it: a mask of one's own would take the place of a window's."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return set(layer_types) == {"full_attention"}
+    return not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+
+
+def _attention_tokens(model: PreTrainedModel) -> float | None:
+    """κ of :class:`jackpot.compute.batching.AttentionCost`, or None.
+
+    Per token a layer multiplies with its parameters once, and per token attended to twice with that token's head
+    dimensions: κ = parameters of the blocks / (2 · layers · heads · head dimension).
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa" or not sees_all(config) or not _shares_exactly(model):
+        return None
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    embedding = model.get_input_embeddings().weight.numel()  # type: ignore[operator]
+    parameters = sum(parameter.numel() for parameter in model.base_model.parameters()) - embedding
+    return float(parameters / (2 * config.num_hidden_layers * heads * head_dim))
+
+
+@torch.no_grad()
+def _shares_exactly(model: PreTrainedModel) -> bool:
+    """Whether completions that share a row have the hidden states that they have alone."""
+    random = np.random.default_rng(0)
+    prompt = random.integers(0, model.config.vocab_size, _PROMPT_TOKENS)
+    sequences = [np.r_[prompt, random.integers(0, model.config.vocab_size, length)] for length in _COMPLETION_TOKENS]
+    prompts = [_PROMPT_TOKENS] * len(sequences)
+    alone = completion_hidden(model, sequences, prompts)
+    shared = completion_hidden(model, sequences, prompts, [len(sequences) - 1, 1])
+    bound = _TOLERANCE.get(alone.dtype, _HALF_TOLERANCE) * float(alone.abs().max())
+    return bool((shared - alone).abs().max() <= bound)

@@ -1,0 +1,85 @@
+"""How a learner's passes are laid out: rows of similar length, in which siblings may share a prompt, or one packed
+row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from jackpot.compute import varlen
+from jackpot.compute.batching import AttentionCost
+from jackpot.compute.forward import CompletionStates, completion_hidden, packed_completion_hidden
+from jackpot.compute.models import architecture
+from jackpot.compute.packing_trial import agreed_problem_with_varlen, packs_exactly
+from jackpot.compute.ranks.group import SOLO, Ranks
+from jackpot.compute.ranks.sharding import DTYPES
+from jackpot.compute.shared_prompts import attention_cost
+from jackpot.config import LearnerConfig
+from jackpot.errors import ConfigError
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PassLayout:
+    """How a learner lays out the sequences of a pass."""
+
+    states: CompletionStates
+    """Makes hidden states of them."""
+    packed: bool = False
+    """In one row without padding; else in rows of similar length."""
+    attention: AttentionCost | None = None
+    """What attention costs; None where no sequences share a prompt."""
+
+
+def layout_of(
+    config: LearnerConfig,
+    models: Sequence[tuple[PreTrainedModel, str]],
+    device: torch.device,
+    ranks: Ranks = SOLO,
+    has_varlen: varlen.HasKernel = varlen.is_available,
+) -> PassLayout:
+    """What the job's ``packing`` comes to with these models; a collective.
+
+    Args:
+        config: the job's ``packing``.
+        models: what learns, and what each computes in; attends by lengths afterwards, where all can and sequences are
+            packed.
+        device: where they compute.
+        ranks: over which the models are sharded; all of them try, and what rank 0 finds holds.
+        has_varlen: whether torch has the kernel for that.
+
+    Raises:
+        ConfigError: packing is asked for, and a model lets packed sequences see each other.
+    """
+    if config.packing == "never":
+        return PassLayout(completion_hidden)
+    plain = [model for model, _ in models]
+    shared = attention_cost(plain, device, ranks) if config.packing == "auto" else None
+    computing = [(model, DTYPES[dtype]) for model, dtype in models]
+    problem = agreed_problem_with_varlen(computing, device, ranks, has_varlen)
+    if problem is not None and config.packing == "auto":
+        LOG.info("sequences are not packed: %s", problem)
+        return PassLayout(completion_hidden, attention=shared)
+    if problem is None:
+        for model in plain:
+            varlen.switch(model)
+    else:
+        _require_exact(plain, ranks)
+    LOG.info("sequences are packed", extra={"attention": "block-diagonal mask" if problem else "by lengths"})
+    return PassLayout(packed_completion_hidden, packed=True, attention=shared)
+
+
+def _require_exact(models: Sequence[PreTrainedModel], ranks: Ranks) -> None:
+    for model in models:
+        if not ranks.finding_of_rank_0(packs_exactly(model)):
+            raise ConfigError(
+                "learner.packing",
+                "always",
+                f"{architecture(model)} lets packed sequences see each other",
+                "Set it to never.",
+            )

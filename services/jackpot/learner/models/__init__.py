@@ -1,0 +1,1 @@
+"""The models that learn, and how they are made ready for it."""

@@ -1,0 +1,155 @@
+"""The models that a learner holds and their optimizers: made ready for training, copied out, saved and restored."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from jackpot.compute.ranks.group import SOLO, Ranks
+from jackpot.compute.ranks.sharding import DTYPES, release, shard, whole_tensors
+from jackpot.config import JobSpec
+from jackpot.learner.batches.packing import layout_of
+from jackpot.learner.checkpoints.checkpoint import CheckpointStore, PendingCheckpoint, Progress
+from jackpot.learner.checkpoints.checkpoint_tensors import Learnable
+from jackpot.learner.lambda_control import Controls
+from jackpot.learner.models.compile_and_checkpoint import compile_and_checkpoint
+from jackpot.learner.models.mixed_precision import MixedPrecisionCopy, in_dtype
+from jackpot.learner.models.optimizer import build_optimizer
+from jackpot.trajectory import Role
+
+
+class TrainedModels:
+    """Policy, actor and their optimizers, and what follows measurements.
+
+    Args:
+        job: the job as resolved.
+        policy: θ.
+        actor: ω, or None when the policy samples for itself.
+        ranks: the processes that train together; with a mesh, models that learn are of :func:`load_on_ranks`, and
+            sharded over it here. Without, those that compute in 16 bits get a copy for that.
+    """
+
+    def __init__(
+        self,
+        job: JobSpec,
+        policy: PreTrainedModel,
+        actor: PreTrainedModel | None,
+        ranks: Ranks = SOLO,
+    ) -> None:
+        self._job = job
+        self._ranks = ranks
+        self.device = ranks.device or policy.device
+        self.models: dict[Role, PreTrainedModel] = {"policy": policy}
+        if actor is not None:
+            self.models["actor"] = actor
+        self._actor_learns = actor is not None and not isinstance(job.actor, str) and job.actor.train
+        self._peak_lr: dict[Role, float] = {"policy": job.learner.lr}
+        if self._actor_learns:
+            self._peak_lr["actor"] = job.learner.actor_lr or job.learner.lr
+        for role, model in self.models.items():
+            # Dropout would make the policy differ from its own reference.
+            model.eval()  # type: ignore[no-untyped-call]
+            model.requires_grad_(role in self._peak_lr)
+        # What a checkpoint restores later goes into the policy alone: this stays the job's initial model.
+        self._initial = copy.deepcopy(policy) if job.algorithm.kl_penalty.weight > 0 else None
+        if self._initial is not None:
+            self._initial.requires_grad_(False)
+        self._dtypes: dict[Role, str] = {"policy": job.policy.dtype, "actor": job.rollout_model.dtype}
+        masters = {role: self.models[role] for role in self._peak_lr}
+        self._copies: dict[Role, MixedPrecisionCopy] = {}
+        if ranks.mesh is not None:
+            self._shard()
+        else:
+            self._copy()
+        learning = [(self.models[role], self._dtypes[role]) for role in self._peak_lr]
+        self._layout = layout_of(job.learner, learning, self.device, ranks)
+        self._states = self._layout.states
+        if self._initial is not None:
+            _attend_alike(self._initial, policy)
+        # After the trials of the layout, which would be compiled, too.
+        for _, model in self._passing():
+            release(model)
+            assert ranks.mesh is None or all(isinstance(one, DTensor) for one in model.parameters())
+            compile_and_checkpoint(model, job.learner)
+        self.learnables: dict[Role, Learnable] = {
+            role: Learnable(model, build_optimizer(model, self._peak_lr[role], job.learner))
+            for role, model in masters.items()
+        }
+        self.controls = Controls(job.algorithm)
+
+    def _passing(self) -> list[tuple[Role, PreTrainedModel]]:
+        """The models that batches pass through, and whose they are: what learns, and the initial policy."""
+        learning = [(role, self.models[role]) for role in self._peak_lr]
+        return learning if self._initial is None else [*learning, ("policy", self._initial)]
+
+    def _shard(self) -> None:
+        """Shard what batches pass through; before there are optimizers."""
+        offload = self._job.learner.cpu_offload
+        for role, model in self._passing():
+            shard(model, self._ranks, self._dtypes[role], field=f"{role}.model", cpu_offload=offload)
+
+    def _copy(self) -> None:
+        """Have batches pass through copies of what does not compute in float32."""
+        for role in self._peak_lr:
+            dtype = DTYPES[self._dtypes[role]]
+            if dtype != torch.float32:
+                self._copies[role] = MixedPrecisionCopy(self.models[role], dtype)
+                self.models[role] = self._copies[role].computing
+        if self._initial is not None:
+            in_dtype(self._initial, DTYPES[self._dtypes["policy"]])
+
+    def _learned(self, role: Role) -> None:
+        """A model's weights have changed: what computes with a copy of them takes them over."""
+        if role in self._copies:
+            self._copies[role].refresh()
+
+    @property
+    def job(self) -> JobSpec:
+        """The job as resolved."""
+        return self._job
+
+    def weights(self, role: Role) -> dict[str, Tensor]:
+        """A copy of a role's weights on the CPU, in the number format that they are published in; a collective.
+
+        Rank 0 gets all of them, the others nothing.
+        """
+        copied = {}
+        for name, tensor in whole_tensors(self.models[role]):
+            if self._ranks.rank == 0:
+                dtype = DTYPES.get(self._dtypes[role]) if tensor.is_floating_point() and role in self._peak_lr else None
+                copied[name] = _begin_copy(tensor, dtype or tensor.dtype)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return copied
+
+    def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
+        """Start to write a checkpoint of everything as it is now; a collective. Errors as ``store.begin``."""
+        return store.begin(progress, self.learnables)
+
+    def restore(self, store: CheckpointStore, path: Path) -> Progress:
+        """Take up a checkpoint, the controls' memory included; a collective. Errors as ``store.load``."""
+        progress = store.load(path, self.learnables)
+        self.controls.restore(progress.obrs_lambda, progress.controls)
+        for role in self._copies:
+            self._learned(role)
+        return progress
+
+
+def _begin_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy on the CPU. Of what is on a GPU it is there only after a synchronization: in page-locked memory, which the
+    GPU writes by itself and at several times the speed, and which torch keeps for the next copy."""
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", dtype, copy=True)
+    return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _attend_alike(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Have a model's attention be that of another of the same architecture, which was chosen for its passes."""
+    attention = other.config._attn_implementation
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)

@@ -1,0 +1,118 @@
+"""Publication of weight versions, and the export at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from jackpot.compute.model_weights import write_state
+from jackpot.config import JobSpec
+from jackpot.learner.trainer import Trainer
+from jackpot.storage.weights import WeightStore
+from jackpot.trajectory import Role
+
+# What makes a weights file a Hugging Face directory; whatever of it the initial model has is carried over.
+MODEL_FILES: Sequence[str] = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """The weights of one version, apart from the models that go on learning."""
+
+    version: int
+    states: Mapping[Role, State]
+    metadata: Mapping[str, float]
+
+
+class WeightPublisher:
+    """Writes versions of policy and actor to the weight store.
+
+    Args:
+        job: the job as resolved.
+        store: the job's weight store.
+        run_dir: where ``export/`` goes.
+        checkpointed: tells the versions that a checkpoint, whole or on its way, will be downloaded with: they stay as
+            long as it does.
+        broadcast: gives a version to the rollout replicas at once; None leaves them to the store.
+    """
+
+    def __init__(
+        self,
+        job: JobSpec,
+        store: WeightStore,
+        run_dir: Path,
+        checkpointed: Callable[[], Collection[int]],
+        broadcast: Callable[[int, State], object] | None = None,
+    ) -> None:
+        self._job = job
+        self._store = store
+        self._broadcast = broadcast
+        self._export_dir = run_dir / "export"
+        self._checkpointed = checkpointed
+
+    def snapshot(self, trainer: Trainer, version: int) -> Snapshot:
+        """A copy of every role's weights as they are, for :meth:`publish` beside the next step; a collective."""
+        copies: dict[Role, State] = {role: trainer.weights(role) for role in trainer.models}
+        states = {role: copies[source] for role, source in self._sources(trainer).items()}
+        return Snapshot(version, states, {"obrs_lambda": trainer.controls.obrs_lambda})
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Write a snapshot as a version of every role; a no-op for a version that is there already and intact.
+
+        A version is announced once its files are durable. Before that it is broadcast, so that the replicas need not
+        read it there.
+
+        Raises:
+            OSError: the disk is full or gone.
+            ObjectStoreError: an object store refuses, or is out of reach for too long.
+        """
+        if self._broadcast is not None:
+            self._broadcast(snapshot.version, snapshot.states[self._job.rollout_role])
+        for role, state in snapshot.states.items():
+
+            def write(directory: Path, state: State = state) -> None:
+                write_state(state, directory)
+
+            self._store.publish(role, snapshot.version, write, snapshot.metadata)
+            self._store.prune(role, self._job.weights.keep_versions, self._checkpointed())
+
+    def export(self, trainer: Trainer) -> None:
+        """Write both models as Hugging Face directories under ``export/``, atomically each."""
+        directories: dict[Role, str] = {"policy": self._job.policy.model, "actor": self._job.rollout_model.model}
+        for role, source in self._sources(trainer).items():
+            aside = self._export_dir / f".{role}.{os.getpid()}"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            for name in MODEL_FILES:
+                file = Path(directories[role]) / name
+                if file.exists():
+                    shutil.copyfile(file, aside / name)
+            write_state(trainer.weights(source), aside)
+            final = self._export_dir / role
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+
+    def _sources(self, trainer: Trainer) -> dict[Role, Role]:
+        """Whose weights each role gets: its own, but an actor that is the policy in another number format has those."""
+        sources: dict[Role, Role] = {role: role for role in trainer.models}
+        if not isinstance(self._job.actor, str) and self._job.actor.weights == "policy":
+            sources["actor"] = "policy"
+        return sources

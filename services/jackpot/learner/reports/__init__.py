@@ -1,0 +1,1 @@
+"""What a step reports: rows of metrics, alarms, profiles."""

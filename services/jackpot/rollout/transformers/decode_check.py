@@ -1,0 +1,67 @@
+"""Whether decoding token by token, with padding and rows that join, samples from the very model."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from jackpot.compute.models import hidden_states, output_head
+from jackpot.errors import ConfigError
+from jackpot.rollout.engine import GroupRequest, Sampling
+from jackpot.rollout.transformers.decode_batch import DecodeBatch
+from jackpot.rollout.transformers.rows import Row
+from jackpot.trajectory import Trajectory
+
+# Largest |difference of log-probabilities| that rounding may cause. A cache that does not fit is off by far more.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 1.0}
+_NUM_TOKENS = 4
+
+
+@torch.inference_mode()
+def check_decoding(model: PreTrainedModel, *, field: str = "model") -> None:
+    """Decode two rows of different lengths, the second joining later, and compare with full forward passes.
+
+    Raises:
+        ConfigError: they differ: the architecture needs another kind of cache than keys and values per position.
+    """
+    rng = np.random.default_rng(0)
+    vocab_size = output_head(model).weight.shape[0]
+    requests = [
+        GroupRequest(
+            group_id=f"check-{length}",
+            prompt_token_ids=rng.integers(0, vocab_size, length).astype(np.uint32),
+            num_trajectories=1,
+            sampling=Sampling(temperature=1.0, max_tokens=_NUM_TOKENS),
+        )
+        for length in (6, 2)
+    ]
+    problem = "cannot be decoded with a cache of keys and values"
+    remedy = "Use an architecture with attention in every layer, such as Qwen3 or Llama."
+    try:
+        worst = max(_error(model, request, sampled) for request, sampled in _decode(model, requests))
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        # What architectures raise when they are given a cache that they do not know.
+        raise ConfigError(field, type(model).__name__, f"{problem} ({error})", remedy) from error
+    # Written so that NaN fails as well.
+    if not worst <= _TOLERANCE[model.dtype]:
+        raise ConfigError(field, type(model).__name__, f"{problem}: log-probabilities are off by {worst:.2g}", remedy)
+
+
+def _decode(model: PreTrainedModel, requests: list[GroupRequest]) -> list[tuple[GroupRequest, Trajectory]]:
+    batch = DecodeBatch(model, eos_ids=())
+    finished = []
+    for request in requests:
+        batch.add([Row(request, 0, [(0, 0)])])
+        finished += batch.step()
+    while batch.rows:
+        finished += batch.step()
+    return [(row.request, trajectory) for row, trajectory in finished]
+
+
+def _error(model: PreTrainedModel, request: GroupRequest, sampled: Trajectory) -> float:
+    ids = np.concatenate([request.prompt_token_ids, sampled.token_ids]).astype(np.int64)
+    hidden = hidden_states(model, torch.from_numpy(ids[None, :-1]).to(model.device))
+    logprobs = torch.log_softmax(output_head(model).logits(hidden[0, -_NUM_TOKENS:]).float(), dim=-1)
+    expected = logprobs.gather(1, torch.from_numpy(ids[-_NUM_TOKENS:, None]).to(model.device))[:, 0]
+    return float(np.abs(expected.cpu().numpy() - sampled.actor_logprobs).max())

@@ -1,0 +1,320 @@
+"""The embedded engine: transformers' models with a decoding loop of our own, for tiny models and laptops.
+
+One thread owns the model. Between two tokens it swaps weights, forgets cancelled requests and lets waiting ones join.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from jackpot.compute.model_weights import apply_state, read_state
+from jackpot.compute.models import output_head
+from jackpot.errors import EngineError, QueueFullError
+from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits, check_request
+from jackpot.rollout.transformers.decode_batch import DecodeBatch
+from jackpot.rollout.transformers.rows import Row
+from jackpot.trajectory import Trajectory
+
+LOG = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+# A full queue empties by whole groups; asking again sooner than this only costs calls.
+RETRY_AFTER_SECONDS = 0.25
+# Of an idle engine, before it starts: no longer than this, and no longer than requests keep coming.
+GATHER_SECONDS = 0.02
+GATHER_PAUSE_SECONDS = 0.004
+NO_VERSION = -1
+_UNLIMITED_POSITIONS = 1 << 30
+_STOPPED = "the engine has stopped. Send the request to another replica."
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A request in the engine."""
+
+    request: GroupRequest
+    future: Future[list[Trajectory]] = field(default_factory=Future)
+    next_index: int = 0  # of the trajectory that joins next
+    finished: dict[int, Trajectory] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Swap:
+    version: int
+    state: Mapping[str, Tensor]
+    done: Future[None]
+
+
+class TransformersEngine:
+    """Implements :class:`jackpot.rollout.engine.RolloutEngine` on a transformers model.
+
+    Args:
+        model: from ``load_causal_lm``; the engine's own from here on.
+        max_batch_size: trajectories decoded together.
+        max_queue: trajectories in the engine, running or waiting, before it refuses more.
+        on_tokens: told how many tokens were sampled; called from the engine's thread.
+    """
+
+    name = "transformers"
+    receiver = None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_batch_size: int,
+        max_queue: int,
+        on_tokens: Callable[[int], object] = lambda num_tokens: None,
+    ) -> None:
+        self.version = NO_VERSION
+        self.limits = ModelLimits(
+            vocab_size=output_head(model).weight.shape[0],
+            max_positions=getattr(model.config, "max_position_embeddings", None) or _UNLIMITED_POSITIONS,
+        )
+        self._model = model
+        self._batch = DecodeBatch(model, eos_token_ids(model))
+        self._max_batch_size = max_batch_size
+        self._max_queue = max_queue
+        self._on_tokens = on_tokens
+        self._tokens_generated = 0
+        # Guarded by _wake: what other threads hand to the loop, and what status() reads.
+        self._wake = threading.Condition()
+        self._waiting: deque[_Pending] = deque()
+        self._open: dict[GroupRequest, _Pending] = {}  # waiting and running
+        self._swaps: deque[_Swap] = deque()
+        self._any_cancelled = False
+        self._closing = False
+        self._stopped = _uncancellable()  # done when the thread has ended, with its error if it failed
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self._thread.start()
+
+    def check(self, request: GroupRequest) -> None:
+        """See :class:`RolloutEngine`."""
+        check_request(request, self.limits, self._max_queue)
+
+    async def generate(self, request: GroupRequest) -> list[Trajectory]:
+        """See :class:`RolloutEngine`."""
+        self.check(request)
+        # Requests are told apart by identity, and a caller may send one twice.
+        request = replace(request)
+        pending = _Pending(request)
+        with self._wake:
+            self._require_running()
+            if self._num_open() + request.num_trajectories > self._max_queue:
+                raise QueueFullError(RETRY_AFTER_SECONDS)
+            self._open[request] = pending
+            self._waiting.append(pending)
+            self._wake.notify()
+        try:
+            return await asyncio.wrap_future(pending.future)
+        finally:
+            if pending.future.cancelled():
+                with self._wake:
+                    self._any_cancelled = True
+                    self._wake.notify()
+
+    async def load_weights(self, version: int, directory: Path) -> None:
+        """See :class:`RolloutEngine`."""
+        if version <= self.version:
+            return
+        # Read and checked while sampling goes on; only the copy happens between two tokens.
+        state = await asyncio.to_thread(read_state, self._model, directory)
+        swap = _Swap(version, state, _uncancellable())
+        with self._wake:
+            self._require_running()
+            self._swaps.append(swap)
+            self._wake.notify()
+        await asyncio.wrap_future(swap.done)
+
+    def status(self) -> EngineStatus:
+        """See :class:`RolloutEngine`."""
+        with self._wake:
+            num_running = len(self._batch.rows)
+            return EngineStatus(num_running, max(0, self._num_open() - num_running), self._tokens_generated)
+
+    async def wait_failed(self) -> None:
+        """See :class:`RolloutEngine`."""
+        await asyncio.wrap_future(self._stopped)
+        raise EngineError("the engine was closed.")
+
+    async def close(self) -> None:
+        """See :class:`RolloutEngine`."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def _num_open(self) -> int:
+        """Trajectories that are not finished yet."""
+        return sum(pending.request.num_trajectories - len(pending.finished) for pending in self._open.values())
+
+    def _require_running(self) -> None:
+        if self._closing or self._stopped.done():
+            raise EngineError(_STOPPED)
+
+    # Everything below runs in the engine's thread.
+
+    def _run(self) -> None:
+        failure: EngineError | None = None
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._swap_weights()
+                    self._forget_cancelled()
+                    self._admit()
+                    self._step()
+        except Exception as error:  # the border of the thread: whatever it is, callers must hear of it
+            LOG.critical("the decoding loop failed", exc_info=True)
+            failure = EngineError(f"the decoding loop failed ({type(error).__name__}: {error}).")
+        self._end(failure)
+
+    def _end(self, failure: EngineError | None) -> None:
+        """Answer everyone who still waits."""
+        with self._wake:
+            self._closing = True
+            unanswered: list[Future[Any]] = [swap.done for swap in self._swaps]
+            requests = [pending.future for pending in self._open.values()]
+            self._open.clear()
+            self._waiting.clear()
+        unanswered += [future for future in requests if future.set_running_or_notify_cancel()]
+        for future in unanswered:
+            future.set_exception(failure or EngineError(_STOPPED))
+        if failure:
+            self._stopped.set_exception(failure)
+        else:
+            self._stopped.set_result(None)
+
+    def _wait_for_work(self) -> bool:
+        """Sleep while there is nothing to do; False when the engine is to stop."""
+        with self._wake:
+            while not (self._closing or self._swaps or self._waiting or self._any_cancelled or self._batch.rows):
+                self._wake.wait()
+            if self._waiting and not self._batch.rows:
+                self._gather()
+            return not self._closing
+
+    def _gather(self) -> None:
+        """Nothing is being decoded and a first request is here: its batch, sent at the same time, comes call by call.
+        Rows that start together share every step."""
+        deadline = time.monotonic() + GATHER_SECONDS
+        arrived = 0
+        while arrived < len(self._waiting) and time.monotonic() < deadline and not self._closing:
+            arrived = len(self._waiting)
+            self._wake.wait(GATHER_PAUSE_SECONDS)
+
+    def _swap_weights(self) -> None:
+        with self._wake:
+            swaps, self._swaps = list(self._swaps), deque()
+        newest = max(swaps, key=lambda swap: swap.version, default=None)
+        if newest is not None and newest.version > self.version:
+            apply_state(self._model, newest.state)
+            self.version = newest.version
+            self._attempt(lambda: self._batch.change_version(self.version))
+        for swap in swaps:
+            swap.done.set_result(None)
+
+    def _forget_cancelled(self) -> None:
+        with self._wake:
+            if not self._any_cancelled:
+                return
+            self._any_cancelled = False
+            cancelled = {request for request, pending in self._open.items() if pending.future.cancelled()}
+        self._forget(cancelled)
+
+    def _forget(self, requests: set[GroupRequest]) -> list[_Pending]:
+        """Take requests out of the engine, whether they wait or run."""
+        with self._wake:
+            self._waiting = deque(pending for pending in self._waiting if pending.request not in requests)
+            forgotten = [self._open.pop(request) for request in requests if request in self._open]
+        self._batch.drop(requests)
+        return forgotten
+
+    def _fail(self, requests: set[GroupRequest], error: EngineError) -> None:
+        for pending in self._forget(requests):
+            if pending.future.set_running_or_notify_cancel():
+                pending.future.set_exception(error)
+
+    def _admit(self) -> None:
+        """Let waiting trajectories join, first come first served, as far as there is room."""
+        rows: list[Row] = []
+        with self._wake:
+            free = self._max_batch_size - len(self._batch.rows)
+            while free and self._waiting:
+                pending = self._waiting[0]
+                until = min(pending.next_index + free, pending.request.num_trajectories)
+                for index in range(pending.next_index, until):
+                    rows.append(Row(pending.request, index, [(self.version, 0)]))
+                free -= until - pending.next_index
+                pending.next_index = until
+                if until == pending.request.num_trajectories:
+                    self._waiting.popleft()
+        if rows:
+            self._attempt(lambda: self._batch.add(rows), joining=rows)
+
+    def _step(self) -> None:
+        num_rows = len(self._batch.rows)
+        finished = self._attempt(self._batch.step)
+        with self._wake:
+            self._tokens_generated += num_rows
+        self._on_tokens(num_rows)
+        for row, trajectory in finished or ():
+            self._finish(row, trajectory)
+
+    def _finish(self, row: Row, trajectory: Trajectory) -> None:
+        pending = self._open.get(row.request)
+        if pending is None:
+            return  # a sibling has failed
+        if not np.isfinite(trajectory.actor_logprobs).all():
+            versions = sorted({span.version for span in trajectory.version_spans})
+            error = EngineError(f"weights of version {versions} give logits that are not finite. Look at the learner.")
+            self._fail({row.request}, error)
+            return
+        with self._wake:
+            pending.finished[row.index] = trajectory
+            if len(pending.finished) < row.request.num_trajectories:
+                return
+            del self._open[row.request]
+        # False if the caller has gone away in this very moment.
+        if pending.future.set_running_or_notify_cancel():
+            pending.future.set_result([pending.finished[index] for index in range(row.request.num_trajectories)])
+
+    def _attempt(self, work: Callable[[], Result], joining: Sequence[Row] = ()) -> Result | None:
+        """Do work on the batch. What torch cannot do (out of memory) fails the requests in it, not the engine."""
+        try:
+            return work()
+        except RuntimeError as error:
+            LOG.error("the batch of %d trajectories failed: %s", len(self._batch.rows), error, exc_info=True)
+            requests = {row.request for row in (*self._batch.rows, *joining)}
+            self._batch.clear()
+            self._fail(requests, EngineError(f"decoding failed ({type(error).__name__}: {error})."))
+            return None
+
+
+def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """The tokens that end a completion, from generation_config.json or else config.json."""
+    for config in (model.generation_config, model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+    return ()
+
+
+def _uncancellable() -> Future[None]:
+    """A future that stays when an asyncio task that waits for it is cancelled."""
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
+    return future

@@ -1,0 +1,1 @@
+"""gRPC between services: servers, channels, TLS, probes, and messages."""

@@ -1,0 +1,170 @@
+"""The scorer's ranks: rank 0 has the bus, the RPCs and the news of weights; what it is asked to do, all ranks do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from torch import Tensor
+
+from jackpot.bus.payload_format import decode_group, encode_group
+from jackpot.compute.ranks.group import RankLostError, Ranks
+from jackpot.compute.ranks.orders import Dismissed, Order, Orders, next_order
+from jackpot.config import JobSpec, ModelConfig
+from jackpot.errors import JackpotError, WeightError, WeightMissingError
+from jackpot.scorer.target import PendingWeights, State, TargetPolicy
+from jackpot.scoring.group_scorer import Actors, GroupScorer
+from jackpot.storage.weights import WeightStore
+from jackpot.trajectory import Group, ScoredGroup
+
+LOG = logging.getLogger(__name__)
+
+
+class LeadTarget(TargetPolicy):
+    """Rank 0's part of the target policy.
+
+    Args:
+        config: the policy's model; gives the architecture.
+        store: the job's weight store.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        obrs_lambda: λ for versions that do not carry one.
+        ranks: all of them.
+        orders: what tells the others.
+    """
+
+    def __init__(
+        self, config: ModelConfig, store: WeightStore, device: str, obrs_lambda: float, ranks: Ranks, orders: Orders
+    ) -> None:
+        super().__init__(config, store, device, obrs_lambda, ranks)
+        self._ranks = ranks
+        self._orders = orders
+
+    def read(self, directory: Path) -> State:
+        """Have every rank read its part of a version, beside the passes under way.
+
+        Raises:
+            WeightError: one of them could not.
+        """
+        with self._orders.give("read", path=str(directory)):
+            pass
+        state: State = {}
+        problem: Exception | None = None
+        try:
+            state = super().read(directory)
+        except (WeightError, FileNotFoundError) as error:
+            problem = error
+        with self._orders.give("have_read"):
+            all_read = self._ranks.agree(problem is None)
+        if problem is not None:
+            raise problem
+        if not all_read:
+            raise WeightMissingError(f"{directory} could not be read by every rank; their log says why.")
+        return state
+
+    def apply(self, pending: PendingWeights) -> None:
+        with self._orders.give("apply", version=pending.version, obrs_lambda=pending.obrs_lambda):
+            super().apply(pending)
+
+
+class LeadScorer(GroupScorer):
+    """Rank 0's part of scoring.
+
+    Args:
+        job: the job as resolved.
+        target: the target policy.
+        actors: the actor at the versions that sampled.
+        ranks: all of them.
+        orders: what tells the others.
+    """
+
+    def __init__(self, job: JobSpec, target: LeadTarget, actors: Actors | None, ranks: Ranks, orders: Orders) -> None:
+        super().__init__(job, target, actors, ranks)
+        self._max_bytes = job.bus.max_payload_bytes
+        self._orders = orders
+
+    def score_groups(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        """Score groups with all ranks. Errors as :meth:`GroupScorer.score_groups`, and
+
+        Raises:
+            RankLostError: a rank is gone; or this one failed amid the others' passes, and they wait for it.
+        """
+        self.check(groups)
+        encoded = [encode_group(group, max_bytes=self._max_bytes) for group in groups]
+        with self._orders.give("score", b"".join(encoded), sizes=[len(one) for one in encoded]):
+            try:
+                return super().score_groups(groups)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise RankLostError(f"scoring failed amid a pass, the ranks start again: {error}") from error
+
+
+class Follower:
+    """Another rank's part of scoring.
+
+    Args:
+        job: the job as resolved.
+        target: its part of the target policy.
+        scorer: scores with it.
+        ranks: all of them.
+    """
+
+    def __init__(self, job: JobSpec, target: TargetPolicy, scorer: GroupScorer, ranks: Ranks) -> None:
+        self._max_bytes = job.bus.max_payload_bytes
+        self._target = target
+        self._scorer = scorer
+        self._ranks = ranks
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reading")
+        self._reading: Future[State] | None = None
+        self._state: Mapping[str, Tensor] | None = None
+
+    def run(self) -> int:
+        """Do as rank 0 says until it says stop; the exit code that it gives.
+
+        Raises:
+            RankLostError: rank 0 or another is gone.
+        """
+        try:
+            while True:
+                self._carry_out(next_order(self._ranks))
+        except Dismissed as dismissed:
+            return dismissed.exit_code
+        finally:
+            self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _carry_out(self, order: Order) -> None:
+        match order.do:
+            case "score":
+                self._score(order)
+            case "read":
+                self._reading = self._reader.submit(self._target.read, Path(order.details["path"]))
+            case "have_read":
+                self._state = self._read()
+                self._ranks.agree(self._state is not None)
+            case "apply":
+                assert self._state is not None
+                version, obrs_lambda = order.details["version"], order.details["obrs_lambda"]
+                self._target.apply(PendingWeights(version, obrs_lambda, self._state, 0.0))
+                self._state = None
+            case _:
+                raise order.refuse()
+
+    def _score(self, order: Order) -> None:
+        groups, start = [], 0
+        for size in order.details["sizes"]:
+            groups.append(decode_group(order.content[start : start + size], max_bytes=self._max_bytes))
+            start += size
+        try:
+            self._scorer.score_groups(groups)
+        except RankLostError:
+            raise
+        except JackpotError as error:
+            LOG.info("rank 0 says what becomes of this: %s", error)  # it found the same, at the same place
+
+    def _read(self) -> State | None:
+        assert self._reading is not None
+        try:
+            return self._reading.result()
+        except (WeightError, FileNotFoundError) as error:
+            LOG.warning("policy weights cannot be read: %s", error)
+            return None

@@ -1,0 +1,83 @@
+"""Who scores together, and the models that each of them holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from jackpot.compute.models import resolve_device, set_threads
+from jackpot.compute.ranks.group import SOLO, Ranks, join_ranks
+from jackpot.compute.ranks.orders import Orders
+from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.config.environment import ServiceEnvironment
+from jackpot.errors import ConfigError
+from jackpot.scorer.rank_leader import Follower, LeadScorer, LeadTarget
+from jackpot.scorer.target import ActorVersions, TargetPolicy
+from jackpot.scoring.group_scorer import GroupScorer, needs_actor
+from jackpot.storage.weights import WeightStore
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """This process among those that are one scorer."""
+
+    ranks: Ranks = SOLO
+    orders: Orders | None = None  # on rank 0 of several
+
+    def make_scorer(self, job: JobSpec, store: WeightStore) -> tuple[TargetPolicy, GroupScorer]:
+        """The target policy and what scores with it, whole or this rank's part; loads the models.
+
+        Raises:
+            ConfigError: a model cannot be loaded or used.
+        """
+        device, obrs_lambda = job.scorer.device, initial_lambda(job)
+        if self.orders is None:
+            target = TargetPolicy(job.policy, store, device, obrs_lambda, self.ranks)
+            return target, GroupScorer(job, target, self._actors(job, store, target), self.ranks)
+        lead = LeadTarget(job.policy, store, device, obrs_lambda, self.ranks, self.orders)
+        return lead, LeadScorer(job, lead, self._actors(job, store, lead), self.ranks, self.orders)
+
+    def make_follower(self, job: JobSpec, store: WeightStore) -> Follower:
+        """What another rank than 0 does. Errors as :meth:`make_scorer`."""
+        target, scorer = self.make_scorer(job, store)
+        return Follower(job, target, scorer, self.ranks)
+
+    def _actors(self, job: JobSpec, store: WeightStore, target: TargetPolicy) -> ActorVersions | None:
+        if not needs_actor(job):
+            return None
+        actors = ActorVersions(job.rollout_model, job.rollout_role, store, job.scorer.device, ranks=self.ranks)
+        if actors.vocabulary != target.vocabulary:
+            raise ConfigError(
+                "actor.model",
+                job.rollout_model.model,
+                f"has {actors.vocabulary} tokens and the policy {target.vocabulary}",
+                "Both must share one vocabulary.",
+            )
+        return actors
+
+
+ALONE = Members()
+"""One process with whole models."""
+
+
+def meet_members(environment: ServiceEnvironment, job: JobSpec) -> Members:
+    """The other ranks of this scorer, once all of them are there; :data:`ALONE` without any.
+
+    Raises:
+        ConfigError: a device or the number of ranks that cannot work.
+    """
+    config = job.scorer
+    set_threads(max(1, environment.threads // config.processes) if environment.threads else 0)
+    if config.processes == 1:
+        return ALONE
+    ranks = join_ranks("scorer", config, resolve_device(config.device, field="scorer.device"))
+    if ranks.device is not None and ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    return Members(ranks, Orders(ranks, config.collective_timeout_seconds) if ranks.rank == 0 else None)
+
+
+def initial_lambda(job: JobSpec) -> float:
+    """λ of versions that carry none."""
+    correction = job.algorithm.correction
+    return correction.initial_lambda if isinstance(correction, JackpotCorrection) else 1.0

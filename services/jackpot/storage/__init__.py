@@ -1,0 +1,1 @@
+"""What outlives a process: weight versions, objects, manifests, durable files."""

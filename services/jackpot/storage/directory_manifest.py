@@ -1,0 +1,73 @@
+"""``manifest.json`` of a directory: its files with size and SHA-256, by which damage is noticed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jackpot.errors import DirectoryDamagedError
+from jackpot.storage.weight_manifest import (
+    MANIFEST,
+    WeightFile,
+    describe_file,
+    files_as_json,
+    files_from_json,
+    mismatch,
+)
+
+# Hashing is bound by one core, and does without the interpreter lock.
+_HASHED_AT_ONCE = 4
+
+
+def describe_directory(directory: Path) -> dict[str, WeightFile]:
+    """Every file of a directory by its path in there, subdirectories and all, but for the manifest itself."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
+    return _described(directory, [str(path.relative_to(directory)) for path in paths])
+
+
+def manifest_of(files: Mapping[str, WeightFile]) -> bytes:
+    """A manifest of these files and nothing else."""
+    return (json.dumps({"files": files_as_json(files)}, indent=1) + "\n").encode()
+
+
+def files_of(manifest: bytes, where: str) -> dict[str, WeightFile]:
+    """The files that a manifest names.
+
+    Args:
+        manifest: its bytes.
+        where: they were read, for messages.
+
+    Raises:
+        DirectoryDamagedError: it cannot be read, or names files outside of the directory.
+    """
+    try:
+        files = files_from_json(json.loads(manifest)["files"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DirectoryDamagedError(f"{where} cannot be read ({error!r})") from None
+    if any(part in ("", ".", "..") for key in files for part in key.split("/")):
+        raise DirectoryDamagedError(f"{where} names files that lie elsewhere")
+    return files
+
+
+def check_directory(directory: Path) -> None:
+    """Make sure that a directory's files are those of its manifest, byte for byte.
+
+    Raises:
+        DirectoryDamagedError: naming the first file that is not, or is not there.
+        OSError: the disk cannot be read.
+    """
+    try:
+        files = files_of((directory / MANIFEST).read_bytes(), str(directory / MANIFEST))
+        found = _described(directory, list(files))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DirectoryDamagedError(f"{error.filename} is missing") from None
+    for key, expected in files.items():
+        if found[key] != expected:
+            raise DirectoryDamagedError(mismatch(str(directory / key), found[key], expected))
+
+
+def _described(directory: Path, keys: list[str]) -> dict[str, WeightFile]:
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        return dict(zip(keys, pool.map(lambda key: describe_file(directory / key), keys), strict=True))

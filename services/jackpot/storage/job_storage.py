@@ -1,0 +1,88 @@
+"""Where a job's weights and checkpoints are: its run directory, or an object store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jackpot.config import JobSpec
+from jackpot.storage.object_directories import ObjectDirectories
+from jackpot.storage.object_weights import ObjectWeightStore
+from jackpot.storage.objects import Objects
+from jackpot.storage.weights import WeightStore
+
+
+def job_objects(job: JobSpec, job_id: str) -> Objects | None:
+    """The job's part of its object store; None if it keeps everything in the run directory.
+
+    Raises:
+        ConfigError: the client for object stores is not installed, or its variables cannot be.
+    """
+    if job.weights.store is None:
+        return None
+    return Objects(f"{job.weights.store}/{job_id}", job.weights.outage_seconds)
+
+
+def open_weight_store(job: JobSpec, job_id: str, run_dir: Path, copies: Path) -> WeightStore:
+    """The job's weight store.
+
+    Args:
+        job: the job as resolved.
+        job_id: its id.
+        run_dir: its run directory.
+        copies: directory for this process's copies of what an object store holds.
+
+    Raises:
+        ConfigError: as :func:`job_objects`.
+    """
+    return _weight_store(job_objects(job, job_id), run_dir, copies)
+
+
+def weight_store_of_run(run_dir: Path, copies: Path) -> WeightStore:
+    """As :func:`open_weight_store`, of a run of which nothing is known but its directory."""
+    return _weight_store(objects_of_run(run_dir, outage_seconds=30.0), run_dir, copies)
+
+
+def _weight_store(objects: Objects | None, run_dir: Path, copies: Path) -> WeightStore:
+    return WeightStore(run_dir / "weights") if objects is None else ObjectWeightStore(objects.below("weights"), copies)
+
+
+def stored_checkpoints(job: JobSpec, job_id: str) -> ObjectDirectories | None:
+    """The job's checkpoints in its object store, named by step in eight digits; None if it has none.
+
+    Raises:
+        ConfigError: as :func:`job_objects`.
+    """
+    objects = job_objects(job, job_id)
+    return None if objects is None else ObjectDirectories(objects.below("checkpoints"))
+
+
+def payload_place(job: JobSpec, job_id: str, run_dir: Path) -> Path | Objects:
+    """Where the job's payloads lie while they are on the bus, unless they are in the bus's own server.
+
+    Raises:
+        ConfigError: as :func:`job_objects`.
+    """
+    objects = job_objects(job, job_id) if job.bus.payload_store == "s3" else None
+    return run_dir / "payloads" if objects is None else objects.below("payloads")
+
+
+def objects_of_run(run_dir: Path, outage_seconds: float = 0.0) -> Objects | None:
+    """The part of an object store that belongs to a run; None if it keeps all in its directory, or has not begun.
+
+    Args:
+        run_dir: the run directory.
+        outage_seconds: how long a call is repeated while the store is out of reach.
+
+    Raises:
+        ConfigError: the client for object stores is not installed, or its variables cannot be.
+    """
+    try:
+        job = json.loads((run_dir / "job.json").read_text(encoding="utf-8"))
+        store = job.get("weights", {}).get("store")
+        if store is None:
+            return None
+        job_id = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["job_id"]
+    except FileNotFoundError:
+        return None
+    return Objects(f"{store}/{job_id}", outage_seconds)

@@ -1,0 +1,93 @@
+"""Calls that are made at about the same time go together, and each caller has its own result."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from jackpot.bus.coalesce import MOST_CALLS, Together, all_ended
+
+
+class Doubling:
+    """Doubles numbers once it may, refuses negative ones, and remembers its rounds."""
+
+    def __init__(self) -> None:
+        self.rounds: list[list[int]] = []
+        self.may = asyncio.Event()
+        self.may.set()
+
+    async def __call__(self, calls: Sequence[int]) -> list[int | Exception]:
+        self.rounds.append(list(calls))
+        await self.may.wait()
+        if 1000 in calls:
+            raise ConnectionError("gone")
+        return [ValueError(f"{call} < 0") if call < 0 else 2 * call for call in calls]
+
+
+async def test_calls_of_one_moment_go_together_in_their_order() -> None:
+    doubling = Doubling()
+    together = Together(doubling)
+    assert await asyncio.gather(*(together(number) for number in (3, 1, 2))) == [6, 2, 4]
+    assert await together(5) == 10
+    assert doubling.rounds == [[3, 1, 2], [5]]
+
+
+async def test_calls_made_while_others_are_under_way_make_the_next_round() -> None:
+    doubling = Doubling()
+    doubling.may.clear()
+    together = Together(doubling)
+    first = asyncio.create_task(together(1))
+    while not doubling.rounds:
+        await asyncio.sleep(0)
+    later = [asyncio.create_task(together(number)) for number in range(MOST_CALLS + 1)]
+    await asyncio.sleep(0)
+    doubling.may.set()
+    assert await first == 2
+    assert await asyncio.gather(*later) == [2 * number for number in range(MOST_CALLS + 1)]
+    assert [len(calls) for calls in doubling.rounds] == [1, MOST_CALLS, 1]
+
+
+async def test_an_error_is_its_callers_alone() -> None:
+    outcomes = await asyncio.gather(*map(Together(Doubling()), (1, -1, 2)), return_exceptions=True)
+    assert outcomes[0] == 2 and outcomes[2] == 4
+    assert isinstance(outcomes[1], ValueError)
+
+
+async def test_what_ends_a_round_ends_each_of_its_calls_and_no_later_one() -> None:
+    together = Together(Doubling())
+    outcomes = await asyncio.gather(together(1), together(1000), return_exceptions=True)
+    assert all(isinstance(outcome, ConnectionError) for outcome in outcomes)
+    assert await together(1) == 2
+
+
+async def test_a_caller_that_is_cancelled_disturbs_no_other() -> None:
+    doubling = Doubling()
+    doubling.may.clear()
+    together = Together(doubling)
+    leaving, staying = asyncio.create_task(together(1)), asyncio.create_task(together(2))
+    while not doubling.rounds:
+        await asyncio.sleep(0)
+    leaving.cancel()
+    doubling.may.set()
+    assert await staying == 4
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+
+
+async def test_an_error_comes_once_all_calls_have_ended() -> None:
+    ended: list[int] = []
+
+    async def call(number: int) -> int:
+        for _ in range(number):
+            await asyncio.sleep(0)
+        ended.append(number)
+        if number == 1:
+            raise ValueError("the first to end")
+        return number
+
+    with pytest.raises(ValueError, match="the first to end"):
+        await all_ended(call(number) for number in (1, 2, 3))
+    assert ended == [1, 2, 3]
+    assert await all_ended(call(number) for number in (3, 2)) == [3, 2]

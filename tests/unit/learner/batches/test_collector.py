@@ -1,0 +1,81 @@
+"""Batches from a real bus: the next one is gathered beforehand, and waits end loudly."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jackpot.bus import TrajectoryBus
+from jackpot.config import JobSpec
+from jackpot.errors import DeadlineError
+from jackpot.learner.batches.collector import BatchCollector
+from jackpot.trajectory import GroupKey, ScoredGroup
+
+
+@pytest.fixture
+def job(make_job: Callable[..., JobSpec]) -> JobSpec:
+    return make_job("learner.groups_per_batch=2", "learner.batch_timeout_seconds=1.5")
+
+
+@pytest.fixture
+async def bus(job: JobSpec, valkey_url: str, tmp_path: Path) -> AsyncIterator[TrajectoryBus]:
+    bus = await TrajectoryBus.connect(valkey_url, tmp_path.name.replace("_", "-")[:40], job.bus, "learner-0", tmp_path)
+    await bus.open()
+    yield bus
+    await bus.close()
+
+
+async def put(bus: TrajectoryBus, job_id: str, groups: list[ScoredGroup], slot: int) -> str:
+    group_id = GroupKey(slot, 0, slot).group_id(job_id)
+    trajectories = tuple(
+        replace(trajectory, trajectory_id=f"{group_id}#{index}")
+        for index, trajectory in enumerate(groups[slot].group.trajectories)
+    )
+    scored = replace(groups[slot], group=replace(groups[slot].group, group_id=group_id, trajectories=trajectories))
+    assert await bus.reserve(group_id, 10_000)
+    assert await bus.publish(scored.group) == "published"
+    (delivery,) = await bus.take_groups(1, 1.0)
+    await bus.publish_scored(delivery, scored)
+    return group_id
+
+
+async def test_the_next_batch_is_there_when_it_is_asked_for(
+    job: JobSpec, bus: TrajectoryBus, make_groups: Callable[..., list[ScoredGroup]], tmp_path: Path
+) -> None:
+    job_id, groups = tmp_path.name.replace("_", "-")[:40], make_groups(job)
+    collector = BatchCollector(job, bus)
+    ids = [await put(bus, job_id, groups, slot) for slot in (1, 0)]
+    first = await collector.collect(0, lambda: False)
+    assert first is not None
+    assert [group.group_id for group in first.groups] == [ids[1], ids[0]]  # in slot order
+    assert first.batch.num_tokens == sum(group.group.num_tokens for group in first.groups)
+    collector.prefetch(1)
+    ids = [await put(bus, job_id, groups, slot) for slot in (2, 3)]
+    second = await collector.collect(1, lambda: False)
+    assert second is not None
+    assert [group.group_id for group in second.groups] == ids
+    assert len(collector.deliveries) == 4  # leases of all are renewed until the commit
+    collector.committed(1)
+    assert [delivery.group_id for delivery in collector.deliveries] == ids  # batch 1 waits for its own checkpoint
+    collector.committed(2)
+    assert collector.deliveries == []
+
+
+async def test_waits_end_with_the_deadline_with_a_stop_or_with_a_failure_elsewhere(
+    job: JobSpec, bus: TrajectoryBus
+) -> None:
+    collector = BatchCollector(job, bus)
+    with pytest.raises(DeadlineError, match="0 of 2 groups are here"):
+        await collector.collect(0, lambda: False)
+    await collector.close()
+    assert await collector.collect(0, lambda: True) is None
+
+    def watch() -> None:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        await collector.collect(0, lambda: False, watch)
+    await collector.close()

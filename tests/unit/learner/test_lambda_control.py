@@ -1,0 +1,110 @@
+"""λ and λ_distill as they follow measurements, and what a checkpoint keeps of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jackpot.algorithm.budget import acceptance_at
+from jackpot.algorithm.normalizer import mean_acceptance
+from jackpot.config import AlgorithmConfig
+from jackpot.learner.lambda_control import Controls
+from jackpot.scoring.batch import build_batch
+from jackpot.scoring.token_weights import reference_target_weights
+from jackpot.trajectory import ScoredGroup
+
+from .conftest import MakeGroups, MakeJob, MakeTrainer, rescored
+
+
+def algorithm(**sections: object) -> AlgorithmConfig:
+    return AlgorithmConfig.model_validate(sections)
+
+
+def tokens(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return -torch.rand(500, generator=generator), -torch.rand(500, generator=generator)
+
+
+def test_constants_stay_as_they_are() -> None:
+    controls = Controls(algorithm(correction={"obrs_lambda": 2.0}, distillation={"weight": 0.3}))
+    controls.observe_tokens(*tokens(0))
+    controls.observe_kl(5.0)
+    assert (controls.obrs_lambda, controls.distillation_weight) == (2.0, 0.3)
+    assert Controls(algorithm(correction="tis")).obrs_lambda == 1.0
+
+
+def test_lambda_goes_to_the_rate_at_once_and_then_follows_smoothly() -> None:
+    controls = Controls(algorithm(correction={"acceptance_rate": 0.8, "lambda_smoothing": 0.5}))
+    assert controls.obrs_lambda == 1.0
+    controls.observe_tokens(*tokens(0))
+    first = controls.obrs_lambda
+    assert acceptance_at(*tokens(0), first) == pytest.approx(0.8, abs=1e-6)
+    shifted = tokens(0)[0] + 1.0, tokens(0)[1]
+    controls.observe_tokens(*shifted)  # every ratio e times larger: so is its λ
+    assert controls.obrs_lambda == pytest.approx(first * 2.718281828**0.5, rel=1e-5)
+
+
+def test_a_restored_controller_goes_on_as_if_nothing_had_happened() -> None:
+    settings = algorithm(correction={"acceptance_rate": 0.9}, distillation={"kl_target": 0.2})
+    whole, halves = Controls(settings), Controls(settings)
+    for seed in range(3):
+        for controls in (whole, halves):
+            controls.observe_tokens(*tokens(seed))
+            controls.observe_kl(0.3 + 0.1 * seed)
+    resumed = Controls(settings)
+    resumed.restore(halves.obrs_lambda, halves.state())
+    for controls in (whole, resumed):
+        controls.observe_tokens(*tokens(9))
+        controls.observe_kl(0.1)
+    assert resumed.obrs_lambda == whole.obrs_lambda
+    assert resumed.distillation_weight == whole.distillation_weight != 1.0
+    assert resumed.state() == whole.state()
+
+
+def test_groups_scored_with_different_lambdas_keep_their_own(make_job: MakeJob, make_groups: MakeGroups) -> None:
+    job = make_job("algorithm.correction.c1=1e9")
+    groups: list[ScoredGroup] = make_groups(job)
+    mixed = [rescored(job, group, 0.5 if index < 2 else 2.0) for index, group in enumerate(groups)]
+    batch = build_batch(mixed, job.algorithm.advantage)
+    weights = reference_target_weights(batch.tokens, job.algorithm.correction)
+
+    lambdas = torch.cat([torch.full((group.group.num_tokens,), group.obrs_lambda) for group in mixed])
+    assert set(lambdas.tolist()) == {0.5, 2.0}
+    torch.testing.assert_close(weights.obrs_lambda, lambdas)
+    ratio = (batch.tokens.reference_logprobs - batch.tokens.actor_logprobs).exp()
+    torch.testing.assert_close(weights.acceptance_probs, (ratio / lambdas).clamp(max=1.0))
+    torch.testing.assert_close(weights.raw_weight, weights.normalizer * torch.maximum(ratio, lambdas))
+    # a · w = Z · s, token by token: only with the λ that each was scored with.
+    torch.testing.assert_close(weights.acceptance_probs * weights.weight, weights.normalizer * ratio)
+    assert float(weights.normalizer.mean()) == pytest.approx(mean_acceptance(weights.acceptance_probs), rel=1e-5)
+
+
+def test_a_training_step_steers_both(make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups) -> None:
+    job = make_job(
+        "algorithm.correction.acceptance_rate=0.7",
+        "algorithm.distillation.kl_target=1e-3",
+        "learner.actor_schedule={warmup_steps: 1}",
+        "learner.schedule={warmup_steps: 3}",
+    )
+    trainer = make_trainer(job)
+    batch = build_batch(make_groups(job), job.algorithm.advantage)
+    row = trainer.train_batch(batch, first_step=0)[0]
+    assert row["actor/distill_weight"] == 1.0 < trainer.controls.distillation_weight
+    assert row["rollout_corr/obrs_lambda"] == 1.0
+    assert row["rollout_corr/obrs_lambda_next"] == trainer.controls.obrs_lambda
+    found = acceptance_at(batch.tokens.reference_logprobs, batch.tokens.actor_logprobs, trainer.controls.obrs_lambda)
+    assert found == pytest.approx(0.7, abs=1e-6)
+    assert (row["policy/lr"], row["actor/lr"]) == (job.learner.lr / 4, job.learner.lr / 2)
+
+
+def test_with_the_policy_as_target_one_lambda_scores_all(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    job = make_job("algorithm.correction={target: policy, acceptance_rate: 0.6}")
+    trainer = make_trainer(job)
+    batch = build_batch(make_groups(job, with_topk=True, disturb=0.0), job.algorithm.advantage)
+    first = trainer.train_batch(batch, first_step=0)[0]
+    second = trainer.train_batch(batch, first_step=1)[0]
+    assert first["rollout_corr/obrs_lambda"] == 1.0
+    assert second["rollout_corr/obrs_lambda"] == pytest.approx(first["rollout_corr/obrs_lambda_next"], rel=1e-6)
+    assert second["rollout_corr/obrs_acceptance_rate"] == pytest.approx(0.6, abs=0.05)

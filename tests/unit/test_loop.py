@@ -1,0 +1,153 @@
+"""The loop in one process, on real tiny models: reproducible, and exactly as stale as it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jackpot.config import JobSpec, parse_job
+from jackpot.errors import ConfigError
+from jackpot.loop import Curve, Loop, run_loop
+from jackpot.trajectory import Role
+
+MakeJob = Callable[..., JobSpec]
+
+
+@pytest.fixture
+def make_job(make_model: Callable[..., Path]) -> MakeJob:
+    def make(*overrides: str) -> JobSpec:
+        data: dict[str, Any] = {
+            "policy": {"model": str(make_model("qwen3", seed=1))},
+            "actor": {"model": str(make_model("qwen3", seed=2, hidden_size=16, num_hidden_layers=1))},
+            "task": {"name": "python:tests_experiment_task:DigitTask"},
+            "sampling": {"group_size": 4, "max_tokens": 6},
+            "learner": {"lr": 1e-2, "groups_per_batch": 2, "steps": 3},
+            "evaluation": {"every": 2, "prompts": 8},
+            "rollout": {"top_logprobs": 5},
+        }
+        return parse_job(data, overrides)
+
+    return make
+
+
+class DigitTask:
+    """Rewards completions with many digits: random models do earn some."""
+
+    num_prompts = 16
+
+    def __init__(self, params: object, seed: int) -> None:
+        self._seed = seed
+
+    def train_prompt(self, index: int) -> Any:
+        from jackpot.orchestrator.tasks import TaskItem
+
+        return TaskItem(f"{(index + self._seed) % 10}+1=")
+
+    def eval_items(self, count: int) -> Any:
+        return [self.train_prompt(index) for index in range(count)]
+
+    def reward(self, item: object, completion: str) -> float:
+        return float(sum(character.isdigit() for character in completion) >= 2)
+
+
+@pytest.fixture(autouse=True)
+def digit_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import ModuleType
+
+    module = ModuleType("tests_experiment_task")
+    module.DigitTask = DigitTask  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tests_experiment_task", module)
+
+
+def curve(job: JobSpec, staleness: int = 0, scorer_staleness: int = 0) -> Curve:
+    return run_loop(Loop(job, staleness=staleness, scorer_staleness=scorer_staleness))
+
+
+def test_the_same_seed_gives_the_identical_curve_and_another_seed_another(make_job: MakeJob) -> None:
+    first, second, other = curve(make_job()), curve(make_job()), curve(make_job("seed=1"))
+    assert first.evaluations == second.evaluations
+    assert first.steps == second.steps
+    assert [step for step, _ in first.evaluations] == [0, 2, 3]
+    assert first.steps != other.steps
+    assert first.num_trajectories == 3 * 2 * 4
+    assert {row["reward/mean"] for row in first.steps} != {0.0}
+
+
+@pytest.mark.parametrize(("staleness", "expected"), [(0, [0, 0, 0, 0]), (1, [0, 1, 1, 1]), (2, [0, 1, 2, 2])])
+def test_sampling_is_as_stale_as_told(make_job: MakeJob, staleness: int, expected: list[int]) -> None:
+    found = curve(make_job("learner.steps=4"), staleness)
+    assert [row["staleness/mean"] for row in found.steps] == expected
+    assert [row["staleness/max"] for row in found.steps] == expected
+
+
+def test_weights_that_sampled_and_weights_that_score_are_the_very_ones(make_job: MakeJob) -> None:
+    """On-policy, with scorer and sampler of one age, the ratio is 1; with a newer scorer it is not after an update."""
+    job = make_job("actor=policy", "algorithm.correction=is")
+    together, apart = curve(job, 1, 1), curve(job, 1, 0)
+    for row in together.steps:
+        assert row["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=1e-4)
+    assert apart.steps[0]["rollout_corr/rollout_is_max"] == pytest.approx(1, abs=1e-4)
+    assert all(row["rollout_corr/rollout_is_max"] > 1.01 for row in apart.steps[1:])
+    # Only an old reference lets the policy's ratio move away from 1.
+    assert max(abs(row["policy/clip_fraction"]) for row in apart.steps) == 0
+
+
+def test_full_normalizer_uses_the_actor_that_sampled(make_job: MakeJob) -> None:
+    found = curve(make_job("algorithm.correction={name: jackpot, normalizer: full}"), 1)
+    for row in found.steps:
+        assert 0 < row["rollout_corr/obrs_normalizer"] < 1
+        assert row["rollout_corr/kl_after_exact"] < row["rollout_corr/kl_before_exact"]
+
+
+def test_many_updates_a_batch_and_the_policy_as_target(make_job: MakeJob) -> None:
+    overrides = [
+        "learner.steps=4",
+        "learner.updates_per_batch=2",
+        "algorithm.correction={name: jackpot, target: policy}",
+    ]
+    found = curve(make_job(*overrides))
+    assert [row["step"] for row in found.steps] == [1, 2, 3, 4]
+    assert [row["staleness/mean"] for row in found.steps] == [0, 1, 0, 1]
+    assert [step for step, _ in found.evaluations] == [0, 2, 4]
+
+
+def test_an_acceptance_rate_is_followed(make_job: MakeJob) -> None:
+    found = curve(make_job("algorithm.correction={name: jackpot, acceptance_rate: 0.5}", "learner.steps=4"))
+    used = [row["rollout_corr/obrs_lambda"] for row in found.steps]
+    published = [row["rollout_corr/obrs_lambda_next"] for row in found.steps]
+    assert used == pytest.approx([1.0, *published[:-1]], rel=1e-6)
+    assert published[0] != 1.0
+
+
+@pytest.mark.parametrize("role", ["policy", "actor"])
+def test_a_model_that_diverged_ends_the_run_with_its_reason(make_job: MakeJob, role: Role) -> None:
+    loop = Loop(make_job("learner.steps=6"), staleness=0, scorer_staleness=0)
+
+    def diverge(step: int, accuracy: float) -> None:
+        if step == 2:
+            for parameter in loop.trainer.models[role].parameters():
+                parameter.data.fill_(float("nan"))
+
+    found = run_loop(loop, diverge)
+    assert found.failure is not None and "not finite" in found.failure
+    assert [step for step, _ in found.evaluations] == [0, 2, 6]
+    assert len(found.steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ages", "field"),
+    [
+        (["algorithm.advantage.filter_zero_variance=true"], (0, 0), "algorithm.advantage.filter_zero_variance"),
+        ([], (0, 1), "scorer_staleness"),
+    ],
+)
+def test_what_only_the_services_do_is_refused(
+    make_job: MakeJob, overrides: list[str], ages: tuple[int, int], field: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Loop(make_job(*overrides), staleness=ages[0], scorer_staleness=ages[1])
+    assert caught.value.field == field
