@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from jackpot.errors import EngineError
 from jackpot.rollout.engine import GroupRequest
-from jackpot.rollout.transformers import engine
+from jackpot.rollout.transformers import engine as engine_module
 from jackpot.rollout.transformers.decode_batch import PREFILL_TOKENS
 from jackpot.rollout.transformers.engine import TransformersEngine, eos_token_ids
 
@@ -96,8 +96,8 @@ async def test_prompts_longer_than_one_prefill_pass_are_split(
 async def test_requests_that_find_an_idle_engine_together_start_together(
     load: Callable[..., PreTrainedModel], ask: Callable[..., GroupRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "GATHER_PAUSE_SECONDS", 1.0)
-    monkeypatch.setattr(engine, "GATHER_SECONDS", 2.0)
+    monkeypatch.setattr(engine_module, "GATHER_PAUSE_SECONDS", 1.0)
+    monkeypatch.setattr(engine_module, "GATHER_SECONDS", 2.0)
     sizes: list[int] = []
     engine = TransformersEngine(load(), max_batch_size=8, max_queue=64, on_tokens=sizes.append)
     try:
