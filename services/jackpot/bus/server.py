@@ -4,7 +4,6 @@ file, and a life no longer than its parent's."""
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import fcntl
 import importlib.util
 import json
@@ -12,13 +11,10 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import stat
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,10 +25,10 @@ from redis.asyncio import Redis
 
 from jackpot.bus.client import MIN_VERSION
 from jackpot.errors import BusError, ConfigError, DeadlineError
+from jackpot.process.children import ending_with_us
 
 _SOCKET_PATH_LIMIT = 100  # the kernel's is 108 on Linux, 104 on macOS, the closing zero included
 _POLL_SECONDS = 0.02
-_PR_SET_PDEATHSIG = 1
 _LOG_LINES_SHOWN = 5
 
 
@@ -140,13 +136,12 @@ class EmbeddedServer:
         config = self._write_config(self._address)
         with (self._data_dir / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [binary, config],
+                ending_with_us([binary, config]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 pass_fds=[self._lock] if self._lock is not None else [],
                 start_new_session=True,  # Ctrl-C is for the launcher, which stops the server last
-                preexec_fn=dies_with(os.getpid()) if sys.platform == "linux" else None,
             )
         try:
             await self._wait_until_ready(deadline, timeout_seconds)
@@ -240,22 +235,6 @@ class EmbeddedServer:
     def _end_of_log(self) -> str:
         lines = (self._data_dir / "server.log").read_text(encoding="utf-8", errors="replace").splitlines()
         return " | ".join(lines[-_LOG_LINES_SHOWN:])
-
-
-def dies_with(parent: int) -> Callable[[], None]:
-    """To run in the child (``preexec_fn``): SIGTERM when the parent ends, also if it ended before this was set. Linux.
-
-    Args:
-        parent: process id of the parent. It is the *thread* that starts the child whose end counts.
-    """
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: after the fork nothing may be loaded
-
-    def arrange() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return arrange
 
 
 async def _exits(process: subprocess.Popen[bytes], timeout_seconds: float) -> bool:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from jackpot.bus.server import dies_with
 from jackpot.demo.recipe import models_directory
 from jackpot.errors import JackpotError
 from jackpot.experiment.grid import Run
+from jackpot.process.children import ending_with_us
 
 Report = Callable[[Run, Mapping[str, Any]], None]
 
@@ -99,13 +99,12 @@ def make_runs(runs: Sequence[Run], directory: Path, workers: int, report: Report
 
 def _start(directory: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "jackpot.experiment.worker", str(directory)],
+        ending_with_us([sys.executable, "-m", "jackpot.experiment.worker", str(directory)]),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,  # a Ctrl-C reaches it through us
-        preexec_fn=dies_with(os.getpid()) if sys.platform == "linux" else None,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from jackpot.config import TaskConfig
 from jackpot.errors import ConfigError
 from jackpot.orchestrator.tasks import Task, TaskItem, build_task, finite_reward
-from jackpot.process.service_process import stop_with_parent
+from jackpot.process.children import stop_with_parent
 
 
 def main() -> int:

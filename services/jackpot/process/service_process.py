@@ -7,7 +7,6 @@ Settings are read before anything heavy is imported, so that a mistake in them s
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -18,6 +17,7 @@ from typing import NoReturn
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError, JackpotError
+from jackpot.process.children import stop_with_parent
 from jackpot.telemetry import REGISTRY, GpuCollector, announce_metrics, reachable_host, serve_metrics
 from jackpot.telemetry.logs import redact_url, setup_logging
 
@@ -34,8 +34,6 @@ STOPPED_EARLY = 75
 # Whose GPUs are shown; the orchestrator on the same machine would show them a second time.
 USES_GPU = ("rollout", "scorer", "learner")
 EVALUATOR = "evaluator"
-
-_PR_SET_PDEATHSIG = 1
 
 
 def run_service(name: str, main: ServiceMain, environ: Mapping[str, str] | None = None) -> NoReturn:
@@ -95,15 +93,6 @@ def _serve_metrics(name: str, environment: ServiceEnvironment) -> None:
 def announce_ready(**details: object) -> None:
     """Log that this process does its work from now on."""
     LOG.info("ready", extra=details)
-
-
-def stop_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when the one that started it dies. Linux only; elsewhere nothing.
-
-    Counts from the death of the *thread* that started it: launchers start processes from a thread that stays.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 async def _until_stopped(main: ServiceMain, environment: ServiceEnvironment, job: JobSpec, parent: int) -> int:

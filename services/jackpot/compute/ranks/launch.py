@@ -16,7 +16,8 @@ from typing import NoReturn
 from jackpot.config import JobSpec
 from jackpot.config.environment import PREFIX, ServiceEnvironment
 from jackpot.errors import ConfigError
-from jackpot.process.service_process import STOPPED_EARLY, ServiceMain, run_service, stop_with_parent
+from jackpot.process.children import stop_with_parent
+from jackpot.process.service_process import STOPPED_EARLY, ServiceMain, run_service
 
 _SIGNAL_BASE = 128
 # What --standalone stands for: a rendezvous of this process alone, on a free port of this machine.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jackpot.bus import TrajectoryBus
-from jackpot.bus.server import EmbeddedServer, dies_with
+from jackpot.bus.server import EmbeddedServer
 from jackpot.config import JobSpec
 from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.launch.local_processes import ROLLOUT, LocalPlan, LocalProcess
@@ -23,6 +23,7 @@ from jackpot.control_plane.launch.supervision import Deaths, told
 from jackpot.control_plane.run_directory import RunDirectory, last_lines
 from jackpot.control_plane.scrape_targets import forget_target, forget_targets
 from jackpot.errors import ConfigError, JackpotError
+from jackpot.process.children import ending_with_us
 from jackpot.process.scaling import forget_rollouts, withdraw_rollout
 from jackpot.process.service_process import EVALUATOR
 from jackpot.storage.job_storage import payload_place
@@ -168,13 +169,12 @@ class LocalLauncher:
         variables |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         with self._run.log(process.name).open("ab") as log:
             process.popen = subprocess.Popen(
-                [sys.executable, "-m", f"jackpot.{process.service}"],
+                # The services ask for this themselves, but only once Python is up.
+                ending_with_us([sys.executable, "-m", f"jackpot.{process.service}"]),
                 env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # The services ask for this themselves, but only once Python is up.
-                preexec_fn=dies_with(os.getpid()) if sys.platform == "linux" else None,
             )
         process.started_at = time.monotonic()
         process.restart_at = None

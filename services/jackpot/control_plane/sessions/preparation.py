@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio.connection import parse_url
 
-from jackpot.bus.server import dies_with
 from jackpot.config import JobSpec
 from jackpot.control_plane.observing.trackers import require_trackers
 from jackpot.control_plane.sessions.model_directories import check_models
 from jackpot.demo.recipe import builtin_models_missing, is_builtin, make_command, resolve_builtin
 from jackpot.errors import ConfigError, JackpotError, ObjectStoreError
 from jackpot.orchestrator.preflight import validate_job
+from jackpot.process.children import ending_with_us
 from jackpot.storage.objects import Objects
 from jackpot.telemetry.logs import redact_url
 
@@ -91,11 +89,10 @@ def make_builtin_models(job: JobSpec) -> None:
 def _run_to_end(command: Sequence[str]) -> int:
     """Run a command; its exit code. Interrupted, it is interrupted, too, and gets the time to tidy up."""
     process = subprocess.Popen(
-        command,
+        ending_with_us(command),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,  # stdout belongs to the caller (--json); the warm-up's progress is on stderr
         start_new_session=True,  # a Ctrl-C reaches it through us: once, not twice
-        preexec_fn=dies_with(os.getpid()) if sys.platform == "linux" else None,
     )
     try:
         return process.wait()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jackpot.config import ActorConfig, ModelConfig, RolloutConfig
 from jackpot.errors import ConfigError, EngineError
+from jackpot.process.children import stop_with_parent
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -29,7 +28,6 @@ LOG = logging.getLogger(__name__)
 # Enough for a tiny model's 256 trajectories; on a GPU a fraction of its memory is taken instead.
 CPU_CACHE_BYTES = 256 << 20
 CPU_STEP_TOKENS = 8192
-_PR_SET_PDEATHSIG = 1
 _forking_engine = threading.local()
 
 
@@ -212,8 +210,7 @@ def _in_forked_engine() -> None:
     """In vLLM's process: leave our event loop's signals alone, and die with us, however we die."""
     if getattr(_forking_engine, "now", False):
         signal.set_wakeup_fd(-1)
-        if sys.platform == "linux":
-            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        stop_with_parent(signal.SIGKILL)
 
 
 _register: Callable[..., None] | None = getattr(os, "register_at_fork", None)
