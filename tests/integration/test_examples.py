@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,20 @@ def test_every_example_is_a_valid_job_file(path: Path) -> None:
     assert load_job(path).learner.steps >= 1
 
 
+WITHOUT_REASONING_GYM = "import sys; sys.modules['reasoning_gym'] = None; from jackpot.cli import main; main()"
+
+
+def test_an_example_says_what_to_install_where_reasoning_gym_is_missing(make_model: Callable[..., Path]) -> None:
+    models = [f"policy.model={make_model('llama', seed=3)}", f"actor.model={make_model('llama', seed=4)}"]
+    command = [sys.executable, "-c", WITHOUT_REASONING_GYM, "validate", str(EXAMPLES / "chain_sum.yaml"), *models]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: task.name = 'reasoning_gym:chain_sum': needs reasoning-gym"), done.stderr
+    assert "pip install 'jackpot[reasoning-gym]'" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_chain_sum_runs_on_two_model_directories_of_ones_own(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: it takes a C compiler")
     directory = tmp_path / "run"
     overrides = [
         f"policy.model={make_model('llama', seed=3, max_position_embeddings=512)}",

@@ -83,7 +83,6 @@ def test_a_python_task():
         ("complemnt", "unknown task. Did you mean 'complement'?"),
         ("jsonn", "Did you mean 'jsonl'?"),
         ("zzzzz", "Known: complement, jsonl, reasoning_gym:<dataset>, python:<module>:<attribute>."),
-        ("reasoning_gym:chain_sun", "Did you mean 'chain_sum'"),
         ("python:doubling_module", "is not of the form python:<module>:<attribute>"),
         ("python:no_such_module:Task", "No module named 'no_such_module'"),
         ("python:doubling_module:Tripling", "cannot be imported"),
@@ -191,7 +190,27 @@ class TestJsonl:
         assert message in str(caught.value)
 
 
+def test_without_reasoning_gym_its_tasks_say_what_to_install(monkeypatch):
+    for module in ("reasoning_gym", "reasoning_gym.factory"):
+        monkeypatch.setitem(sys.modules, module, None)  # None there: an import fails as if there were no such package
+    with pytest.raises(ConfigError) as caught:
+        validate_task(config("reasoning_gym:chain_sum"), seed=0)
+    assert (caught.value.field, caught.value.value) == ("task.name", "reasoning_gym:chain_sum")
+    assert "needs reasoning-gym, which is not installed" in str(caught.value)
+    assert "pip install 'jackpot[reasoning-gym]'" in str(caught.value)
+
+
 class TestReasoningGym:
+    @pytest.fixture(autouse=True)
+    def installed(self):
+        pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: it takes a C compiler")
+
+    def test_an_unknown_dataset_is_named_with_its_neighbour(self):
+        with pytest.raises(ConfigError) as caught:
+            validate_task(config("reasoning_gym:chain_sun"), seed=1)
+        assert caught.value.field == "task.name"
+        assert "Did you mean 'chain_sum'" in str(caught.value)
+
     def test_questions_are_reproducible_disjoint_and_scored(self):
         task = validate_task(config("reasoning_gym:chain_sum", min_terms=2, max_terms=2, max_digits=1, size=60), seed=3)
         again = build_task(config("reasoning_gym:chain_sum", min_terms=2, max_terms=2, max_digits=1, size=60), seed=3)

@@ -30,12 +30,19 @@ class ReasoningGymTask:
     a hash of its text, so that the two never meet, although problems are drawn at random.
 
     Raises:
-        ConfigError: an unknown dataset or a parameter that it refuses.
+        ConfigError: reasoning-gym is not installed, an unknown dataset, or a parameter that it refuses.
     """
 
     def __init__(self, name: str, params: Mapping[str, Any], seed: int) -> None:
-        from reasoning_gym.factory import DATASETS
-
+        try:
+            from reasoning_gym.factory import DATASETS
+        except ImportError as error:
+            raise ConfigError(
+                "task.name",
+                f"reasoning_gym:{name}",
+                f"needs reasoning-gym, which is not installed ({error})",
+                "Install the extra: pip install 'jackpot[reasoning-gym]'; it takes a C compiler.",
+            ) from None
         if name not in DATASETS:
             near = difflib.get_close_matches(name, DATASETS, n=3)
             remedy = (
