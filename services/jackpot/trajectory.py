@@ -30,14 +30,14 @@ Role = Literal["policy", "actor"]
 class GroupKey:
     """What identifies a group. The same work always gets the same id, so duplicates are recognised.
 
-    ``slot`` is the group's place in the training order: batch b trains slots [b·G, (b+1)·G). A dropped group's
-    slot is given to the next prompt, so that every batch fills and its composition is reproducible.
+    ``slot`` is the group's place in the training order: batch b trains slots [b·G, (b+1)·G). A dropped group's slot
+    is given to another group, the slot's next attempt, so that every batch fills and its composition is reproducible.
     """
 
     slot: int
     epoch: int
     prompt_index: int
-    attempt: int = 0  # grows when a group that was lost is generated again
+    attempt: int = 0  # how many groups held the slot before this one
 
     def group_id(self, job_id: str) -> str:
         """The id on the bus, in the ledger and in file names."""
@@ -56,6 +56,17 @@ class GroupKey:
         return cls(*(int(number) for number in match.groups()))
 
 
+def seeded_as(name: str) -> str:
+    """The name of a group or trajectory as seeds know it: without its job's id, which holds a time and chance.
+
+    Two jobs with one seed then draw the same samples and masks. All jobs are seeded under the name that the committed
+    studies' runs had, so that those can be made again to the bit. Other names stay as they are.
+    """
+    _, dot, rest = name.partition(".")
+    return f"inline.{rest}" if dot and _KEY.match(rest) else name
+
+
+_KEY = re.compile(r"s\d+\.e\d+\.p\d+\.a\d+(#\d+)?\Z")
 _GROUP_ID = re.compile(r"[a-z0-9-]+\.s(\d+)\.e(\d+)\.p(\d+)\.a(\d+)")
 
 

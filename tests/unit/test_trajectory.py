@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jackpot.trajectory import Group, GroupKey, Trajectory, VersionSpan
+from jackpot.trajectory import Group, GroupKey, Trajectory, VersionSpan, seeded_as
 
 NUMBERS = st.integers(0, 10**12)
 
@@ -24,6 +24,19 @@ def test_the_same_work_has_the_same_id() -> None:
 def test_other_texts_are_no_group_ids(text: str) -> None:
     with pytest.raises(ValueError, match="is not a group id"):
         GroupKey.parse(text)
+
+
+def test_seeds_know_a_group_by_what_it_is_and_not_by_its_job() -> None:
+    key = GroupKey(3, 0, 17, attempt=2)
+    names = [seeded_as(key.group_id(job_id) + index) for job_id in ("job", "other-1129") for index in ("", "#0", "#1")]
+    assert names[:3] == names[3:]
+    assert len(set(names)) == 3
+    assert seeded_as(key.group_id("job")) != seeded_as(GroupKey(3, 0, 17, attempt=1).group_id("job"))
+
+
+@pytest.mark.parametrize("name", ["evaluation 3", "t", "math.s1", "job.s1.e0.p2.a0#", "job.x.s1.e0.p2.a0"])
+def test_names_of_other_things_are_seeded_as_they_are(name: str) -> None:
+    assert seeded_as(name) == name
 
 
 def make_trajectory(*spans: VersionSpan) -> Trajectory:

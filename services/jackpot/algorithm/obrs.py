@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jackpot.algorithm.correction import Weights
+from jackpot.trajectory import seeded_as
 
 
 def acceptance_probs(target_logprobs: Tensor, actor_logprobs: Tensor, obrs_lambda: float) -> Tensor:
@@ -31,10 +32,13 @@ def acceptance_probs(target_logprobs: Tensor, actor_logprobs: Tensor, obrs_lambd
 def acceptance_uniforms(job_seed: int, trajectory_id: str, num_tokens: int) -> Tensor:
     """The uniform numbers in [0, 1) that a trajectory's acceptance is drawn with: [num_tokens] float64.
 
-    A function of its arguments alone, so that a trajectory gets the same mask on any worker, however often it is
-    delivered. Those of the first n tokens do not depend on how many follow.
+    A function of the seed and of slot, epoch, prompt, attempt and index of the trajectory, so that it gets the same
+    mask on any worker, however often it is delivered, and in any job of that seed. Those of the first n tokens do not
+    depend on how many follow.
     """
-    key = blake2b(f"{job_seed}\0{trajectory_id}".encode(), digest_size=16, person=b"obrs-acceptance").digest()
+    key = blake2b(
+        f"{job_seed}\0{seeded_as(trajectory_id)}".encode(), digest_size=16, person=b"obrs-acceptance"
+    ).digest()
     # The raw stream of a bit generator is stable across numpy versions; what Generator makes of it need not be.
     raw = np.random.Philox(key=np.frombuffer(key, dtype="<u8")).random_raw(num_tokens)
     return torch.from_numpy((raw >> np.uint64(11)).astype(np.float64) * 2.0**-53)

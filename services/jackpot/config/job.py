@@ -107,6 +107,22 @@ class JobSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_be_deterministic(self) -> JobSpec:
+        if not self.run.deterministic:
+            return self
+        if (staleness := self.orchestrator.max_staleness) > 0:
+            raise ValueError(
+                f"run.deterministic = true cannot be with orchestrator.max_staleness = {staleness}: timing decides "
+                "which version samples. Set max_staleness to 0, or leave deterministic out"
+            )
+        if self.rollout.engine == "vllm":
+            raise ValueError(
+                "run.deterministic = true cannot be with rollout.engine = 'vllm', whose passes mix requests as they "
+                "come. Set rollout.engine to transformers, or leave deterministic out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _payloads_have_a_place(self) -> JobSpec:
         if self.bus.payload_store == "s3" and self.weights.store is None:
             raise ValueError(
@@ -143,6 +159,12 @@ class JobSpec(Section):
     def rollout_role(self) -> Literal["policy", "actor"]:
         """Whose weight versions the rollout replicas pull."""
         return "policy" if self.on_policy else "actor"
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether groups are sampled and scored each by itself, so that a seed decides every bit."""
+        possible = self.orchestrator.max_staleness == 0 and self.rollout.engine != "vllm"
+        return possible if self.run.deterministic is None else self.run.deterministic
 
     @property
     def scorer_replicas(self) -> int:

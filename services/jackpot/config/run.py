@@ -53,6 +53,11 @@ class RunConfig(Section):
     keep_trajectories: NonNegativeInt = 2
     """How many of the last batches the learner keeps in ``trajectories/`` for `jackpot replay`; 0 keeps none. Two are
     enough to choose λ by, take few MB, and the weights that they belong to are still there."""
+    deterministic: bool | None = None
+    """Whether a seed gives the same trajectories, masks and steps to the bit, on one machine with one number of
+    threads. What else is in a forward pass changes the last bits of a row, so each group is then sampled and scored in
+    passes of its own, which takes several times as long. Needs ``orchestrator.max_staleness: 0``, since with staleness
+    timing decides which version samples, and the transformers engine. null is on wherever it can be."""
     threads_per_process: NonNegativeInt = 0
     """CPU threads per process for torch; 0 shares the cores out."""
     startup_timeout_seconds: PositiveFloat = 180.0

@@ -37,7 +37,7 @@ from jackpot.orchestrator.versions import VersionWatch
 from jackpot.rpc.proto import ids_to_bytes
 from jackpot.telemetry import Metrics
 from jackpot.telemetry.activity import Activity
-from jackpot.trajectory import Group, GroupKey, Trajectory
+from jackpot.trajectory import Group, GroupKey, Trajectory, seeded_as
 from jackpot.v1 import rollout_pb2
 
 LOG = logging.getLogger(__name__)
@@ -290,8 +290,8 @@ class Dispatcher:
 
 
 def sampling_seed(job_seed: int, name: str) -> int:
-    """The seed (64 bits) of whatever is sampled under ``name``: the same at every attempt and on every replica."""
-    digest = hashlib.blake2b(f"{job_seed} {name}".encode(), digest_size=8).digest()
+    """The seed (64 bits) of what is sampled under ``name``: the same on every replica, and in any job of that seed."""
+    digest = hashlib.blake2b(f"{job_seed} {seeded_as(name)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 

@@ -1,7 +1,7 @@
 """Which group is dispatched next, and when. Pure bookkeeping: no I/O.
 
 Batch b trains slots [b·G, (b+1)·G). A slot belongs to one group at a time; when that group is dropped, the slot goes to
-the next prompt of the order, so that every batch fills. Everything here can be rebuilt from group ids alone.
+another one, its next attempt, so that every batch fills. Everything here can be rebuilt from group ids alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,9 @@ from jackpot.config import JobSpec
 from jackpot.trajectory import GroupKey
 
 TerminalState = Literal["trained", "dropped"]
+
+SAME_PROMPT = ("lost",)  # the group did nothing wrong
+PERMUTATIONS_HELD = 8  # of two epochs, with some attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,10 @@ class Pacing:
 
 
 class PromptOrder:
-    """The endless order of prompts: epoch after epoch, each a permutation of its own.
+    """Which prompt each slot trains: epoch after epoch, each a permutation of its own.
+
+    A slot whose group was dropped takes another prompt, from a further permutation of the same epoch. Which one depends
+    on the slot and on the number of the attempt alone, never on the order in which groups end.
 
     Args:
         num_prompts: prompts in one epoch.
@@ -55,34 +62,18 @@ class PromptOrder:
     def __init__(self, num_prompts: int, seed: int) -> None:
         self._num_prompts = num_prompts
         self._seed = seed
-        self._cached: tuple[int, NDArray[np.int64]] | None = None
+        self._permutation = lru_cache(maxsize=PERMUTATIONS_HELD)(self._make_permutation)
 
-    def prompt(self, position: int) -> tuple[int, int]:
-        """(epoch, prompt index) at a position ≥ 0 of the order."""
-        epoch, place = divmod(position, self._num_prompts)
-        return epoch, int(self._permutation(epoch)[place])
+    def prompt(self, slot: int, attempt: int = 0) -> tuple[int, int]:
+        """(epoch, prompt index) of a slot at its ``attempt``-th group, the first being 0."""
+        epoch, place = divmod(slot, self._num_prompts)
+        return epoch, int(self._permutation(epoch, attempt)[place])
 
-    def position(self, epoch: int, prompt_index: int) -> int:
-        """Where a prompt of an epoch stands: the inverse of :meth:`prompt`."""
-        (places,) = np.nonzero(self._permutation(epoch) == prompt_index)
-        return epoch * self._num_prompts + int(places[0])
-
-    def end_of(self, keys: Iterable[GroupKey]) -> int:
-        """The first position after all of ``keys``."""
-        held = list(keys)
-        if not held:
-            return 0
-        last = max(key.epoch for key in held)
-        wanted = {key.prompt_index for key in held if key.epoch == last}
-        used = np.isin(self._permutation(last), list(wanted))
-        return last * self._num_prompts + int(np.nonzero(used)[0].max(initial=-1)) + 1
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if self._cached is None or self._cached[0] != epoch:
-            digest = hashlib.blake2b(f"prompts {self._seed} {epoch}".encode(), digest_size=16).digest()
-            generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
-            self._cached = (epoch, generator.permutation(self._num_prompts))
-        return self._cached[1]
+    def _make_permutation(self, epoch: int, attempt: int) -> NDArray[np.int64]:
+        name = f"prompts {self._seed} {epoch}" + (f" {attempt}" if attempt else "")
+        digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
+        generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+        return generator.permutation(self._num_prompts)
 
 
 class SlotBook:
@@ -93,10 +84,9 @@ class SlotBook:
         self.pacing = pacing
         self._order = order
         self._next_slot = 0
-        self._next_position = 0
         self._holders: dict[int, GroupKey] = {}  # slot → its group, from dispatch to the terminal state
         self._trained: set[int] = set()
-        self._vacant: list[tuple[int, GroupKey | None]] = []  # heap; a lost group's slot takes the same prompt again
+        self._vacant: list[tuple[int, GroupKey]] = []  # heap: slots given up, and the group that takes each next
 
     @classmethod
     def of_job(cls, job: JobSpec, num_prompts: int) -> SlotBook:
@@ -122,16 +112,15 @@ class SlotBook:
             version: the newest version of the weights that sample.
             num_slots: only slots below this one; None is all of the job.
         """
-        slot, again = self._vacant[0] if self._vacant else (self._next_slot, None)
+        slot = self._vacant[0][0] if self._vacant else self._next_slot
         end = self._num_slots if num_slots is None else min(num_slots, self._num_slots)
         if slot >= end or version < self.pacing.min_version(slot):
             return None
         if self._vacant:
-            heapq.heappop(self._vacant)
+            _, key = heapq.heappop(self._vacant)
         else:
+            key = self._first(slot)
             self._next_slot += 1
-        key = again or GroupKey(slot, *self._order.prompt(self._next_position))
-        self._next_position += again is None
         self._holders[slot] = key
         return key
 
@@ -148,27 +137,34 @@ class SlotBook:
             return
         del self._holders[key.slot]
         if state == "dropped" and reason != "unused":
-            heapq.heappush(self._vacant, (key.slot, _again(key, reason)))
+            heapq.heappush(self._vacant, (key.slot, self._again(key, reason)))
 
     def restore(self, ended: Mapping[GroupKey, tuple[TerminalState, str]], opened: Iterable[GroupKey]) -> None:
         """Rebuild the book after a restart.
 
         Args:
-            ended: every group with a terminal state: (state, reason), in the order in which they ended.
+            ended: every group with a terminal state: (state, reason).
             opened: every group without one. Slots that are in neither, up to the last that was ever dispatched, are
                 dispatched again.
         """
         self._holders = {key.slot: key for key in opened}
         known = [*ended, *self._holders.values()]
         self._next_slot = max((key.slot + 1 for key in known), default=0)
-        self._next_position = self._order.end_of(known)
         self._trained = {key.slot for key, (state, _) in ended.items() if state == "trained"}
-        last = {key.slot: _again(key, reason) for key, (_, reason) in ended.items()}
+        by_attempt = sorted(ended.items(), key=lambda item: item[0].attempt)
+        last = {key.slot: self._again(key, reason) for key, (_, reason) in by_attempt}
         taken = self._trained | set(self._holders)
-        self._vacant = [(slot, last.get(slot)) for slot in range(self._next_slot) if slot not in taken]
+        self._vacant = [
+            (slot, last.get(slot) or self._first(slot)) for slot in range(self._next_slot) if slot not in taken
+        ]
         heapq.heapify(self._vacant)
 
+    def _first(self, slot: int) -> GroupKey:
+        return GroupKey(slot, *self._order.prompt(slot))
 
-def _again(key: GroupKey, reason: str) -> GroupKey | None:
-    """What a dropped group's slot takes: the same prompt if the group was lost, else the next prompt of the order."""
-    return replace(key, attempt=key.attempt + 1) if reason == "lost" else None
+    def _again(self, key: GroupKey, reason: str) -> GroupKey:
+        """What a dropped group's slot takes next: the same prompt if the group was lost, else another."""
+        attempt = key.attempt + 1
+        if reason in SAME_PROMPT:
+            return replace(key, attempt=attempt)
+        return GroupKey(key.slot, *self._order.prompt(key.slot, attempt), attempt)

@@ -26,6 +26,9 @@ def create_engine(job: JobSpec, environment: ServiceEnvironment, metrics: Metric
         raise ConfigError("JACKPOT_ROLE", "actor", problem, "Set JACKPOT_ROLE=policy.")
     name, reason = choose_engine(job.rollout.engine, ENGINES.keys(), has_vllm, has_gpu)
     LOG.info("engine %s: %s", name, reason)
+    if name == "vllm" and job.run.deterministic:
+        remedy = "Set rollout.engine to transformers, or leave deterministic out."
+        raise ConfigError("run.deterministic", True, f"is beyond the vLLM engine ({reason})", remedy)
     if name == "transformers":
         _refuse_cheap_formats(job, environment, reason)
         if job.weights.transport != "store":
@@ -109,6 +112,7 @@ def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metric
         model,
         max_batch_size=job.rollout.max_batch_size,
         max_queue=job.rollout.max_queue,
+        groups_apart=job.deterministic,
         on_tokens=metrics.tokens_generated_total.inc,
     )
 

@@ -34,6 +34,8 @@ class ScoringEngine:
         metrics: where tokens and weight versions are counted.
         instance: this replica's name in its record of activities.
         poll_seconds: how often to look for newer weights.
+        groups_apart: whether each group goes through the models by itself, so that its scores do not depend on its
+            company, to the bit.
         activity: what the time goes into.
     """
 
@@ -45,11 +47,14 @@ class ScoringEngine:
         instance: str,
         poll_seconds: float,
         activity: Activity | None = None,
+        *,
+        groups_apart: bool = False,
     ) -> None:
         self._target = target
         self._scorer = scorer
         self._metrics = metrics
         self._poll_seconds = poll_seconds
+        self._groups_apart = groups_apart
         self.activity = activity or Activity(metrics, "scorer", instance)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
         self._refreshing = asyncio.Lock()
@@ -82,6 +87,8 @@ class ScoringEngine:
 
     def _score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         with self.activity.doing("score"):
+            if self._groups_apart:
+                return [scored for group in groups for scored in self._scorer.score_groups([group])]
             return self._scorer.score_groups(groups)
 
     async def refresh(self) -> None:

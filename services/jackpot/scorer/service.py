@@ -99,7 +99,10 @@ def make_engine(
     store = weight_store(environment, job)
     activity = Activity(metrics, "scorer", environment.instance, environment.run_dir)
     target, scorer = members.make_scorer(job, store)
-    return ScoringEngine(target, scorer, metrics, environment.instance, job.scorer.weight_poll_seconds, activity)
+    poll_seconds = job.scorer.weight_poll_seconds
+    return ScoringEngine(
+        target, scorer, metrics, environment.instance, poll_seconds, activity, groups_apart=job.deterministic
+    )
 
 
 async def connect_bus(environment: ServiceEnvironment, job: JobSpec, timeout_seconds: float) -> TrajectoryBus:

@@ -95,7 +95,12 @@ def test_uniforms_are_pinned() -> None:
     """A change of these numbers would change the mask of every running job."""
     uniforms = acceptance_uniforms(0, "job.s0.e0.p0.a0#0", 3)
     assert uniforms.dtype == torch.float64
-    assert uniforms.tolist() == [0.73053805965549, 0.827409909749135, 0.4551132851138979]
+    assert uniforms.tolist() == [0.7197203091523207, 0.9860929259576541, 0.3588765266385412]
+
+
+def test_uniforms_are_the_same_in_every_job_of_a_seed() -> None:
+    first, second = (acceptance_uniforms(3, f"{job}.s5.e0.p7.a1#2", 20) for job in ("demo-1", "demo-2"))
+    assert torch.equal(first, second)
 
 
 def test_uniforms_differ_by_seed_and_by_trajectory() -> None:

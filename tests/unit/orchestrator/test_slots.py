@@ -50,15 +50,35 @@ def test_slots_can_be_kept_back():
     assert slots.take_next(0).slot == 3
 
 
-def test_a_dropped_group_gives_its_slot_to_the_next_prompt():
+def test_a_dropped_group_gives_its_slot_to_another_prompt():
     slots = book(staleness=0)
     first = take_all(slots, 0)
     slots.close(first[1], "dropped", "rollout_failed")
     slots.close(first[1], "dropped", "rollout_failed")  # told twice
     order = PromptOrder(10, seed=7)
     (again,) = take_all(slots, 0)
-    assert again == GroupKey(1, *order.prompt(4))
+    assert again == GroupKey(1, *order.prompt(1, attempt=1), attempt=1)
+    assert (again.epoch, again.prompt_index) != (first[1].epoch, first[1].prompt_index)
     assert slots.open_groups == (first[0], first[2], first[3], again)
+
+
+def test_which_prompt_a_slot_takes_does_not_depend_on_the_order_in_which_groups_end():
+    orders = []
+    for ending in ([1, 3], [3, 1]):
+        slots = book(staleness=0)
+        first = take_all(slots, 0)
+        for place in ending:
+            slots.close(first[place], "dropped", "rollout_failed")
+        orders.append(take_all(slots, 0))
+    assert orders[0] == orders[1]
+
+
+def test_each_attempt_has_its_own_permutation_of_the_epoch():
+    order = PromptOrder(10, seed=7)
+    attempts = [[order.prompt(10 + place, attempt) for place in range(10)] for attempt in range(3)]
+    assert all(sorted(index for _, index in prompts) == list(range(10)) for prompts in attempts)
+    assert {epoch for prompts in attempts for epoch, _ in prompts} == {1}
+    assert attempts[0] != attempts[1] != attempts[2] != attempts[0]
 
 
 def test_a_group_that_is_put_back_comes_again_in_its_turn():
@@ -80,12 +100,11 @@ def test_a_lost_group_is_the_same_prompt_again_and_an_unused_one_is_not():
 
 def test_every_epoch_has_its_own_permutation():
     order = PromptOrder(10, seed=7)
-    prompts = [order.prompt(position) for position in range(30)]
+    prompts = [order.prompt(slot) for slot in range(30)]
     assert [epoch for epoch, _ in prompts] == [0] * 10 + [1] * 10 + [2] * 10
     epochs = [[index for epoch, index in prompts if epoch == e] for e in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [order.position(*prompt) for prompt in prompts] == list(range(30))
     assert [PromptOrder(10, seed=8).prompt(n) for n in range(10)] != prompts[:10]
 
 
@@ -100,10 +119,10 @@ def test_recovery_dispatches_the_slots_that_nobody_holds():
 
     order = PromptOrder(3, seed=7)
     assert again == [
-        GroupKey(1, *order.prompt(8)),
+        GroupKey(1, *order.prompt(1, attempt=1), attempt=1),
         GroupKey(2, keys[2].epoch, keys[2].prompt_index, attempt=1),
-        GroupKey(4, *order.prompt(9)),
-        GroupKey(6, *order.prompt(10)),
+        GroupKey(4, *order.prompt(4)),
+        GroupKey(6, *order.prompt(6)),
     ]
     assert restored.num_trained == 1
     assert [key.slot for key in take_all(restored, 1)] == [8, 9, 10, 11]
@@ -162,4 +181,6 @@ def test_staleness_is_bounded_and_every_batch_fills(
     assert slots.take_next(version) is None
     assert len(seen) == len(set(seen))
     order = PromptOrder(num_prompts, seed=7)
-    assert [(key.epoch, key.prompt_index) for key in seen] == [order.prompt(n) for n in range(len(seen))]
+    assert all((key.epoch, key.prompt_index) == order.prompt(key.slot, key.attempt) for key in seen)
+    for slot in range(num_batches * size):  # every attempt of a slot in turn, none left out
+        assert [key.attempt for key in seen if key.slot == slot] == list(range(sum(key.slot == slot for key in seen)))

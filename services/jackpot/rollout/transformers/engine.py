@@ -66,6 +66,8 @@ class TransformersEngine:
         model: from ``load_causal_lm``; the engine's own from here on.
         max_batch_size: trajectories decoded together.
         max_queue: trajectories in the engine, running or waiting, before it refuses more.
+        groups_apart: whether each request is decoded by itself, so that its log-probabilities do not depend on its
+            company, to the bit.
         on_tokens: told how many tokens were sampled; called from the engine's thread.
     """
 
@@ -78,6 +80,7 @@ class TransformersEngine:
         *,
         max_batch_size: int,
         max_queue: int,
+        groups_apart: bool = False,
         on_tokens: Callable[[int], object] = lambda num_tokens: None,
     ) -> None:
         self.version = NO_VERSION
@@ -89,6 +92,7 @@ class TransformersEngine:
         self._batch = DecodeBatch(model, eos_token_ids(model))
         self._max_batch_size = max_batch_size
         self._max_queue = max_queue
+        self._groups_apart = groups_apart
         self._on_tokens = on_tokens
         self._tokens_generated = 0
         # Guarded by _wake: what other threads hand to the loop, and what status() reads.
@@ -203,7 +207,7 @@ class TransformersEngine:
         with self._wake:
             while not (self._closing or self._swaps or self._waiting or self._any_cancelled or self._batch.rows):
                 self._wake.wait()
-            if self._waiting and not self._batch.rows:
+            if self._waiting and not self._batch.rows and not self._groups_apart:
                 self._gather()
             return not self._closing
 
@@ -255,6 +259,8 @@ class TransformersEngine:
             free = self._max_batch_size - len(self._batch.rows)
             while free and self._waiting:
                 pending = self._waiting[0]
+                if self._groups_apart and any(row.request is not pending.request for row in (*self._batch.rows, *rows)):
+                    break
                 until = min(pending.next_index + free, pending.request.num_trajectories)
                 for index in range(pending.next_index, until):
                     rows.append(Row(pending.request, index, [(self.version, 0)]))
