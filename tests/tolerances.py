@@ -1,0 +1,41 @@
+"""How far a sum in floating point may lie from the exact one: where the numeric tests' tolerances come from.
+
+A processor, a thread count or a BLAS changes the order of a sum, fuses a product into it or does not, and has an exp of
+its own. Each of these stays within the bound below, so a test that allows it passes everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# Chance that one sum exceeds the probabilistic bound: 2·exp(−λ²/2) = 3e-8.
+LAMBDA = 6.0
+
+
+def unit_roundoff(dtype: torch.dtype = torch.float32) -> float:
+    """u: the largest relative error of one rounding, 6e-8 in float32 and 2⁻⁸ in bfloat16."""
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(terms: int, dtype: torch.dtype = torch.float32) -> float:
+    """The relative error of ``terms`` roundings one after the other, whatever their order.
+
+    In the worst case n·u / (1 − n·u) (Higham, *Accuracy and Stability of Numerical Algorithms*, lemma 3.1). Roundings
+    of long sums partly cancel: λ·√n·u with the chance that ``LAMBDA`` states (Higham and Mary, *A New Approach to
+    Probabilistic Rounding Error Analysis*, 2019, theorem 2.4). The smaller of the two.
+    """
+    u = unit_roundoff(dtype)
+    if terms < 1 or terms * u >= 1:
+        raise ValueError(f"terms = {terms}: no bound holds. Give 1 to {int(1 / u) - 1} for {dtype}")
+    return min(terms * u / (1 - terms * u), math.expm1(LAMBDA * math.sqrt(terms) * u))
+
+
+def rounding(terms: int, magnitude: float | torch.Tensor, dtype: torch.dtype = torch.float32) -> float:
+    """The absolute error of a sum of ``terms`` products whose absolute values add up to ``magnitude``, at most.
+
+    Of a tensor the largest element counts. Two computed sums differ by twice this.
+    """
+    largest = float(magnitude.detach().abs().max()) if isinstance(magnitude, torch.Tensor) else abs(magnitude)
+    return gamma(terms, dtype) * largest

@@ -1,0 +1,37 @@
+"""The bound of rounding errors against sums whose errors are known exactly."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tolerances import gamma, rounding, unit_roundoff
+
+
+def test_short_sums_have_the_worst_case_and_long_ones_the_likely_one() -> None:
+    u = 2.0**-24
+    assert unit_roundoff() == u and unit_roundoff(torch.bfloat16) == 2.0**-8
+    assert gamma(1) == pytest.approx(u, rel=1e-6) and gamma(10) == pytest.approx(10 * u, rel=1e-5)
+    assert gamma(10_000) == pytest.approx(6 * 100 * u, rel=1e-4)
+
+
+@pytest.mark.parametrize("terms", [8, 60_000])
+def test_sums_in_any_order_stay_within_the_bound(terms: int) -> None:
+    """One after the other, which errs the most; and the bound is not so wide that it holds whatever happens."""
+    products = torch.randn(terms, generator=torch.Generator().manual_seed(0))
+    exact, magnitude = math.fsum(products.tolist()), float(products.double().abs().sum())
+    worst = 0.0
+    for order in (products, products.flip(0), products.sort().values):
+        total = np.cumsum(order.numpy(), dtype=np.float32)[-1]  # torch's own adds in float64
+        worst = max(worst, abs(float(total) - exact))
+    assert 0 < worst <= rounding(terms, magnitude)
+    assert rounding(terms, magnitude) < 1e-4 * magnitude
+    assert rounding(terms, products) == gamma(terms) * float(products.abs().max())
+
+
+def test_counts_without_a_bound_are_refused() -> None:
+    for terms in (0, 2**8):
+        with pytest.raises(ValueError, match=f"terms = {terms}: no bound holds. Give 1 to 255 for torch.bfloat16"):
+            gamma(terms, torch.bfloat16)
