@@ -7,6 +7,7 @@ its own. Each of these stays within the bound below, so a test that allows it pa
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -39,3 +40,18 @@ def rounding(terms: int, magnitude: float | torch.Tensor, dtype: torch.dtype = t
     """
     largest = float(magnitude.detach().abs().max()) if isinstance(magnitude, torch.Tensor) else abs(magnitude)
     return gamma(terms, dtype) * largest
+
+
+def model_rounding(config: Any, tokens: int, magnitude: float | torch.Tensor, *, backward: bool = False) -> float:
+    """How far two float32 computations of a decoder's states, or of its gradients, may lie apart.
+
+    ``config`` is Hugging Face's. The sums that a value passes through, one after the other: in each layer two norms,
+    the projections to queries and keys, their products, the attention to ``tokens``, its output's projection, and the
+    two of the feed-forward part. A gradient passes as many on its way back. ``magnitude`` is that of the result.
+    """
+    hidden = config.hidden_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    terms = config.num_hidden_layers * (
+        2 * hidden + hidden + head + tokens + hidden + hidden + config.intermediate_size
+    )
+    return 2 * rounding(2 * terms if backward else terms, magnitude)

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from tolerances import gamma, rounding, unit_roundoff
+from tolerances import gamma, model_rounding, rounding, unit_roundoff
+from transformers import LlamaConfig
 
 
 def test_short_sums_have_the_worst_case_and_long_ones_the_likely_one() -> None:
@@ -35,3 +36,10 @@ def test_counts_without_a_bound_are_refused() -> None:
     for terms in (0, 2**8):
         with pytest.raises(ValueError, match=f"terms = {terms}: no bound holds. Give 1 to 255 for torch.bfloat16"):
             gamma(terms, torch.bfloat16)
+
+
+def test_a_models_sums_are_counted_layer_by_layer_and_twice_for_gradients() -> None:
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    terms = 2 * (5 * 32 + 8 + 30 + 64)
+    assert model_rounding(config, 30, 4.0) == 2 * 4.0 * gamma(terms)
+    assert model_rounding(config, 30, 4.0, backward=True) == 2 * 4.0 * gamma(2 * terms)
