@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
+from tolerances import model_rounding
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -196,6 +197,12 @@ def actor_logprobs(world: World, prompt: Any, ids: Any, spans: Sequence[VersionS
         full = full_logprobs(world.actors[span.version], prompt, ids, temperature)
         rows[span.start : span.end] = full[span.start : span.end]
     return rows
+
+
+def score_rounding(world: World, target_logprobs: Any) -> float:
+    """How far two float32 computations of a score lie apart at most: log p by that of the policy's logits on 20 tokens;
+    acceptance, masses and Z, at most one, by the relative error of exp(log p), which is the same."""
+    return model_rounding(world.policies[0].config, 20, float(np.abs(target_logprobs).max()))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
-from scoring_world import World, expected_scores, make_world, sample_group, until
+from scoring_world import World, expected_scores, make_world, sample_group, score_rounding, until
 
 from jackpot.bus import TrajectoryBus
 from jackpot.config import JobSpec
@@ -87,15 +87,16 @@ async def scored_groups(bus: TrajectoryBus, count: int) -> dict[str, ScoredGroup
     return found
 
 
-def assert_same_scores(left: ScoredGroup, right: ScoredGroup) -> None:
+def assert_same_scores(world: World, left: ScoredGroup, right: ScoredGroup) -> None:
     assert (left.obrs_lambda, left.policy_version, left.normalizer) == (
         right.obrs_lambda,
         right.policy_version,
         right.normalizer,
     )
     for one, other in zip(left.scores, right.scores, strict=True):
+        atol = score_rounding(world, other.target_logprobs)
         for name in ARRAYS:
-            np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=0, atol=atol, err_msg=name)
 
 
 async def test_what_goes_in_as_groups_comes_out_scored(
@@ -274,7 +275,7 @@ async def test_the_rpc_and_the_worker_say_the_same(
         by_rpc = scored_group_from_proto(group, answer)
         await publish(bus, group)
         (by_worker,) = (await scored_groups(bus, 1)).values()
-        assert_same_scores(by_rpc, by_worker)
+        assert_same_scores(world, by_rpc, by_worker)
 
         status = await ask(stub.GetStatus, scoring_pb2.ScoringServiceGetStatusRequest())
         assert (status.version, status.tokens_scored) == (0, 2 * group.num_tokens)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerances import model_rounding
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -62,9 +63,8 @@ def test_hidden_states_and_head_give_the_models_logits_in_right_padded_batches(
         assert hidden.shape == (2, 6, 32)
         for row, row_hidden in zip(rows, hidden, strict=True):
             expected = model(input_ids=row[None]).logits[0]
-            torch.testing.assert_close(
-                output_head(model).logits(row_hidden[: len(row)]), expected, atol=1e-5, rtol=1e-5
-            )
+            found = output_head(model).logits(row_hidden[: len(row)])
+            torch.testing.assert_close(found, expected, rtol=0, atol=model_rounding(model.config, 6, expected))
 
 
 @pytest.mark.parametrize(
