@@ -25,9 +25,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from jackpot.compute import varlen
+from jackpot.compute.batching import ModelPass
 from jackpot.compute.forward import completion_hidden, packed_completion_hidden
 from jackpot.compute.packing_trial import problem_with_varlen
-from jackpot.compute.ranks.partition import MicroRows, plan_passes
+from jackpot.compute.ranks.partition import plan_passes
 from jackpot.config import LearnerConfig
 from jackpot.learner.models.compile_and_checkpoint import compile_and_checkpoint
 
@@ -41,7 +42,7 @@ class Layout:
     name: str
     model: PreTrainedModel
     states: Callable[..., Tensor]
-    passes: list[MicroRows]
+    passes: list[ModelPass]
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     failed: str | None = None
@@ -111,7 +112,7 @@ def run(layout: Layout, sequences: list[np.ndarray]) -> None:
     started = time.perf_counter()
     try:
         for one in layout.passes:
-            own = [sequences[row] for row in one.rows]
+            own = [sequences[row] for row in one.sequences]
             layout.states(layout.model, own, [1] * len(own), one.per_row).float().square().mean().backward()
     except torch.OutOfMemoryError:
         layout.failed = "out of memory"
@@ -126,7 +127,7 @@ def report(layouts: list[Layout], sequences: list[np.ndarray], on_gpu: bool) -> 
     tokens = sum(map(len, sequences))
     first = statistics.median(layouts[0].seconds[1:])
     for layout in layouts:
-        padded = sum(max(len(sequences[row]) for row in one.rows) * len(one.rows) for one in layout.passes)
+        padded = sum(max(len(sequences[row]) for row in one.sequences) * len(one.sequences) for one in layout.passes)
         computed = padded if layout is layouts[0] else tokens
         text = f"{layout.name}: {len(layout.passes)} passes, {computed} tokens computed for {tokens}"
         if layout.failed:

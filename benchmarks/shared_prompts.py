@@ -23,9 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from jackpot.compute.batching import ModelPass, Siblings, passes_of_rows, plan_rows, shared_rows
+from jackpot.compute.pass_layout import PassLayout, layout_of
 from jackpot.compute.ranks.partition import plan_packed
-from jackpot.config import LearnerConfig
-from jackpot.learner.batches.packing import PassLayout, layout_of
 
 GROUP_SIZE, VOCABULARY = 8, 256
 PER_ROW = (2, 4, 8)
@@ -108,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = make_policy(options)
-    layout = layout_of(LearnerConfig(), [(model, options.dtype)], torch.device(options.device))
+    layout = layout_of("auto", [(model, model.dtype)], torch.device(options.device))
     assert layout.attention is not None
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, one thread"
     attention = layout.attention

@@ -46,11 +46,16 @@ class Siblings:
 
 @dataclass(frozen=True, slots=True)
 class ModelPass:
-    """Sequences that go through a model together, in rows of about the same length."""
+    """Sequences that go through a model together.
+
+    A filler, which is not ``counted``, is there because another rank has one more pass and FSDP's collectives need
+    all ranks in every pass: it adds nothing to gradients, scores and figures.
+    """
 
     sequences: tuple[int, ...]
     per_row: tuple[int, ...]
     """How many of the sequences, one after the other, lie in each row, behind their one prompt."""
+    counted: bool = True
 
 
 def plan_rows(lengths: Sequence[int], max_batch_tokens: int, siblings: Siblings | None = None) -> list[ModelPass]:

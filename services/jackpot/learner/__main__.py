@@ -7,6 +7,7 @@ hand is the same: ``torchrun --nproc-per-node 2 -m jackpot.learner``.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jackpot.compute.ranks.launch import run_ranked_service
@@ -18,6 +19,9 @@ from jackpot.process.service_process import STOPPED_EARLY, announce_ready
 if TYPE_CHECKING:
     from jackpot.learner.checkpoints.checkpoint import CheckpointStore
     from jackpot.learner.trainer import Trainer
+    from jackpot.scoring.batch import Batch
+    from jackpot.scoring.token_weights import TokenWeights
+    from jackpot.telemetry import Metrics
 
 
 async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
@@ -102,7 +106,7 @@ async def lead(
         )
         updates = job.learner.updates_per_batch
         metrics.observe_plan(job.learner.steps, job.orchestrator.max_staleness + updates - 1)
-        trainer.show_tokens = metrics.observe_tokens
+        trainer.show_tokens = partial(_observe_tokens, metrics)
         announce_ready(device=str(trainer.device), processes=job.learner.processes)
         finished = await learner.run(stop.is_set)
         activity.write()
@@ -111,6 +115,11 @@ async def lead(
             await broadcaster.close()
         await bus.close()
     return 0 if finished else STOPPED_EARLY
+
+
+def _observe_tokens(metrics: Metrics, batch: Batch, weights: TokenWeights) -> None:
+    ratio = (weights.target_logprobs - batch.tokens.actor_logprobs).exp()
+    metrics.observe_tokens(weights.acceptance_probs, ratio, weights.normalizer)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,17 @@ from jackpot.algorithm.distillation import forward_kl
 from jackpot.algorithm.objective import actor_loss_sum, kl_penalty, policy_loss_sum
 from jackpot.algorithm.output_head import OutputHead
 from jackpot.algorithm.vocabulary import VocabularyScores, differentiable_token_logprobs, token_logprobs
+from jackpot.compute.batching import ModelPass
 from jackpot.compute.forward import CompletionStates
 from jackpot.compute.models import output_head
-from jackpot.compute.ranks.partition import MicroRows
 from jackpot.compute.ranks.sharding import release
 from jackpot.config import JobSpec
 from jackpot.learner.lambda_control import Controls
 from jackpot.learner.reports.step_metrics import StepMeter
-from jackpot.scoring.batch import Batch, TokenArrays
+from jackpot.scoring.batch import Batch
+from jackpot.scoring.passes import model_inputs
 from jackpot.scoring.token_weights import TokenWeights
+from jackpot.scoring.tokens import TokenArrays
 from jackpot.trajectory import Role
 
 
@@ -31,7 +33,7 @@ class MicroBatch:
     """Sequences that go through a model together, and what the loss takes of their N tokens."""
 
     batch: Batch
-    rows: MicroRows
+    passed: ModelPass
     """Which sequences of the batch."""
     tokens: TokenArrays
     """On the models' device."""
@@ -100,7 +102,7 @@ class JointLoss:
     def actor(self, policy_hidden: Tensor, micro: MicroBatch, meter: StepMeter) -> Tensor:
         """L_ppo(ω) + λ_distill · L_distill(ω) (eq. 6 and 7), from hidden states of θ, [N, H]."""
         algorithm, tokens = self._job.algorithm, micro.tokens
-        hidden = self._states(self._models["actor"], *micro.batch.inputs(micro.rows))
+        hidden = self._states(self._models["actor"], *model_inputs(micro.batch.sequences, micro.passed))
         head = self._head("actor")
         divergence = forward_kl(
             policy_hidden,
@@ -131,7 +133,7 @@ class JointLoss:
 
     def _kl_to_initial(self, initial: PreTrainedModel, micro: MicroBatch, policy_logprobs: Tensor) -> Tensor:
         with torch.no_grad():
-            hidden = self._states(initial, *micro.batch.inputs(micro.rows))
+            hidden = self._states(initial, *model_inputs(micro.batch.sequences, micro.passed))
             logprobs = token_logprobs(
                 hidden,
                 output_head(initial),

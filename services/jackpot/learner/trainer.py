@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from jackpot.algorithm.objective import token_shares
 from jackpot.algorithm.vocabulary import token_logprobs
+from jackpot.compute.batching import ModelPass
 from jackpot.compute.models import output_head
 from jackpot.compute.ranks.group import SOLO, Ranks
-from jackpot.compute.ranks.partition import MicroRows, plan_passes
+from jackpot.compute.ranks.partition import plan_passes
 from jackpot.compute.ranks.sharding import release
 from jackpot.config import JobSpec
 from jackpot.learner.joint_loss import JointLoss, MicroBatch
@@ -26,8 +27,8 @@ from jackpot.learner.reports.profiling import StepProfiler
 from jackpot.learner.reports.step_metrics import StepMeter
 from jackpot.learner.schedule import learning_rate_factor
 from jackpot.scoring.batch import Batch
-from jackpot.scoring.policy_target import ScoringPass, policy_target_weights
-from jackpot.scoring.reused_reference import OwnReference, own_reference
+from jackpot.scoring.passes import ModelPasses, model_inputs, token_places
+from jackpot.scoring.step_scores import learner_scores, score_step
 from jackpot.scoring.token_weights import TokenWeights, reference_target_weights
 
 LOG = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ class Trainer(TrainedModels):
         super().__init__(job, policy, actor, ranks)
         self._loss = JointLoss(job, self.models, self._initial, self._states, self.controls, self.device)
         self.profiler = profiler or StepProfiler(Path(), steps=0)
-        self.show_tokens: Callable[[Tensor, Tensor, Tensor], None] | None = None
-        """Given each step's acceptance probabilities, p_target/p_inf and Z, [N] each, for the metrics."""
+        self.show_tokens: Callable[[Batch, TokenWeights], None] | None = None
+        """Given each step's tokens and their weights before the gradients: for metrics, and to look at."""
 
     def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
         """Train on one batch, in ``updates_per_batch`` optimizer steps; the figures of each step."""
@@ -66,7 +67,7 @@ class Trainer(TrainedModels):
     def _train_parts(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
         parts = batch.split(self._job.learner.updates_per_batch)
         weights = self._reference_weights(batch, parts)
-        passes = [self._passes(part) for part in parts]
+        passes = [self._plan(part) for part in parts]
         references = [
             self._actor_reference(part, own) if len(parts) > 1 else None
             for part, own in zip(parts, passes, strict=True)
@@ -79,23 +80,22 @@ class Trainer(TrainedModels):
     def _reference_weights(self, batch: Batch, parts: Sequence[Batch]) -> Sequence[TokenWeights | None]:
         """κ and τ are calibrated over the whole batch, and only then is it split: more tokens, less noise."""
         correction = self._job.algorithm.correction
-        if self._job.scorer.reuse_reference or (correction.name == "jackpot" and correction.target == "policy"):
+        if learner_scores(self._job):
             return [None] * len(parts)
         weights = reference_target_weights(batch.tokens, correction, self._ranks)
         return weights.split([part.num_tokens for part in parts])
 
-    def _actor_reference(self, batch: Batch, passes: Sequence[MicroRows]) -> Tensor | None:
+    def _actor_reference(self, batch: Batch, passes: Sequence[ModelPass]) -> Tensor | None:
         """log p_ω as the batch begins, [N]; with a single update it is the actor's own, detached: no pass needed."""
         if not self._actor_learns or not self._job.algorithm.actor_ppo:
             return None
         logprobs = torch.zeros(batch.num_tokens)  # another rank's sequences stay 0 and unused
-        for one in passes:
-            index = batch.token_index(one.rows)
-            with torch.no_grad():
-                hidden = self._states(self.models["actor"], *batch.inputs(one))
+        actor = ModelPasses(self.models["actor"], batch.sequences, passes, self._states)
+        with torch.no_grad():
+            for index, hidden in actor.hidden():
                 ids = batch.tokens.token_ids[index].to(self.device)
-                scores = token_logprobs(hidden, output_head(self.models["actor"]), ids, temperature=batch.temperature)
-            logprobs[index] = scores.logprobs.float().cpu()
+                scores = token_logprobs(hidden, output_head(actor.model), ids, temperature=batch.temperature)
+                logprobs[index] = scores.logprobs.float().cpu()
         release(self.models["actor"])
         return logprobs
 
@@ -103,19 +103,18 @@ class Trainer(TrainedModels):
         self,
         step: int,
         batch: Batch,
-        passes: Sequence[MicroRows],
+        passes: Sequence[ModelPass],
         weights: TokenWeights | None,
         actor_reference: Tensor | None,
     ) -> dict[str, float]:
         hidden_of_only_pass: Tensor | None = None
-        if self._job.scorer.reuse_reference:
-            own = self._own_reference(batch, passes)
+        if weights is None:
+            policy = ModelPasses(self.models["policy"], batch.sequences, passes, self._states)
+            own = score_step(self._job, batch, policy, self.controls.obrs_lambda, self._ranks)
             batch, weights, hidden_of_only_pass = own.batch, own.weights, own.hidden
-        weights = weights or self._policy_weights(batch, passes)
         meter = StepMeter(batch, weights, step, complete=self._ranks.rank == 0)
         if self.show_tokens is not None:
-            ratio = (weights.target_logprobs - batch.tokens.actor_logprobs).exp()
-            self.show_tokens(weights.acceptance_probs, ratio, weights.normalizer)
+            self.show_tokens(batch, weights)
         for learnable in self.learnables.values():
             learnable.optimizer.zero_grad(set_to_none=True)
         self._add_gradients(batch, passes, weights, actor_reference, hidden_of_only_pass, meter)
@@ -127,7 +126,7 @@ class Trainer(TrainedModels):
     def _add_gradients(
         self,
         batch: Batch,
-        passes: Sequence[MicroRows],
+        passes: Sequence[ModelPass],
         weights: TokenWeights,
         actor_reference: Tensor | None,
         hidden_of_only_pass: Tensor | None,
@@ -138,7 +137,7 @@ class Trainer(TrainedModels):
         actor_shares = self._shares(batch, torch.ones_like(weights.mask))
         for one in passes:
             meter.begin_pass(one.counted)
-            index = batch.token_index(one.rows)
+            index = token_places(batch.sequences, one)
             micro = MicroBatch(
                 batch,
                 one,
@@ -150,7 +149,7 @@ class Trainer(TrainedModels):
             )
             hidden = hidden_of_only_pass
             if hidden is None:
-                hidden = self._states(self.models["policy"], *batch.inputs(one))
+                hidden = self._states(self.models["policy"], *model_inputs(batch.sequences, one))
             _backward(self._loss.policy(hidden, micro, meter), one)
             if self._actor_learns:
                 # What the policy's pass kept is gone by now: one model's activations are in memory at a time.
@@ -171,33 +170,6 @@ class Trainer(TrainedModels):
             )
             self.controls.restore(*told)
         meter.controls(self.controls.obrs_lambda, distillation_weight)
-
-    def _policy_weights(self, batch: Batch, passes: Sequence[MicroRows]) -> TokenWeights:
-        correction = self._job.algorithm.correction
-        assert correction.name == "jackpot"
-        return policy_target_weights(
-            self.models["policy"],
-            batch,
-            passes,
-            correction,
-            self.controls.obrs_lambda,
-            self._job.seed,
-            self._job.scorer.chunk_tokens,
-            states=self._states,
-            ranks=self._ranks,
-        )
-
-    def _own_reference(self, batch: Batch, passes: Sequence[MicroRows]) -> OwnReference:
-        return own_reference(
-            self.models["policy"],
-            batch,
-            passes,
-            self._job.algorithm.correction,
-            self.controls.obrs_lambda,
-            self._job.seed,
-            self._job.scorer.chunk_tokens,
-            ScoringPass(self._states, self._ranks),
-        )
 
     def _shares(self, batch: Batch, mask: Tensor) -> Tensor:
         """What each token's loss is multiplied by, [N]: alike within a sequence, and rank 0's, which has all masks."""
@@ -231,7 +203,7 @@ class Trainer(TrainedModels):
             learnable.optimizer.step()
             self._learned(role)
 
-    def _passes(self, batch: Batch) -> list[MicroRows]:
+    def _plan(self, batch: Batch) -> list[ModelPass]:
         lengths = [len(sequence.input_ids) for sequence in batch.sequences]
         attention = self._layout.attention
         return plan_passes(
@@ -245,6 +217,6 @@ class Trainer(TrainedModels):
         )
 
 
-def _backward(loss: Tensor, one: MicroRows) -> None:
+def _backward(loss: Tensor, one: ModelPass) -> None:
     """Add a pass's gradient; nothing for one that another rank counts, but FSDP's collectives are made."""
     (loss if one.counted else 0.0 * loss).backward()  # type: ignore[no-untyped-call]

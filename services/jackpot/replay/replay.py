@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance_uniforms
 from jackpot.bus.kept_trajectories import KeptTrajectories
 from jackpot.config import JackpotCorrection, JobSpec
 from jackpot.errors import ConfigError, WeightError
 from jackpot.learner.reports.step_metrics import mismatch_figures
-from jackpot.replay.vocabulary_pass import PerLambda, StoredModel, VocabularyPass, vocabulary_pass
-from jackpot.scoring.batch import Batch, TokenArrays, build_batch
+from jackpot.replay.stored_models import StoredModel, read_stored
+from jackpot.scoring.batch import Batch, build_batch
+from jackpot.scoring.score import LambdaReadings, Readings, accept_tokens, with_parts
 from jackpot.scoring.token_weights import reference_target_weights
 from jackpot.trajectory import DEFERRED, ScoredGroup
 
@@ -70,62 +69,42 @@ def replay(run_dir: Path, job: JobSpec, lambdas: Sequence[float] = LAMBDAS) -> R
         return Replay(correction.name, batches, batch.num_tokens, "none", notes, [figures])
     if correction.target == "policy":
         notes.append("target = policy is replayed as target = reference: the trajectories are scored, not trained on")
-    found = _models_pass(run_dir, job, correction, groups, lambdas, notes)
-    rows = [
-        _row(batch, correction, each, job.seed, found.by_lambda[each] if found else None, found) for each in lambdas
-    ]
+    found = _read_models(run_dir, job, groups, lambdas, notes)
+    rows = [_row(batch, correction, each, job.seed, found.at(each) if found else None) for each in lambdas]
     name = correction.normalizer if found else BATCH_MEAN
     return Replay(correction.name, batches, batch.num_tokens, name, notes, rows)
 
 
-def _models_pass(
-    run_dir: Path,
-    job: JobSpec,
-    correction: JackpotCorrection,
-    groups: Sequence[ScoredGroup],
-    lambdas: Sequence[float],
-    notes: list[str],
-) -> VocabularyPass | None:
+def _read_models(
+    run_dir: Path, job: JobSpec, groups: Sequence[ScoredGroup], lambdas: Sequence[float], notes: list[str]
+) -> Readings | None:
+    """What both models say; nothing, and a note, where they cannot be had."""
     try:
         policy, actor = StoredModel(job, run_dir, "policy"), StoredModel(job, run_dir, job.rollout_role)
-        return vocabulary_pass(job, groups, policy, actor, lambdas, correction.normalizer, correction.top_k)
+        return Readings.join([read_stored(job, group, policy, actor, lambdas) for group in groups])
     except (WeightError, ConfigError) as error:
         notes.append(f"Z is the batch's mean acceptance, because the models cannot be had: {error}")
         return None
 
 
 def _row(
-    batch: Batch,
-    correction: JackpotCorrection,
-    obrs_lambda: float,
-    job_seed: int,
-    found: PerLambda | None,
-    models: VocabularyPass | None,
+    batch: Batch, correction: JackpotCorrection, obrs_lambda: float, job_seed: int, found: LambdaReadings | None
 ) -> dict[str, float]:
-    tokens = _rescored(batch, obrs_lambda, job_seed, found)
-    # Without models the head is the mean acceptance everywhere, and complete.
-    setting = correction if found else correction.model_copy(update={"normalizer": "full"})
-    weights = reference_target_weights(tokens, setting)
+    """Figures of the batch as a scorer with another λ would have made it; by the very masks that it would have drawn,
+    and the stored log p_t."""
+    tokens = accept_tokens(batch.tokens, batch.sequences, obrs_lambda, job_seed)
+    if found is None:
+        acceptance = tokens.acceptance_probs
+        head = torch.full_like(acceptance, float(acceptance.double().mean()))
+        tokens = replace(tokens, normalizer_head=head, normalizer_tail=torch.zeros_like(head))
+        # The head is the mean acceptance everywhere, and complete.
+        correction = correction.model_copy(update={"normalizer": "full"})
+    else:
+        tokens = with_parts(tokens, found.parts)
+    weights = reference_target_weights(tokens, correction)
     row = {"obrs_lambda": obrs_lambda} | mismatch_figures(replace(batch, tokens=tokens), weights)
-    if found is not None and models is not None:
-        row["rollout_corr/kl_before_exact"] = float(models.kl_before.double().mean())
-        row["rollout_corr/kl_after_exact"] = float(found.kl_after.double().mean())
-        row["normalizer_error"] = float((weights.normalizer - found.exact_normalizer).abs().double().mean())
+    if found is not None and found.exact is not None:
+        row["rollout_corr/kl_before_exact"] = float(found.exact.kl_before.double().mean())
+        row["rollout_corr/kl_after_exact"] = float(found.exact.kl_after.double().mean())
+        row["normalizer_error"] = float((weights.normalizer - found.exact.normalizer).abs().double().mean())
     return row
-
-
-def _rescored(batch: Batch, obrs_lambda: float, job_seed: int, found: PerLambda | None) -> TokenArrays:
-    """The batch's arrays as a scorer with another λ would have made them; the very masks that it would have drawn."""
-    tokens = batch.tokens
-    acceptance = acceptance_probs(tokens.reference_logprobs, tokens.actor_logprobs, obrs_lambda)
-    uniforms = torch.cat([acceptance_uniforms(job_seed, s.trajectory_id, s.end - s.start) for s in batch.sequences])
-    head: Tensor = torch.full_like(acceptance, float(acceptance.double().mean())) if found is None else found.head
-    return replace(
-        tokens,
-        acceptance_probs=acceptance,
-        mask=acceptance_mask(acceptance, uniforms).float(),
-        normalizer_head=head,
-        normalizer_tail=torch.zeros_like(head) if found is None else found.tail,
-        topk_mass=tokens.topk_mass if found is None else found.mass,
-        obrs_lambda=torch.full_like(acceptance, obrs_lambda),
-    )

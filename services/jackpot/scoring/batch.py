@@ -2,63 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from jackpot.algorithm.advantage import estimate_advantages
 from jackpot.compute.batching import AttentionCost, Siblings
-from jackpot.compute.ranks.partition import MicroRows
 from jackpot.config import AdvantageConfig
+from jackpot.scoring.tokens import SequenceSlice, TokenArrays, sequences_of, token_arrays
 from jackpot.trajectory import EXACT_KL, ScoredGroup, TokenScores
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SequenceSlice:
-    """One trajectory in the flat arrays: its tokens are [start, end); its model input is ``input_ids``."""
-
-    trajectory_id: str
-    input_ids: NDArray[np.int64]  # [P + T], prompt and completion
-    prompt_length: int  # P
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class TokenArrays:
-    """Everything known per completion token before the learner's own forward pass. N tokens in all."""
-
-    token_ids: Tensor  # [N] int64
-    actor_logprobs: Tensor  # [N] float32, log p_inf
-    reference_logprobs: Tensor  # [N] float32, log p_ref
-    acceptance_probs: Tensor  # [N] float32, a(x)
-    mask: Tensor  # [N] float32, Bernoulli(a)
-    normalizer_head: Tensor  # [N] float32, Z_S
-    normalizer_tail: Tensor  # [N] float32, U
-    topk_mass: Tensor  # [N] float32
-    obrs_lambda: Tensor  # [N] float32, the λ that acceptance, mask and normalizer belong to
-    sequence_index: Tensor  # [N] int64, which of the batch's trajectories the token belongs to
-    advantages: Tensor  # [N] float32, the trajectory's advantage at each of its tokens
-    topk_ids: Tensor | None  # [N, k] int64, the actor's; only with target = policy
-    topk_logprobs: Tensor | None  # [N, k] float32
-
-    def select(self, index: Tensor) -> TokenArrays:
-        """The same arrays at the given token positions."""
-        return self._each(lambda value: value[index])
-
-    def to(self, device: torch.device) -> TokenArrays:
-        """The same arrays on ``device``."""
-        return self._each(lambda value: value.to(device))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenArrays:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
-        return TokenArrays(**changed)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -80,19 +35,6 @@ class Batch:
     def num_tokens(self) -> int:
         """N, completion tokens in all."""
         return len(self.tokens.token_ids)
-
-    def token_index(self, rows: Sequence[int]) -> Tensor:
-        """Positions in the flat arrays of the given sequences' tokens, in the order given; int64."""
-        return torch.cat([torch.arange(self.sequences[row].start, self.sequences[row].end) for row in rows])
-
-    def inputs(self, one: MicroRows) -> tuple[list[NDArray[np.int64]], list[int], Sequence[int] | None]:
-        """Model inputs of a pass's sequences, [P + T] each, their prompt lengths P, and how many lie in each row."""
-        chosen = [self.sequences[row] for row in one.rows]
-        return (
-            [sequence.input_ids for sequence in chosen],
-            [sequence.prompt_length for sequence in chosen],
-            one.per_row,
-        )
 
     def siblings(self, attention: AttentionCost) -> Siblings:
         """Which sequences have one prompt: those of a group. Argument as :class:`Siblings`."""
@@ -142,16 +84,7 @@ def build_batch(
     num_sampled = sum(scored.group.num_tokens for scored in groups)
     if max_sequence_tokens is not None:
         groups = [cut_group(scored, max_sequence_tokens) for scored in groups]
-    sequences: list[SequenceSlice] = []
-    group_starts: list[int] = []
-    end = 0
-    for scored in groups:
-        group_starts.append(len(sequences))
-        prompt = scored.group.prompt_token_ids.astype(np.int64)
-        for trajectory in scored.group.trajectories:
-            start, end = end, end + trajectory.num_tokens
-            input_ids = np.concatenate([prompt, trajectory.token_ids.astype(np.int64)])
-            sequences.append(SequenceSlice(trajectory.trajectory_id, input_ids, len(prompt), start, end))
+    sequences = sequences_of([scored.group for scored in groups])
     trajectories = [t for scored in groups for t in scored.group.trajectories]
     rewards = np.array([t.reward for t in trajectories], dtype=np.float64)
     lengths = np.array([t.num_tokens for t in trajectories])
@@ -164,10 +97,10 @@ def build_batch(
         normalize_std=advantage.normalize_std,
     )
     return Batch(
-        sequences=tuple(sequences),
+        sequences=sequences,
         tokens=token_arrays(groups, np.repeat(advantages.numpy(), lengths)),
         group_ids=tuple(scored.group_id for scored in groups),
-        group_starts=tuple(group_starts),
+        group_starts=tuple(np.cumsum([0, *sizes.tolist()])[:-1].tolist()),
         rewards=rewards,
         truncated=np.array([t.finish_reason == "length" for t in trajectories]),
         oldest_versions=np.array([scored.group.oldest_version for scored in groups], dtype=np.int64),
@@ -206,34 +139,3 @@ def _exact_kl(groups: Sequence[ScoredGroup]) -> NDArray[np.float64] | None:
     """What the scorer found over the whole vocabulary; None with estimators that do not look at all of it."""
     found = [scored.group.metadata.get(EXACT_KL) for scored in groups]
     return None if any(pair is None for pair in found) else np.array(found, dtype=np.float64)
-
-
-def token_arrays(groups: Sequence[ScoredGroup], advantages: NDArray[np.floating]) -> TokenArrays:
-    """The arrays of groups, one after the other; ``advantages`` are of each token, [N]."""
-    trajectories = [t for scored in groups for t in scored.group.trajectories]
-    scores = [s for scored in groups for s in scored.scores]
-
-    def flat(arrays: Sequence[NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays).astype(np.float32 if dtype.is_floating_point else np.int64))
-
-    lengths = [t.num_tokens for t in trajectories]
-    with_topk = all(t.topk_ids is not None for t in trajectories)
-    return TokenArrays(
-        token_ids=flat([t.token_ids for t in trajectories], torch.int64),
-        actor_logprobs=flat([t.actor_logprobs for t in trajectories], torch.float32),
-        reference_logprobs=flat([s.target_logprobs for s in scores], torch.float32),
-        acceptance_probs=flat([s.acceptance_probs for s in scores], torch.float32),
-        mask=flat([s.mask for s in scores], torch.float32),
-        normalizer_head=flat([s.normalizer_head for s in scores], torch.float32),
-        normalizer_tail=flat([s.normalizer_tail for s in scores], torch.float32),
-        obrs_lambda=torch.tensor([g.obrs_lambda for g in groups]).repeat_interleave(
-            torch.tensor([g.group.num_tokens for g in groups])
-        ),
-        topk_mass=flat([s.topk_mass for s in scores], torch.float32),
-        sequence_index=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
-        advantages=torch.from_numpy(advantages.astype(np.float32)),
-        topk_ids=flat([t.topk_ids for t in trajectories if t.topk_ids is not None], torch.int64) if with_topk else None,
-        topk_logprobs=flat([t.topk_logprobs for t in trajectories if t.topk_logprobs is not None], torch.float32)
-        if with_topk
-        else None,
-    )

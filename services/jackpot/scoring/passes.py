@@ -1,4 +1,4 @@
-"""Forward passes over runs of completion tokens, batched by length, down to hidden states or log-probabilities."""
+"""The forward passes of one rank through a model: hidden states, and log-probabilities of the tokens they predict."""
 
 from __future__ import annotations
 
@@ -7,137 +7,111 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jackpot.algorithm.vocabulary import token_logprobs
-from jackpot.compute.batching import AttentionCost, ModelPass, Siblings, plan_rows
-from jackpot.compute.forward import completion_hidden, packed_completion_hidden
+from jackpot.algorithm.vocabulary import VocabularyScores, token_logprobs
+from jackpot.compute.batching import AttentionCost, ModelPass, Siblings
+from jackpot.compute.forward import CompletionStates, completion_hidden
 from jackpot.compute.models import output_head
-from jackpot.compute.ranks.partition import plan_packed
-from jackpot.scoring.tokens import Run
+from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.scoring.tokens import SequenceSlice
 
 
-@dataclass(frozen=True, slots=True)
-class PassSettings:
-    """How passes are laid out, and the sampling temperature."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringRule:
+    """What is asked about each token."""
 
-    max_batch_tokens: int
-    """Of a forward pass."""
-    chunk_tokens: int
-    """Of a slice of the vocabulary pass."""
+    obrs: JackpotCorrection | None
+    """None: log p_t alone, and everything is accepted."""
+    job_seed: int
     temperature: float
-    attention: AttentionCost | None = None
-    """What attention costs; None: no runs share a row."""
-    packed: bool = False
-    """Runs that share no prompt lie in one row a pass, without padding: for models that attend by lengths."""
+    chunk_tokens: int
+    """Slice of a pass over the vocabulary."""
+    whole_rows: bool
+    """Whether whole rows of both models are looked at, from which the actor's candidates are found again."""
+    actor_top_k: int
+    """How many of these."""
 
-    def apart(self) -> PassSettings:
-        """The same, but every run in a row of its own: for the actor, which is not asked what it can do."""
-        return replace(self, attention=None, packed=False)
+    @classmethod
+    def of_job(cls, job: JobSpec, temperature: float, *, whole_rows: bool = False) -> ScoringRule:
+        """That of a job, for tokens that were sampled at ``temperature``. The full normalizer takes whole rows."""
+        correction = job.algorithm.correction
+        obrs = correction if isinstance(correction, JackpotCorrection) else None
+        return cls(
+            obrs=obrs,
+            whole_rows=obrs is not None and (whole_rows or obrs.normalizer == "full"),
+            job_seed=job.seed,
+            temperature=temperature,
+            chunk_tokens=job.scorer.chunk_tokens,
+            actor_top_k=job.rollout.top_logprobs,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LookedUp:
-    """What a model says at N positions."""
+class ModelPasses:
+    """Sequences on their way through a model: which of them together, and how they become hidden states."""
 
-    logprobs: Tensor  # [N, n] at the ids asked for
-    top_ids: Tensor  # [N, m] int64, the model's own most probable tokens
-    top_logprobs: Tensor  # [N, m]
+    model: PreTrainedModel
+    sequences: Sequence[SequenceSlice]
+    passes: Sequence[ModelPass]
+    """Those that this rank makes; as many on every rank."""
+    states: CompletionStates = completion_hidden
 
+    def hidden(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass at a time: where its tokens lie among the N, [n] int64 on the CPU, and their states, [n, H].
 
-def num_passes(runs: Sequence[Run], settings: PassSettings) -> int:
-    """How many forward passes the runs take."""
-    return len(_passes(runs, settings))
+        A filler is passed, for the other ranks' sake, and left out.
+        """
+        for one in self.passes:
+            hidden = self.states_of(one)
+            if one.counted:
+                yield token_places(self.sequences, one), hidden
 
+    def states_of(self, one: ModelPass) -> Tensor:
+        """The states of one pass, [n, H]."""
+        return self.states(self.model, *model_inputs(self.sequences, one))
 
-def hidden_by_pass(
-    model: PreTrainedModel, runs: Sequence[Run], settings: PassSettings, least_passes: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden states that predict the tokens of the runs, one forward pass at a time.
-
-    Args:
-        model: what passes.
-        runs: may be none.
-        settings: how many tokens go together.
-        least_passes: fillers make up for those that are missing: a sharded model's collectives need all ranks in every
-            pass, and another rank may have more.
-
-    Yields:
-        (where, hidden): the tokens' places among the N, [n] int64, and their hidden states, [n, H].
-    """
-    passes = _passes(runs, settings)
-    states = packed_completion_hidden if settings.packed else completion_hidden
-    for one in passes:
-        own = [runs[place] for place in one.sequences]
-        hidden = states(model, [run.input_ids() for run in own], [run.num_known for run in own], one.per_row)
-        yield torch.cat([run.places() for run in own]).to(model.device), hidden
-    for _ in range(least_passes - len(passes)):
-        completion_hidden(model, [_FILLER], [1])
-
-
-def flat_hidden(
-    model: PreTrainedModel, runs: Sequence[Run], num_tokens: int, settings: PassSettings, least_passes: int = 0
-) -> Tensor:
-    """The same for all runs at once: [N, H]."""
-    passes = list(hidden_by_pass(model, runs, settings, least_passes))
-    flat = torch.empty(num_tokens, passes[0][1].shape[1], dtype=passes[0][1].dtype, device=model.device)
-    for where, hidden in passes:
-        flat[where] = hidden
-    return flat
-
-
-def look_up(
-    model: PreTrainedModel,
-    runs: Sequence[Run],
-    ids: Tensor,
-    settings: PassSettings,
-    *,
-    top_k: int = 0,
-    least_passes: int = 0,
-) -> LookedUp:
-    """Log-probabilities at ``ids`` [N, n] for the tokens of the runs, and the model's own ``top_k`` there.
-
-    Rows of tokens outside the runs are zero.
-    """
-    num_tokens, n = ids.shape
-    m = min(top_k, len(output_head(model).weight))
-    found = LookedUp(
-        logprobs=torch.zeros(num_tokens, n, device=model.device),
-        top_ids=torch.zeros(num_tokens, m, dtype=torch.int64, device=model.device),
-        top_logprobs=torch.zeros(num_tokens, m, device=model.device),
-    )
-    for where, hidden in hidden_by_pass(model, runs, settings, least_passes):
-        scores = token_logprobs(
-            hidden,
-            output_head(model),  # asked for anew: a sharded model has its own only from a pass on
-            ids[where],
-            temperature=settings.temperature,
-            chunk_tokens=settings.chunk_tokens,
-            top_k=m,
+    def at_ids(self, hidden: Tensor, ids: Tensor, rule: ScoringRule, top_k: int = 0) -> VocabularyScores:
+        """Log-probabilities at ``ids`` [n] or [n, m] for states of one pass, and the model's own top-k there."""
+        # The head is asked for at every pass: a sharded model has its own only from a pass on.
+        head, ids = output_head(self.model), ids.to(hidden.device)
+        return token_logprobs(
+            hidden, head, ids, temperature=rule.temperature, chunk_tokens=rule.chunk_tokens, top_k=top_k
         )
-        found.logprobs[where] = scores.logprobs
-        if scores.topk_ids is not None and scores.topk_logprobs is not None:
-            found.top_ids[where] = scores.topk_ids
-            found.top_logprobs[where] = scores.topk_logprobs
-    return found
+
+    def lend(self, states: Tensor) -> ModelPasses:
+        """The same where the only pass has been made, with these states."""
+        assert len(self.passes) == 1
+        return replace(self, states=lambda *_: states)
 
 
-def _passes(runs: Sequence[Run], settings: PassSettings) -> list[ModelPass]:
-    """Runs of one prompt may share a row if they begin with the completion: what each knows is then the prompt."""
-    if not runs:
-        return []
-    siblings = None
-    if settings.attention is not None and all(run.start == 0 for run in runs):
-        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(_prompt, runs)))}
-        prompts = [numbers[_prompt(run)] for run in runs]
-        siblings = Siblings(prompts, [run.num_known for run in runs], settings.attention)
-    plan = plan_packed if settings.packed else plan_rows
-    return plan([run.num_inputs for run in runs], settings.max_batch_tokens, siblings)
+def token_places(sequences: Sequence[SequenceSlice], one: ModelPass) -> Tensor:
+    """Where the tokens of a pass lie in the flat arrays, in the order of its hidden states; int64."""
+    chosen = [sequences[number] for number in one.sequences]
+    return torch.cat([torch.arange(sequence.start, sequence.end) for sequence in chosen])
 
 
-def _prompt(run: Run) -> bytes:
-    return run.prompt_token_ids.tobytes()
+def rows_of(places: Sequence[Tensor], num_tokens: int) -> Tensor:
+    """The row that each of this rank's tokens has, by its place among the N."""
+    own = torch.cat([torch.zeros(0, dtype=torch.int64), *places])
+    row_of = torch.zeros(num_tokens, dtype=torch.int64)
+    row_of[own] = torch.arange(len(own))
+    return row_of
 
 
-_FILLER = np.zeros(2, dtype=np.int64)  # a prompt and a completion of one token each
+def model_inputs(
+    sequences: Sequence[SequenceSlice], one: ModelPass
+) -> tuple[list[NDArray[np.int64]], list[int], Sequence[int]]:
+    """What :data:`CompletionStates` takes of a pass: ids [P + T], prompt lengths P, and how many lie in each row."""
+    chosen = [sequences[number] for number in one.sequences]
+    return [sequence.input_ids for sequence in chosen], [sequence.prompt_length for sequence in chosen], one.per_row
+
+
+def siblings_by_prompt(sequences: Sequence[SequenceSlice], attention: AttentionCost) -> Siblings:
+    """Which whole sequences begin with the same prompt."""
+    prompts = [sequence.input_ids[: sequence.prompt_length].tobytes() for sequence in sequences]
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    lengths = [sequence.prompt_length for sequence in sequences]
+    return Siblings([numbers[prompt] for prompt in prompts], lengths, attention)

@@ -28,7 +28,7 @@ from jackpot.config import (
     MisCorrection,
     TisCorrection,
 )
-from jackpot.scoring.batch import TokenArrays
+from jackpot.scoring.tokens import TokenArrays
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -1,94 +1,133 @@
-"""Groups as flat arrays of completion tokens, and the runs of tokens that a model is asked about."""
+"""Groups as flat arrays of completion tokens, one trajectory after the other, and what a model reads of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
-from jackpot.trajectory import Group, Trajectory
+from jackpot.trajectory import Group, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Run:
-    """Tokens [start, end) of one trajectory, and where they lie among the N tokens of a call."""
+class SequenceSlice:
+    """A trajectory, or the part of it that one weight version sampled: its tokens are [start, end) of the flat arrays.
 
-    prompt_token_ids: NDArray[np.uint32]  # [P]
-    trajectory: Trajectory
+    ``input_ids`` is everything up to the last of them: what comes later cannot matter.
+    """
+
+    trajectory_id: str
+    input_ids: NDArray[np.int64]  # [P + T], what is known beforehand and the tokens
+    prompt_length: int  # P, tokens known beforehand: the prompt, and of a part the completion before it
     start: int
     end: int
-    offset: int  # place of the trajectory's first token among the N
 
     @property
     def num_inputs(self) -> int:
-        """What the model has to read: everything before the run's last token."""
-        return len(self.prompt_token_ids) + self.end - 1
+        """What a model has to read: everything before the last token."""
+        return len(self.input_ids) - 1
 
-    @property
-    def num_known(self) -> int:
-        """How many tokens stand before the run's first."""
-        return len(self.prompt_token_ids) + self.start
-
-    def input_ids(self) -> NDArray[np.uint32]:
-        """Everything up to the end of the run, [P + end]. What comes after it cannot matter."""
-        return np.concatenate([self.prompt_token_ids, self.trajectory.token_ids[: self.end]])
-
-    def places(self) -> Tensor:
-        """Places of the run's tokens among the N, [end − start]."""
-        return torch.arange(self.offset + self.start, self.offset + self.end)
+    def part(self, start: int, end: int) -> SequenceSlice:
+        """Completion tokens [start, end) of a whole trajectory."""
+        prompt = self.prompt_length
+        return SequenceSlice(
+            self.trajectory_id, self.input_ids[: prompt + end], prompt + start, self.start + start, self.start + end
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class FlatTokens:
-    """The N completion tokens of trajectories with one temperature and one k, one trajectory after the other."""
+class TokenArrays:
+    """Everything known per completion token before the learner's own forward pass. N tokens in all."""
 
-    runs: tuple[Run, ...]  # whole trajectories
     token_ids: Tensor  # [N] int64
-    actor_logprobs: Tensor  # [N], log p_inf
-    topk_ids: Tensor  # [N, k] int64; k = 0 where nothing asks for them
-    topk_logprobs: Tensor  # [N, k]
+    actor_logprobs: Tensor  # [N] float32, log p_inf
+    reference_logprobs: Tensor  # [N] float32, log p_ref
+    acceptance_probs: Tensor  # [N] float32, a(x)
+    mask: Tensor  # [N] float32, Bernoulli(a)
+    normalizer_head: Tensor  # [N] float32, Z_S
+    normalizer_tail: Tensor  # [N] float32, U
+    topk_mass: Tensor  # [N] float32
+    obrs_lambda: Tensor  # [N] float32, the λ that acceptance, mask and normalizer belong to
+    sequence_index: Tensor  # [N] int64, which of the batch's trajectories the token belongs to
+    advantages: Tensor  # [N] float32, the trajectory's advantage at each of its tokens
+    topk_ids: Tensor | None  # [N, k] int64, the actor's; only with target = policy
+    topk_logprobs: Tensor | None  # [N, k] float32
 
-    def __len__(self) -> int:
-        return len(self.token_ids)
+    def select(self, index: Tensor) -> TokenArrays:
+        """The same arrays at the given token positions."""
+        return self._each(lambda value: value[index])
+
+    def to(self, device: torch.device) -> TokenArrays:
+        """The same arrays on ``device``."""
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenArrays:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+        return TokenArrays(**changed)
 
 
-def lay_out(members: Sequence[tuple[Group, Trajectory]]) -> tuple[Run, ...]:
-    """Whole trajectories, one after the other."""
-    offsets = np.cumsum([0, *(trajectory.num_tokens for _, trajectory in members)]).tolist()
-    return tuple(
-        Run(group.prompt_token_ids, trajectory, 0, trajectory.num_tokens, offset)
-        for (group, trajectory), offset in zip(members, offsets, strict=False)
-    )
+def sequences_of(groups: Sequence[Group]) -> tuple[SequenceSlice, ...]:
+    """The trajectories of groups, whole, one after the other."""
+    sequences: list[SequenceSlice] = []
+    end = 0
+    for group in groups:
+        prompt = group.prompt_token_ids.astype(np.int64)
+        for trajectory in group.trajectories:
+            start, end = end, end + trajectory.num_tokens
+            input_ids = np.concatenate([prompt, trajectory.token_ids.astype(np.int64)])
+            sequences.append(SequenceSlice(trajectory.trajectory_id, input_ids, len(prompt), start, end))
+    return tuple(sequences)
 
 
-def by_version(runs: Sequence[Run]) -> dict[int, list[Run]]:
-    """What each weight version sampled."""
-    found: dict[int, list[Run]] = {}
-    for run in runs:
-        for span in run.trajectory.version_spans:
-            part = Run(run.prompt_token_ids, run.trajectory, span.start, span.end, run.offset)
-            found.setdefault(span.version, []).append(part)
-    return found
+def parts_by_version(
+    groups: Sequence[Group], sequences: Sequence[SequenceSlice]
+) -> Mapping[int, Sequence[tuple[int, SequenceSlice]]]:
+    """What each actor version sampled, the oldest version first: parts of sequences, each with its sequence's number.
+
+    Args:
+        groups: whole.
+        sequences: theirs, of :func:`sequences_of`.
+    """
+    found: dict[int, list[tuple[int, SequenceSlice]]] = {}
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    for number, (trajectory, sequence) in enumerate(zip(trajectories, sequences, strict=True)):
+        for span in trajectory.version_spans:
+            found.setdefault(span.version, []).append((number, sequence.part(span.start, span.end)))
+    return dict(sorted(found.items()))
 
 
-def flatten(members: Sequence[tuple[Group, Trajectory]], device: torch.device, *, with_topk: bool) -> FlatTokens:
-    """Lay trajectories of one temperature and one k out one after the other."""
-    trajectories = [trajectory for _, trajectory in members]
+def token_arrays(groups: Sequence[ScoredGroup], advantages: NDArray[np.floating]) -> TokenArrays:
+    """The arrays of groups, one after the other; ``advantages`` are of each token, [N]."""
+    trajectories = [t for scored in groups for t in scored.group.trajectories]
+    scores = [s for scored in groups for s in scored.scores]
 
-    def flat(arrays: Sequence[NDArray[np.generic]], dtype: DTypeLike) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)
+    def flat(arrays: Sequence[NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays).astype(np.float32 if dtype.is_floating_point else np.int64))
 
-    ids = [t.topk_ids for t in trajectories if with_topk and t.topk_ids is not None]
-    logprobs = [t.topk_logprobs for t in trajectories if with_topk and t.topk_logprobs is not None]
-    none = np.zeros((sum(trajectory.num_tokens for trajectory in trajectories), 0))
-    return FlatTokens(
-        runs=lay_out(members),
-        token_ids=flat([t.token_ids for t in trajectories], np.int64),
-        actor_logprobs=flat([t.actor_logprobs for t in trajectories], np.float32),
-        topk_ids=flat(ids or [none], np.int64),
-        topk_logprobs=flat(logprobs or [none], np.float32),
+    lengths = [t.num_tokens for t in trajectories]
+    with_topk = all(t.topk_ids is not None for t in trajectories)
+    return TokenArrays(
+        token_ids=flat([t.token_ids for t in trajectories], torch.int64),
+        actor_logprobs=flat([t.actor_logprobs for t in trajectories], torch.float32),
+        reference_logprobs=flat([s.target_logprobs for s in scores], torch.float32),
+        acceptance_probs=flat([s.acceptance_probs for s in scores], torch.float32),
+        mask=flat([s.mask for s in scores], torch.float32),
+        normalizer_head=flat([s.normalizer_head for s in scores], torch.float32),
+        normalizer_tail=flat([s.normalizer_tail for s in scores], torch.float32),
+        obrs_lambda=torch.tensor([g.obrs_lambda for g in groups]).repeat_interleave(
+            torch.tensor([g.group.num_tokens for g in groups])
+        ),
+        topk_mass=flat([s.topk_mass for s in scores], torch.float32),
+        sequence_index=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
+        advantages=torch.from_numpy(advantages.astype(np.float32)),
+        topk_ids=flat([t.topk_ids for t in trajectories if t.topk_ids is not None], torch.int64) if with_topk else None,
+        topk_logprobs=flat([t.topk_logprobs for t in trajectories if t.topk_logprobs is not None], torch.float32)
+        if with_topk
+        else None,
     )

@@ -62,7 +62,7 @@ def test_a_step_is_that_of_scores_by_the_newest_policy(
     other.models["policy"].base_model.register_forward_hook(count)
     (expected,) = trainer.train_batch(build_batch(scored, job.algorithm.advantage), 0)
     (found,) = other.train_batch(build_batch(deferred, reusing.algorithm.advantage), 0)
-    num_passes = 1 if max_batch_tokens == 4096 else 2 * len(other._passes(build_batch(scored, job.algorithm.advantage)))
+    num_passes = 1 if max_batch_tokens == 4096 else 2 * len(other._plan(build_batch(scored, job.algorithm.advantage)))
     assert passes == num_passes  # scores and losses share the only pass
     assert found.keys() == expected.keys()
     for name, value in expected.items():

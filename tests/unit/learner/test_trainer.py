@@ -14,6 +14,8 @@ from torch import Tensor
 from jackpot.compute.models import load_causal_lm
 from jackpot.config import JobSpec
 from jackpot.scoring.batch import build_batch
+from jackpot.scoring.passes import ModelPasses
+from jackpot.scoring.step_scores import score_step
 from jackpot.trajectory import ScoredGroup, TokenScores, Trajectory
 
 from .conftest import MakeGroups, MakeJob, MakeTrainer, full_logprobs
@@ -215,7 +217,8 @@ def test_policy_as_target_equals_reference_as_target_while_both_are_the_same_mod
     groups = make_groups(job, with_topk=True, disturb=0.0)
     trainer = make_trainer(job)
     batch = build_batch(groups, job.algorithm.advantage)
-    weights = trainer._policy_weights(batch, trainer._passes(batch))
+    policy = ModelPasses(trainer.models["policy"], batch.sequences, trainer._plan(batch))
+    weights = score_step(job, batch, policy, trainer.controls.obrs_lambda).weights
     torch.testing.assert_close(weights.target_logprobs, batch.tokens.reference_logprobs, rtol=0, atol=1e-4)
     torch.testing.assert_close(weights.acceptance_probs, batch.tokens.acceptance_probs, rtol=0, atol=1e-4)
     torch.testing.assert_close(weights.mask, batch.tokens.mask, rtol=0, atol=0)

@@ -223,8 +223,8 @@ def test_packed_completions_score_as_in_rows_of_their_own(world: World, normaliz
     actors = ActorVersions(job.rollout_model, job.rollout_role, world.store, "cpu") if needs_actor(job) else None
     scorer = GroupScorer(job, target, actors, has_varlen=lambda _device, _dtype: True)
     assert attends_by_lengths(target.model)
-    for attention in (scorer._pass_settings.attention, None):
-        scorer._pass_settings = replace(scorer._pass_settings, attention=attention)
+    for attention in (scorer._layout.attention, None):
+        scorer._layout = replace(scorer._layout, attention=attention)
         rows: list[int] = []
         hook = target.model.base_model.layers[0].register_forward_pre_hook(
             lambda _, given, rows=rows: rows.append(given[0].shape[0])
@@ -249,8 +249,8 @@ def test_bfloat16_on_a_gpu_packs_and_scores_as_rows_do(world: World) -> None:
         assert pending is not None
         target.apply(pending)
         scorer = GroupScorer(job, target)
-        scorer._pass_settings = replace(scorer._pass_settings, attention=None)  # through the kernel, all of it
-        assert scorer._pass_settings.packed == attends_by_lengths(target.model) == (packing == "auto")
+        scorer._layout = replace(scorer._layout, attention=None)  # through the kernel, all of it
+        assert scorer._layout.packed == attends_by_lengths(target.model) == (packing == "auto")
         scores = [one for group in scorer.score_groups(groups) for one in group.scores]
         found[packing] = np.concatenate([one.target_logprobs for one in scores])
     np.testing.assert_allclose(found["auto"], found["never"], rtol=0, atol=0.15)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -13,20 +12,6 @@ from jackpot.compute.batching import ModelPass, Siblings, passes_of_rows, plan_r
 
 # Tokens of the rank that has most, over the mean, that whole groups may bring about: all ranks wait for that one.
 _TOLERATED_LOAD = 1.1
-
-
-@dataclass(frozen=True, slots=True)
-class MicroRows:
-    """Sequences that pass through a model together.
-
-    A filler, which is not ``counted``, is there because another rank has one more pass and FSDP's collectives need
-    all ranks in every pass: it adds nothing to gradients and figures.
-    """
-
-    rows: tuple[int, ...]
-    per_row: tuple[int, ...] | None = None
-    """How many of them share each row of the model's input; None is one each."""
-    counted: bool = True
 
 
 def plan_passes(
@@ -38,7 +23,7 @@ def plan_passes(
     size: int = 1,
     packed: bool = False,
     siblings: Siblings | None = None,
-) -> list[MicroRows]:
+) -> list[ModelPass]:
     """The passes of one rank over a batch: as many on every rank, every sequence counted once.
 
     Args:
@@ -51,11 +36,24 @@ def plan_passes(
         siblings: which sequences may share a row.
     """
     shares = batch_shares(lengths, group_starts, size)
-    plans = [_passes(lengths, share, max_batch_tokens, packed, siblings) for share in shares]
+    return plan_share(lengths, shares, rank, max_batch_tokens, packed=packed, siblings=siblings)
+
+
+def plan_share(
+    lengths: Sequence[int],
+    shares: Sequence[Sequence[int]],
+    rank: int,
+    max_batch_tokens: int,
+    *,
+    packed: bool = False,
+    siblings: Siblings | None = None,
+) -> list[ModelPass]:
+    """The same where each rank's sequences are given: ``shares``, one for each rank; a share may be empty."""
+    plans = [_plan_own(lengths, share, max_batch_tokens, packed, siblings) for share in shares]
     own = plans[rank]
     missing = max(map(len, plans)) - len(own)
-    filler = MicroRows((filler_row(lengths, shares[rank]),), counted=False)
-    return [MicroRows(one.sequences, one.per_row) for one in own] + [filler] * missing
+    filler = ModelPass((filler_row(lengths, shares[rank]),), (1,), counted=False)
+    return own + [filler] * missing
 
 
 def filler_row(lengths: Sequence[int], share: Sequence[int]) -> int:
@@ -138,7 +136,7 @@ def packed_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _passes(
+def _plan_own(
     lengths: Sequence[int], share: Sequence[int], max_batch_tokens: int, packed: bool, siblings: Siblings | None
 ) -> list[ModelPass]:
     if not share:

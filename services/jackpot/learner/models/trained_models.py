@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from jackpot.compute.pass_layout import layout_of
 from jackpot.compute.ranks.group import SOLO, Ranks
 from jackpot.compute.ranks.sharding import DTYPES, release, shard, whole_tensors
 from jackpot.config import JobSpec
-from jackpot.learner.batches.packing import layout_of
 from jackpot.learner.checkpoints.checkpoint import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.checkpoints.checkpoint_tensors import Learnable
 from jackpot.learner.lambda_control import Controls
@@ -66,8 +66,8 @@ class TrainedModels:
             self._shard()
         else:
             self._copy()
-        learning = [(self.models[role], self._dtypes[role]) for role in self._peak_lr]
-        self._layout = layout_of(job.learner, learning, self.device, ranks)
+        learning = [(self.models[role], DTYPES[self._dtypes[role]]) for role in self._peak_lr]
+        self._layout = layout_of(job.learner.packing, learning, self.device, ranks)
         self._states = self._layout.states
         if self._initial is not None:
             _attend_alike(self._initial, policy)

@@ -41,7 +41,7 @@ class StepMeter:
     def begin_pass(self, counted: bool) -> None:
         """Whether what the next pass finds is counted; it is not in a filler's.
 
-        See :mod:`jackpot.compute.ranks.partition`.
+        See :class:`jackpot.compute.batching.ModelPass`.
         """
         self._counted = counted
 

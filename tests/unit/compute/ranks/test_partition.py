@@ -16,11 +16,11 @@ LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 @given(lengths=LENGTHS, size=st.integers(1, 6), packed=st.booleans())
 def test_ranks_pass_every_sequence_once_and_all_equally_often(lengths: list[int], size: int, packed: bool) -> None:
     plans = [plan_passes(lengths, 100, rank=rank, size=size, packed=packed) for rank in range(size)]
-    counted = [row for plan in plans for one in plan for row in one.rows if one.counted]
+    counted = [row for plan in plans for one in plan for row in one.sequences if one.counted]
     assert sorted(counted) == list(range(len(lengths)))
     assert len({len(plan) for plan in plans}) == 1 and len(plans[0]) >= 1
-    for one in (one for plan in plans for one in plan if len(one.rows) > 1):
-        own = [lengths[row] for row in one.rows]
+    for one in (one for plan in plans for one in plan if len(one.sequences) > 1):
+        own = [lengths[row] for row in one.sequences]
         assert (sum(own) if packed else len(own) * max(own)) <= 100
 
 
@@ -41,7 +41,7 @@ def test_groups_stay_whole_where_that_costs_little_and_are_divided_where_it_cost
 
 def test_a_rank_without_sequences_passes_the_shortest_as_a_filler() -> None:
     plan = plan_passes([9, 4], 100, rank=2, size=3)
-    assert [(one.rows, one.counted) for one in plan] == [((1,), False)]
+    assert [(one.sequences, one.counted) for one in plan] == [((1,), False)]
 
 
 def test_packed_bins_fill_up_and_one_too_long_stands_alone() -> None:

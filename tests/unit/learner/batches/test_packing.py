@@ -19,6 +19,7 @@ from jackpot.compute.batching import AttentionCost
 from jackpot.compute.forward import completion_hidden, packed_completion_hidden
 from jackpot.compute.models import load_causal_lm
 from jackpot.compute.packing_trial import packs_exactly, problem_with_varlen
+from jackpot.compute.pass_layout import layout_of
 from jackpot.compute.ranks.group import Ranks, join_ranks, leave_ranks
 from jackpot.compute.ranks.loading import load_on_ranks
 from jackpot.compute.ranks.sharding import release, shard
@@ -26,7 +27,6 @@ from jackpot.compute.varlen import attends_by_lengths, is_available, switch
 from jackpot.config import LearnerConfig
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
-from jackpot.learner.batches.packing import layout_of
 from jackpot.learner.models.start import build_trainer
 from jackpot.learner.trainer import Trainer
 from jackpot.scoring.batch import build_batch
@@ -74,7 +74,7 @@ def test_a_model_that_lets_packed_sequences_see_each_other_is_refused(
     # As an architecture that counts positions by itself would.
     model.base_model.forward = lambda **given: trunk(**{**given, "position_ids": None})
     with pytest.raises(ConfigError, match=r"learner\.packing = 'always'.*see each other.*Set it to never"):
-        layout_of(job.learner, [(model, "float32")], torch.device("cpu"))
+        layout_of(job.learner.packing, [(model, torch.float32)], torch.device("cpu"))
 
 
 def test_siblings_share_rows_where_both_models_can(
@@ -83,16 +83,14 @@ def test_siblings_share_rows_where_both_models_can(
     job = make_job()
     batch = build_batch(make_groups(job), job.algorithm.advantage)
     trainer = make_trainer(job)
-    per_row = [one.per_row for one in trainer._passes(batch)]
+    per_row = [one.per_row for one in trainer._plan(batch)]
     assert [sum(sizes) for sizes in per_row] == [len(batch.sequences)]
     assert max(per_row[0]) > 1
-    assert {size for one in make_trainer(make_job("learner.packing=never"))._passes(batch) for size in one.per_row} == {
-        1
-    }
+    assert {size for one in make_trainer(make_job("learner.packing=never"))._plan(batch) for size in one.per_row} == {1}
     policy, actor = (load_causal_lm(job.policy.model, "float32", "cpu") for _ in range(2))
     actor.set_attn_implementation("eager")
-    models = [(policy, "float32"), (actor, "float32")]
-    assert layout_of(job.learner, models, torch.device("cpu")).attention is None
+    models = [(policy, torch.float32), (actor, torch.float32)]
+    assert layout_of(job.learner.packing, models, torch.device("cpu")).attention is None
 
 
 def with_varlen(_device: torch.device, dtype: torch.dtype) -> bool:
@@ -103,8 +101,8 @@ def with_varlen(_device: torch.device, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("packing", ["auto", "always"])
 def test_models_that_compute_in_bfloat16_are_switched_and_packed(make_job: MakeJob, packing: str) -> None:
     job = make_job(f"learner.packing={packing}")
-    models = [(load_causal_lm(job.policy.model, "float32", "cpu"), "bfloat16") for _ in range(2)]
-    layout = layout_of(job.learner, models, torch.device("cpu"), has_varlen=with_varlen)
+    models = [(load_causal_lm(job.policy.model, "float32", "cpu"), torch.bfloat16) for _ in range(2)]
+    layout = layout_of(job.learner.packing, models, torch.device("cpu"), has_varlen=with_varlen)
     assert layout.packed
     assert (layout.attention is not None) == (packing == "auto")  # prompts worth sharing are shared
     assert all(attends_by_lengths(model) for model, _ in models)
@@ -125,10 +123,10 @@ def test_without_attention_by_lengths_auto_lays_out_rows_and_says_why(
     policy, actor = (load_causal_lm(job.policy.model, "float32", "cpu") for _ in range(2))
     if not sees_all:
         actor.config.layer_types = ["full_attention", "sliding_attention"]
-    models = [(policy, "bfloat16"), (actor, dtype)]
+    models = [(policy, torch.bfloat16), (actor, getattr(torch, dtype))]
     with caplog.at_level("INFO"):
         layout = layout_of(
-            job.learner, models, torch.device("cpu"), has_varlen=with_varlen if has_varlen else is_available
+            job.learner.packing, models, torch.device("cpu"), has_varlen=with_varlen if has_varlen else is_available
         )
     assert not layout.packed
     assert (layout.attention is not None) == sees_all
@@ -151,7 +149,9 @@ def test_other_ranks_try_too_and_do_as_rank_0_found(make_job: MakeJob, problem: 
     job = make_job()
     model = load_causal_lm(job.policy.model, "float32", "cpu")
     ranks = Told(rank=1, size=2, said=[386.0, None, problem])
-    layout = layout_of(job.learner, [(model, "bfloat16")], torch.device("cpu"), ranks, has_varlen=is_available)
+    layout = layout_of(
+        job.learner.packing, [(model, torch.bfloat16)], torch.device("cpu"), ranks, has_varlen=is_available
+    )
     assert layout.packed == attends_by_lengths(model) == (problem is None)
     assert layout.attention == AttentionCost(386.0)
     assert not ranks.said
@@ -194,7 +194,7 @@ def test_a_sharded_model_is_as_before_after_a_trial_that_broke_off(tmp_path: Pat
 def test_always_packs_with_a_mask_where_a_model_cannot_be_switched(make_job: MakeJob) -> None:
     job = make_job("learner.packing=always")
     model = load_causal_lm(job.policy.model, "float32", "cpu")
-    layout = layout_of(job.learner, [(model, "float32")], torch.device("cpu"), has_varlen=with_varlen)
+    layout = layout_of(job.learner.packing, [(model, torch.float32)], torch.device("cpu"), has_varlen=with_varlen)
     assert layout.packed and layout.attention is None and not attends_by_lengths(model)
 
 

@@ -1,11 +1,12 @@
-"""How a learner's passes are laid out: rows of similar length, in which siblings may share a prompt, or one packed
-row."""
+"""How the passes of learner and scorer are laid out: rows of similar length, in which siblings may share a prompt, or
+one packed row."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -16,9 +17,7 @@ from jackpot.compute.forward import CompletionStates, completion_hidden, packed_
 from jackpot.compute.models import architecture
 from jackpot.compute.packing_trial import agreed_problem_with_varlen, packs_exactly
 from jackpot.compute.ranks.group import SOLO, Ranks
-from jackpot.compute.ranks.sharding import DTYPES
 from jackpot.compute.shared_prompts import attention_cost
-from jackpot.config import LearnerConfig
 from jackpot.errors import ConfigError
 
 LOG = logging.getLogger(__name__)
@@ -26,9 +25,9 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PassLayout:
-    """How a learner lays out the sequences of a pass."""
+    """How the sequences of a pass are laid out; by default in rows of their own."""
 
-    states: CompletionStates
+    states: CompletionStates = completion_hidden
     """Makes hidden states of them."""
     packed: bool = False
     """In one row without padding; else in rows of similar length."""
@@ -37,18 +36,18 @@ class PassLayout:
 
 
 def layout_of(
-    config: LearnerConfig,
-    models: Sequence[tuple[PreTrainedModel, str]],
+    packing: Literal["auto", "always", "never"],
+    models: Sequence[tuple[PreTrainedModel, torch.dtype]],
     device: torch.device,
     ranks: Ranks = SOLO,
     has_varlen: varlen.HasKernel = varlen.is_available,
 ) -> PassLayout:
-    """What the job's ``packing`` comes to with these models; a collective.
+    """What a job's ``packing`` comes to with these models; a collective of sharded ones.
 
     Args:
-        config: the job's ``packing``.
-        models: what learns, and what each computes in; attends by lengths afterwards, where all can and sequences are
-            packed.
+        packing: the learner's or the scorer's.
+        models: what the passes go through, and what each computes in; attends by lengths afterwards, where all can and
+            sequences are packed.
         device: where they compute.
         ranks: over which the models are sharded; all of them try, and what rank 0 finds holds.
         has_varlen: whether torch has the kernel for that.
@@ -56,15 +55,14 @@ def layout_of(
     Raises:
         ConfigError: packing is asked for, and a model lets packed sequences see each other.
     """
-    if config.packing == "never":
-        return PassLayout(completion_hidden)
+    if packing == "never":
+        return PassLayout()
     plain = [model for model, _ in models]
-    shared = attention_cost(plain, device, ranks) if config.packing == "auto" else None
-    computing = [(model, DTYPES[dtype]) for model, dtype in models]
-    problem = agreed_problem_with_varlen(computing, device, ranks, has_varlen)
-    if problem is not None and config.packing == "auto":
+    shared = attention_cost(plain, device, ranks) if packing == "auto" else None
+    problem = agreed_problem_with_varlen(models, device, ranks, has_varlen)
+    if problem is not None and packing == "auto":
         LOG.info("sequences are not packed: %s", problem)
-        return PassLayout(completion_hidden, attention=shared)
+        return PassLayout(attention=shared)
     if problem is None:
         for model in plain:
             varlen.switch(model)
