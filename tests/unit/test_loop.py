@@ -1,13 +1,17 @@
-"""The loop in one process, on real tiny models: reproducible, and exactly as stale as it is told."""
+"""The loop in one process, on real tiny models: reproducible, exactly as stale as asked, and open to look into."""
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import jackpot.loop
 from jackpot.config import JobSpec, parse_job
 from jackpot.errors import ConfigError
 from jackpot.loop import Curve, Loop, run_loop
@@ -113,6 +117,85 @@ def test_many_updates_a_batch_and_the_policy_as_target(make_job: MakeJob) -> Non
     assert [row["step"] for row in found.steps] == [1, 2, 3, 4]
     assert [row["staleness/mean"] for row in found.steps] == [0, 1, 0, 1]
     assert [step for step, _ in found.evaluations] == [0, 2, 4]
+
+
+def test_the_policy_as_target_passes_each_model_no_more_often_than_its_scores_and_losses_need(
+    make_job: MakeJob,
+) -> None:
+    """One pass scores and one trains the policy as the reference; the actor's only pass is that of its own loss."""
+    job = make_job("algorithm.correction={name: jackpot, target: policy, normalizer: union_kappa}")
+    loop = Loop(job)
+    groups = loop.sample()
+    passes = {"policy": 0, "actor": 0}
+
+    def count(role: Role) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            passes[role] += 1
+
+        return hook
+
+    for role, model in loop.trainer.models.items():
+        model.base_model.register_forward_hook(count(role))
+    scored = loop.score(groups)
+    assert passes == {"policy": 1, "actor": 0}
+    loop.learn(scored)
+    assert passes == {"policy": 2, "actor": 1}
+
+
+def test_steps_by_hand_are_the_whole_run(make_job: MakeJob) -> None:
+    job = make_job("learner.steps=4", "learner.updates_per_batch=2")
+    whole, loop = curve(job, 1, 1), Loop(job, staleness=1, scorer_staleness=1)
+    rows = []
+    while loop.batch < job.num_batches:
+        groups = loop.sample()
+        again = loop.sample()
+        for group, same in zip(groups, again, strict=True):
+            for one, other in zip(group.trajectories, same.trajectories, strict=True):
+                np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        rows += loop.learn(loop.score(groups))
+    assert tuple(rows) == whole.steps
+    assert loop.evaluate() == whole.evaluations[-1][1]
+
+
+def test_tokens_weights_and_gradients_can_be_looked_at_between_steps(make_job: MakeJob) -> None:
+    """The weights are those of Algorithm 1 on the scores that were seen before; AdamW's first step is lr · sign(g)."""
+    correction = "algorithm.correction={name: jackpot, normalizer: full, obrs_lambda: 1.5, c1: 2}"
+    loop = Loop(make_job(correction, "learner.max_grad_norm=1e9"))
+    before = {role: {n: p.detach().clone() for n, p in m.named_parameters()} for role, m in loop.trainer.models.items()}
+    scored = loop.score(loop.sample())
+    loop.learn(scored)
+    (step,) = loop.weighed
+    for group in scored:
+        for trajectory, scores in zip(group.group.trajectories, group.scores, strict=True):
+            assert len(loop.token_texts(trajectory)) == trajectory.num_tokens
+            own = step.of(trajectory)
+            ratio = np.exp(scores.target_logprobs.astype(np.float64) - trajectory.actor_logprobs)
+            expected = np.minimum(scores.normalizer_head * np.maximum(1.5, ratio), 2)
+            # float32: logarithms of at most 20 are rounded by 1e-6, and what is made of them by a few 1e-7.
+            np.testing.assert_allclose(own.weight.numpy(), expected, rtol=4e-6)
+            np.testing.assert_array_equal(own.mask.numpy(), scores.mask)
+    for role, model in loop.trainer.models.items():
+        gradients = loop.gradients(role)
+        moved = {name: parameter.detach() - before[role][name] for name, parameter in model.named_parameters()}
+        assert gradients.keys() == moved.keys()
+        clear = torch.cat([g.abs().flatten() for g in gradients.values()]) > 1e-5  # against AdamW's ε of 1e-8
+        signs = torch.cat([(-g).sign().flatten() for g in gradients.values()])
+        assert clear.any()
+        assert torch.equal(torch.cat([m.flatten() for m in moved.values()]).sign()[clear], signs[clear])
+
+
+def test_text_is_that_of_each_token(make_job: MakeJob) -> None:
+    """The tokenizer is one of characters: pieces and whole are the same text but for special tokens."""
+    loop = Loop(make_job())
+    trajectory = loop.sample()[0].trajectories[0]
+    assert "".join(loop.token_texts(trajectory)) == loop._prompts.text(trajectory.token_ids)
+
+
+def test_the_example_of_the_module_runs(make_job: MakeJob) -> None:
+    parsed = doctest.DocTestParser().get_doctest(jackpot.loop.__doc__ or "", {"job": make_job()}, "loop", None, 0)
+    assert len(parsed.examples) > 8
+    result = doctest.DocTestRunner().run(parsed)
+    assert result.failed == 0
 
 
 def test_an_acceptance_rate_is_followed(make_job: MakeJob) -> None:
