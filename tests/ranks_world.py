@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jackpot.config import JobSpec
+from jackpot.storage.run_directory import load_service_job
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--max-restarts", "0"]
 
@@ -49,12 +50,12 @@ def run_ranks(
 def main(directory: Path) -> int:
     from jackpot.compute.ranks.group import leave_ranks
     from jackpot.config.environment import ServiceEnvironment
-    from jackpot.learner.checkpoints.checkpoint import CheckpointStore
+    from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore
     from jackpot.learner.models.start import build_trainer
     from jackpot.learner.ranks.rank_leader import LeadTrainer, follow
 
     environment = ServiceEnvironment(run_dir=directory, job_id="job", threads=1)
-    trainer, ranks = build_trainer(environment, environment.load_job())
+    trainer, ranks = build_trainer(environment, load_service_job(environment))
     store = CheckpointStore(directory / "checkpoints", keep=3, ranks=ranks)
     if ranks.rank > 0:
         own = GroupFiles(directory / "groups")
@@ -88,7 +89,7 @@ class GroupFiles:
 def carry_out(directory: Path, trainer: Any, store: Any) -> list[dict[str, float]]:
     from safetensors.torch import save_file
 
-    from jackpot.learner.checkpoints.checkpoint import Progress
+    from jackpot.learner.checkpoints.checkpoint_store import Progress
     from jackpot.learner.ranks.batch_broadcast import batch_from_bytes
 
     rows: list[dict[str, float]] = []

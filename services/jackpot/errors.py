@@ -90,6 +90,15 @@ class WeightCorruptError(WeightError):
     """A weight version whose bytes do not match its manifest, or whose tensors do not fit the model."""
 
 
+class DamagedRecordError(JackpotError):
+    """A file of a run directory that cannot be read. Names the file, and the line if it has several."""
+
+    def __init__(self, path: object, line: int | None, why: str) -> None:
+        self.why = why
+        place = f"{path}" if line is None else f"{path}, line {line},"
+        super().__init__(f"{place} is damaged ({why}); restore it or start a new run")
+
+
 class DirectoryDamagedError(JackpotError):
     """A directory whose files are not those of its manifest. The message names the file."""
 

@@ -22,8 +22,8 @@ from secured_redis import SecuredRedis, secured_redis
 
 from jackpot.config import load_job
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.control_plane.run_directory import RunDirectory, new_job_id
 from jackpot.control_plane.sessions.preparation import prepare_job
+from jackpot.storage.run_directory import RunDirectory, new_job_id
 
 PEER = "jackpot-worker"
 DEADLINE_SECONDS = 250.0

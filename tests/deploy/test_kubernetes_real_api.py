@@ -17,8 +17,8 @@ from jackpot.config import JobSpec, parse_job
 from jackpot.control_plane.launch.kubernetes import pod
 from jackpot.control_plane.launch.kubernetes.launcher import KubernetesLauncher
 from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
-from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.errors import JackpotError
+from jackpot.storage.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -12,8 +12,8 @@ from jackpot.config import parse_job
 from jackpot.control_plane.launch.kubernetes.jobset import jobset
 from jackpot.control_plane.launch.kubernetes.launcher import KubernetesLauncher
 from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
-from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.errors import JackpotError
+from jackpot.storage.run_directory import RunDirectory
 
 JOB_ID = "chain-sum-1123-1"
 NAME = f"j-{JOB_ID}"

@@ -18,7 +18,7 @@ from server_world import TINY_JOB, api
 from jackpot.control_plane.jobs.admission import Admission
 from jackpot.control_plane.jobs.states import JobState
 from jackpot.control_plane.tokens import Scope, TokenFile
-from jackpot.telemetry import announce_metrics
+from jackpot.telemetry.scrape_targets import announce_target
 
 YAML = {"Content-Type": "application/yaml"}
 JSON = {"Content-Type": "application/json"}
@@ -278,7 +278,7 @@ async def test_prometheus_is_told_where_the_processes_of_running_jobs_are(tmp_pa
             directory = backend.scheduler.run_dir(job_id)
             directory.mkdir()
             for number, instance in ((1, "rollout-0"), (2, "rollout-evaluator")):
-                announce_metrics(directory, job_id, "rollout", instance, f"127.0.0.1:{9100 + number}")
+                announce_target(directory, job_id, "rollout", instance, f"127.0.0.1:{9100 + number}")
         await backend.store.transition(ids[0], JobState.STARTING, "has a slot")
         await backend.store.transition(ids[2], JobState.STARTING, "has a slot")  # and no processes yet
         assert (await client.get("/v1/metrics-targets")).json() == [

@@ -14,8 +14,8 @@ from server_world import TINY_JOB, api
 
 from jackpot.config import parse_job
 from jackpot.control_plane.jobs.admission import Admission
-from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.storage.job_storage import open_weight_store, stored_checkpoints
+from jackpot.storage.run_directory import RunDirectory
 
 
 async def test_jobs_are_put_into_the_servers_bucket_downloaded_from_it_and_deleted_with_their_objects(

@@ -1,7 +1,7 @@
 """The trajectory bus: Redis Streams with a ledger that adds up."""
 
 from jackpot.bus.bus import TrajectoryBus
-from jackpot.bus.ledger import BusDepths, Delivery, GroupState, Ledger, PublishOutcome, TerminalRecord
+from jackpot.bus.ledger import BusDepths, Delivery, GroupState, Ledger, PublishOutcome
 
 __all__ = [
     "BusDepths",
@@ -9,6 +9,5 @@ __all__ = [
     "GroupState",
     "Ledger",
     "PublishOutcome",
-    "TerminalRecord",
     "TrajectoryBus",
 ]

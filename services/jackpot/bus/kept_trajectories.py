@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jackpot.bus.payload_format import decode_scored, encode_scored
 from jackpot.errors import PayloadError
+from jackpot.storage.run_directory import RunFiles
 from jackpot.trajectory import ScoredGroup
 
 _SIZE = struct.Struct("<Q")
@@ -26,7 +27,7 @@ class KeptTrajectories:
     """
 
     def __init__(self, run_dir: Path, max_group_bytes: int) -> None:
-        self._directory = run_dir / "trajectories"
+        self._directory = RunFiles(run_dir).trajectories
         self._max_group_bytes = max_group_bytes
 
     def write(self, batch: int, groups: Sequence[ScoredGroup], keep: int) -> None:

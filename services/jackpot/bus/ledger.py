@@ -25,17 +25,6 @@ class Delivery(Generic[Value]):
 
 
 @dataclass(frozen=True, slots=True)
-class TerminalRecord:
-    """How one group ended."""
-
-    group_id: str
-    state: Literal["trained", "dropped"]
-    reason: str  # empty for trained
-    step: int  # the optimizer step after which it counts as trained; −1 for dropped
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
 class Ledger:
     """The job's counters. They add up: dispatched = trained + dropped (all reasons) + open."""
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from jackpot.bus.client import BusClient
-from jackpot.bus.ledger import BusDepths, GroupState, Ledger, TerminalRecord
+from jackpot.bus.ledger import BusDepths, GroupState, Ledger
+from jackpot.storage.run_records import TerminalRecord
 
 
 class BusReadings:

@@ -87,6 +87,7 @@ class EmbeddedServer:
 
     def __init__(self, data_dir: Path, appendfsync: Literal["everysec", "always"] = "everysec") -> None:
         self._data_dir = data_dir.resolve()
+        self.log = self._data_dir / "server.log"
         self._appendfsync = appendfsync
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: int | None = None
@@ -134,7 +135,7 @@ class EmbeddedServer:
         await self._take_lock(deadline)
         self._address = self._settle_address()
         config = self._write_config(self._address)
-        with (self._data_dir / "server.log").open("ab") as log:
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 ending_with_us([binary, config]),
                 stdin=subprocess.DEVNULL,
@@ -226,14 +227,14 @@ class EmbeddedServer:
                 except (exceptions.ConnectionError, exceptions.TimeoutError):
                     if time.monotonic() > deadline:
                         raise DeadlineError(
-                            "the embedded server to answer", timeout_seconds, f"Its log: {self._data_dir}/server.log"
+                            "the embedded server to answer", timeout_seconds, f"Its log: {self.log}"
                         ) from None
                     await asyncio.sleep(_POLL_SECONDS)
         finally:
             await client.aclose()
 
     def _end_of_log(self) -> str:
-        lines = (self._data_dir / "server.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return " | ".join(lines[-_LOG_LINES_SHOWN:])
 
 

@@ -31,7 +31,7 @@ def run(
     """Run a job on this machine: every process, from the embedded server to the learner."""
     if resume is not None:
         if job_file is not None or run_dir is not None:
-            raise ConfigError("--resume", str(resume), "takes no job file", "The run directory has its own job.json.")
+            raise ConfigError("--resume", str(resume), "takes no job file", "The run directory has its own job.")
         _resume(resume, as_json)
     elif job_file is None:
         raise ConfigError("JOB.yaml", None, "is missing", "Name a job file, or continue a run with --resume DIR.")
@@ -77,9 +77,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _run_file(job_file: Path, overrides: list[str], run_dir: Path | None, as_json: bool) -> None:
-    from jackpot.control_plane.run_directory import RunDirectory, new_job_id
     from jackpot.control_plane.sessions.job_run import run_job
     from jackpot.control_plane.sessions.preparation import prepare_job
+    from jackpot.storage.run_directory import RunDirectory, new_job_id
 
     _require_services()
     job = prepare_job(load_job(job_file, overrides))
@@ -90,12 +90,13 @@ def _run_file(job_file: Path, overrides: list[str], run_dir: Path | None, as_jso
 
 
 def _resume(directory: Path, as_json: bool) -> None:
-    from jackpot.control_plane.run_directory import RunDirectory
     from jackpot.control_plane.sessions.job_run import run_job
+    from jackpot.storage.run_directory import RunDirectory
+    from jackpot.storage.run_records import read_summary
 
     _require_services()
     run_directory = RunDirectory.open(directory)
-    summary = run_directory.summary
+    summary = read_summary(run_directory.files)
     if summary is not None and summary.get("state") == "succeeded":
         raise ConfigError("--resume", str(directory), "has finished already", "Start a new run.")
     job = run_directory.load_job()
@@ -103,8 +104,8 @@ def _resume(directory: Path, as_json: bool) -> None:
 
 
 def _compare(job_file: Path, overrides: list[str], run_dir: Path | None, as_json: bool) -> None:
-    from jackpot.control_plane.run_directory import new_job_id
     from jackpot.control_plane.sessions.comparison import compare, comparison_table
+    from jackpot.storage.run_directory import new_job_id
 
     _require_services()
     console = _console(as_json)
@@ -126,9 +127,12 @@ def _require_services() -> None:
 
 
 def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
+    from jackpot.storage.run_directory import RunFiles
+
     console = _console(as_json)
     accuracy, divergence, ledger = summary["policy_accuracy"], summary["kl_policy_actor"], summary["ledger"]
-    succeeded = summary["state"] == "succeeded"
+    files = RunFiles(directory)
+    places = [files.summary, *((files.curves, files.export) if summary["state"] == "succeeded" else (files.logs,))]
     lines = [
         f"{summary['state']} after {summary['steps']} steps in {summary['wall_seconds']:.0f} s",
         f"policy accuracy  {_figure(accuracy['initial'])} → {_figure(accuracy['final'])} on held-out prompts",
@@ -137,7 +141,7 @@ def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
         f"ledger           {ledger['dispatched']} groups dispatched, {ledger['trained']} trained, "
         f"dropped {ledger['dropped'] or 'none'}; {summary['restarts']} restarts",
         *_busy_lines(summary["services"]),
-        f"everything is in {directory} (summary.json, {'curves.png, export/' if succeeded else 'logs/'})",
+        f"everything is in {directory} ({', '.join(path.name for path in places)})",
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -166,8 +166,8 @@ def scale(
     """Change how many rollout replicas a running job has."""
     told = f"{job}: {replicas} rollout replica{'' if replicas == 1 else 's'} wanted"
     if Path(job).is_dir():
-        from jackpot.control_plane.run_directory import RunDirectory
         from jackpot.control_plane.sessions.scaling import request_scale
+        from jackpot.storage.run_directory import RunDirectory
 
         request_scale(RunDirectory.open(Path(job), "JOB|DIR"), replicas)
         _print({"job_id": Path(job).name, "rollout_replicas": replicas}, as_json, told)

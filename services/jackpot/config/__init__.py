@@ -19,7 +19,7 @@ from jackpot.config.loading import InvalidJobError, job_json_schema, load_job, p
 from jackpot.config.models import ActorConfig, ModelConfig
 from jackpot.config.run import AlarmsConfig, RunConfig
 from jackpot.config.sampling import EvaluationConfig, SamplingConfig, TaskConfig
-from jackpot.config.services import (
+from jackpot.config.service_sections import (
     BusConfig,
     OrchestratorConfig,
     RolloutConfig,

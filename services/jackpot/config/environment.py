@@ -5,7 +5,6 @@ A launcher (local processes, Kubernetes) sets these variables; nothing else in a
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,6 @@ from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jackpot.config.job import JobSpec
-from jackpot.config.loading import parse_job
 from jackpot.errors import ConfigError
 from jackpot.trajectory import Role
 
@@ -48,7 +45,7 @@ class ServiceEnvironment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     run_dir: Path
-    """The job's directory (shared by all its processes): job.json, weights/, checkpoints/, logs."""
+    """The job's directory (shared by all its processes): see :mod:`jackpot.storage.run_directory`."""
     job_id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     """The job's id: Redis keys and metric labels carry it."""
     instance: str = "0"
@@ -88,11 +85,6 @@ class ServiceEnvironment(BaseModel):
     """Directory on a disk of this machine for copies of what an object store holds (``weights.store``); may be lost at
     any time. Empty: ``scratch/`` in the run directory."""
 
-    @property
-    def scratch(self) -> Path:
-        """Where this job's processes on this machine keep such copies."""
-        return Path(self.scratch_dir) / self.job_id if self.scratch_dir else self.run_dir / "scratch"
-
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> ServiceEnvironment:
         """Parse the JACKPOT_* variables.
@@ -123,20 +115,3 @@ class ServiceEnvironment(BaseModel):
         """The variables that :meth:`from_env` reads back."""
         values = {PREFIX + name.upper(): getattr(self, name) for name in type(self).model_fields}
         return {name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in values.items()}
-
-    def load_job(self) -> JobSpec:
-        """The job as resolved by the launcher, from ``job.json`` in the run directory.
-
-        Raises:
-            ConfigError: there is no such file, it is not JSON, or not a job.
-        """
-        path = self.run_dir / "job.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{PREFIX}RUN_DIR", str(self.run_dir), f"job.json cannot be read ({error})", _START_WITH
-            ) from None
-        if not isinstance(content, dict):
-            raise ConfigError(f"{PREFIX}RUN_DIR", str(self.run_dir), "job.json does not hold a job", _START_WITH)
-        return parse_job(content)

@@ -13,7 +13,13 @@ from jackpot.config.models import ActorConfig, ModelConfig
 from jackpot.config.run import AlarmsConfig, RunConfig, TrackingConfig
 from jackpot.config.sampling import EvaluationConfig, SamplingConfig, TaskConfig
 from jackpot.config.section import Number, Section
-from jackpot.config.services import BusConfig, OrchestratorConfig, RolloutConfig, ScorerConfig, WeightStoreConfig
+from jackpot.config.service_sections import (
+    BusConfig,
+    OrchestratorConfig,
+    RolloutConfig,
+    ScorerConfig,
+    WeightStoreConfig,
+)
 
 
 class JobSpec(Section):

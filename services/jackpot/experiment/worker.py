@@ -24,6 +24,8 @@ from jackpot.errors import JackpotError
 from jackpot.experiment.grid import Run
 from jackpot.experiment.records import Result, make_result, write_result
 from jackpot.loop import Loop, run_loop
+from jackpot.storage.run_directory import RunFiles
+from jackpot.storage.run_records import read_accuracies, read_steps
 
 PIPELINE = "from jackpot.cli import main; main()"
 
@@ -66,16 +68,16 @@ def _pipeline(run: Run, job: JobSpec, directory: Path) -> Result:
     """`jackpot run` in a directory of its own, of which the curves are kept."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pipeline-", dir=directory) as scratch:
-        job_file, run_dir = Path(scratch) / "job.json", Path(scratch) / "run"
+        job_file, run_dir = Path(scratch) / "task.json", Path(scratch) / "run"
         job_file.write_text(json.dumps(job.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
         command = [sys.executable, "-c", PIPELINE, "run", str(job_file), "--run-dir", str(run_dir), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise JackpotError(f"jackpot run ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
         summary = json.loads(done.stdout.splitlines()[-1])
-        rows = {name: _lines(run_dir / f"{name}.jsonl") for name in ("metrics", "evaluations")}
-    points = [(row["step"], row["policy_accuracy"]) for row in rows["evaluations"]]
-    return make_result(run, points, rows["metrics"], summary["wall_seconds"], None)
+        steps, accuracies = read_steps(RunFiles(run_dir)), read_accuracies(RunFiles(run_dir).evaluations)
+    points = [(row.step, row.policy_accuracy) for row in accuracies]
+    return make_result(run, points, steps, summary["wall_seconds"], None)
 
 
 def _with_models(run: Run) -> JobSpec:
@@ -104,10 +106,6 @@ def _run(request: Mapping[str, Any]) -> Run:
     return Run(
         parse_job(request["job"]), recipe, request["execution"], request["staleness"], request["scorer_staleness"]
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from jackpot.errors import JackpotError
 from jackpot.process.service_process import STOPPED_EARLY, announce_ready
 
 if TYPE_CHECKING:
-    from jackpot.learner.checkpoints.checkpoint import CheckpointStore
+    from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore
     from jackpot.learner.trainer import Trainer
     from jackpot.scoring.batch import Batch
     from jackpot.scoring.token_weights import TokenWeights
@@ -27,19 +27,21 @@ if TYPE_CHECKING:
 async def main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
     """Train to the last step: 0; stopped before that: 75."""
     from jackpot.compute.ranks.group import leave_ranks
-    from jackpot.learner.checkpoints.checkpoint import CheckpointStore
+    from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore
     from jackpot.learner.models.start import build_trainer
     from jackpot.learner.ranks.rank_groups import RankGroups
     from jackpot.learner.ranks.rank_leader import LeadTrainer, follow
     from jackpot.storage.job_storage import stored_checkpoints
+    from jackpot.storage.run_directory import RunFiles, scratch_directory
 
     trainer, ranks = await asyncio.to_thread(build_trainer, environment, job)
     stored = stored_checkpoints(job, environment.job_id)
+    files = RunFiles(environment.run_dir)
     store = CheckpointStore(
-        (environment.run_dir if stored is None else environment.scratch) / "checkpoints",
+        files.checkpoints if stored is None else scratch_directory(environment) / files.checkpoints.name,
         job.learner.keep_checkpoints,
         ranks=ranks,
-        evaluations=environment.run_dir / "evaluations.jsonl" if job.learner.keep_best_checkpoint else None,
+        evaluations=files.evaluations if job.learner.keep_best_checkpoint else None,
         stored=stored,
     )
     code = 1
@@ -67,14 +69,15 @@ async def lead(
     """Rank 0, or the only process: read the bus, train, publish."""
     from jackpot.bus import TrajectoryBus
     from jackpot.bus.kept_trajectories import KeptTrajectories
-    from jackpot.learner.batches.manifests import ManifestLog
     from jackpot.learner.publishing.broadcast import connect_broadcaster
     from jackpot.learner.publishing.publisher import WeightPublisher
     from jackpot.learner.reports.alarm_log import AlarmLog
     from jackpot.learner.reports.step_log import StepLog
     from jackpot.learner.service import Learner
+    from jackpot.storage.batch_manifests import ManifestLog
     from jackpot.storage.job_storage import open_weight_store, payload_place
     from jackpot.storage.objects import observe_calls
+    from jackpot.storage.run_directory import RunFiles, scratch_directory
     from jackpot.telemetry import Metrics
     from jackpot.telemetry.activity import Activity
 
@@ -91,14 +94,16 @@ async def lead(
     try:
         await bus.open()
         activity = Activity(metrics, "learner", environment.instance, run_dir)
-        weights = open_weight_store(job, environment.job_id, run_dir, environment.scratch / "weights-learner")
+        weights = open_weight_store(
+            job, environment.job_id, run_dir, scratch_directory(environment) / "weights-learner"
+        )
         learner = Learner(
             job,
             bus,
             trainer,
             WeightPublisher(job, weights, run_dir, lambda: store.steps, broadcaster.send if broadcaster else None),
             store,
-            ManifestLog(run_dir / "manifests"),
+            ManifestLog(RunFiles(run_dir).manifests),
             StepLog(run_dir, metrics),
             AlarmLog(job.alarms, run_dir, metrics),
             KeptTrajectories(run_dir, job.bus.max_payload_bytes),

@@ -22,14 +22,14 @@ from jackpot.bus.kept_trajectories import KeptTrajectories
 from jackpot.config import JobSpec
 from jackpot.errors import BusError
 from jackpot.learner.batches.collector import BatchCollector
-from jackpot.learner.batches.manifests import Manifest, ManifestLog
-from jackpot.learner.checkpoints.checkpoint import CheckpointStore, PendingCheckpoint, Progress
+from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.publishing.background import BackgroundWork
 from jackpot.learner.publishing.publisher import WeightPublisher
 from jackpot.learner.reports.alarm_log import AlarmLog
 from jackpot.learner.reports.step_log import StepLog
 from jackpot.learner.trainer import Trainer
 from jackpot.scoring.batch import Batch, build_batch
+from jackpot.storage.batch_manifests import Manifest, ManifestLog
 from jackpot.telemetry.activity import Activity
 from jackpot.trajectory import ScoredGroup
 

@@ -6,12 +6,10 @@ What the actor earns says little: it may rise while the policy's own accuracy fa
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +25,8 @@ from jackpot.orchestrator.tasks import Item
 from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
 from jackpot.rpc.proto import ids_to_bytes
+from jackpot.storage.json_files import JsonLinesWriter
+from jackpot.storage.run_records import EvaluationRow, read_accuracies
 from jackpot.telemetry import Metrics
 from jackpot.trajectory import Trajectory
 from jackpot.v1 import rollout_pb2
@@ -39,42 +39,28 @@ RETRY_SECONDS = 1.0
 OPTIONAL_ATTEMPTS = 2  # for evaluations between the first and the last
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationRow:
-    """One line of ``evaluations.jsonl``."""
-
-    step: int  # the oldest policy version that sampled a token
-    newest_step: int  # the newest: the server may swap weights while an evaluation runs
-    time: float  # seconds since the epoch
-    policy_accuracy: float  # fraction of samples with a reward of 1: mean@n
-    pass_at_n: float  # fraction of prompts with a reward of 1 among their n = evaluation.samples_per_prompt samples
-    mean_reward: float
-    num_samples: int
-    num_reward_failures: int  # samples left out because their reward failed
-    mean_tokens: float
-    truncated_fraction: float
-
-
 class EvaluationLog:
-    """``evaluations.jsonl``: one writer, appended."""
+    """The evaluations of a job: one writer, appended.
+
+    Args:
+        path: of the file; created with its first row.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._writer = JsonLinesWriter(path)
 
     def last_step(self) -> int | None:
-        """The newest step that has a row, or None."""
-        if not self._path.exists():
-            return None
-        content = self._path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):  # cut short by a crash
-            os.truncate(self._path, whole)
-        return max((json.loads(line)["step"] for line in content[:whole].splitlines()), default=None)
+        """The newest step that has a row, or None.
+
+        Raises:
+            DamagedRecordError: a row cannot be read.
+        """
+        return max((row.step for row in read_accuracies(self._path)), default=None)
 
     def append(self, row: EvaluationRow) -> None:
         """Add a row."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+        self._writer.append([asdict(row)])
 
 
 class PolicyEvaluation:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from jackpot.bus import TerminalRecord
-from jackpot.errors import JackpotError
 from jackpot.orchestrator.slots import TerminalState
+from jackpot.storage.json_files import JsonLinesReader, JsonLinesWriter
+from jackpot.storage.run_records import TerminalRecord
 from jackpot.trajectory import GroupKey
 
 
@@ -20,17 +18,17 @@ class LedgerFile:
     Only a group that was declared lost and turns out to be trained after all gets a second row; the last row counts.
 
     Args:
-        path: the file; created with its first row. A last line that a crash cut short is removed.
+        path: the file; created with its first row, with which a last line that a crash cut short is removed.
 
     Raises:
-        JackpotError: a line in the middle cannot be read.
+        DamagedRecordError: a whole line cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._writer = JsonLinesWriter(path, durable=True)
         self._rows: dict[str, TerminalRecord] = {}
-        if path.exists():
-            self._load()
+        for record in JsonLinesReader(path, strict=True).records(TerminalRecord):
+            self._rows[record.group_id] = record
 
     @property
     def ended(self) -> Mapping[GroupKey, tuple[TerminalState, str]]:
@@ -48,27 +46,10 @@ class LedgerFile:
         """
         fresh = list({row.group_id: row for row in rows if self._is_news(row)}.values())
         if fresh:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(row)) + "\n" for row in fresh)
-                file.flush()
-                os.fsync(file.fileno())
+            self._writer.append(asdict(row) for row in fresh)
             self._rows.update((row.group_id, row) for row in fresh)
         return fresh
 
     def _is_news(self, row: TerminalRecord) -> bool:
         known = self._rows.get(row.group_id)
         return known is None or (known.reason == "lost" and row.state == "trained")
-
-    def _load(self) -> None:
-        content = self._path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(self._path, whole)
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
-            try:
-                row = TerminalRecord(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise JackpotError(
-                    f"{self._path}, line {number}, is damaged ({error}); restore it or start a new run"
-                ) from None
-            self._rows[row.group_id] = row

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 
-from jackpot.bus import TerminalRecord, TrajectoryBus
+from jackpot.bus import TrajectoryBus
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusError, BusLostError, DeadlineError
@@ -30,8 +29,11 @@ from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
 from jackpot.process.service_process import STOPPED_EARLY, announce_ready
 from jackpot.rpc.transport import open_channel
+from jackpot.storage.batch_manifests import ManifestLog
 from jackpot.storage.job_storage import open_weight_store, payload_place
 from jackpot.storage.objects import observe_calls
+from jackpot.storage.run_directory import RunFiles
+from jackpot.storage.run_records import TerminalRecord
 from jackpot.telemetry import Metrics
 from jackpot.telemetry.activity import Activity
 from jackpot.trajectory import GroupKey
@@ -104,7 +106,7 @@ class Orchestrator:
     Args:
         job: the job, its models resolved to directories.
         job_id: its id.
-        run_dir: its directory: weights/, manifests/, ledger.jsonl, evaluations.jsonl.
+        run_dir: its run directory.
         bus: the connected bus.
         replicas: the rollout replicas.
         membership: which of them there are just now.
@@ -130,16 +132,17 @@ class Orchestrator:
         tokenizer = PromptTokenizer.of_job(job)
         self._job = job
         self._job_id = job_id
-        self._run_dir = run_dir
+        files = RunFiles(run_dir)
+        self._manifests = ManifestLog(files.manifests)
         self._bus = bus
         self._replicas = replicas
         self._membership = membership
         self._evaluator = evaluator
         self._bus_lost = False
         self._activity = Activity(metrics, "orchestrator", "0", run_dir)
-        self._ledger = LedgerFile(run_dir / "ledger.jsonl")
+        self._ledger = LedgerFile(files.ledger)
         self._book = SlotBook.of_job(job, task.num_prompts)
-        store = open_weight_store(job, job_id, run_dir, run_dir / "scratch" / "weights-orchestrator")  # never reads any
+        store = open_weight_store(job, job_id, run_dir, files.scratch / "weights-orchestrator")  # never reads any
         self._versions = VersionWatch(store, {"policy", job.rollout_role})
         self._prompts = TrainingPrompts(task, tokenizer)
         self._dispatcher = Dispatcher(
@@ -165,7 +168,7 @@ class Orchestrator:
             evaluator=evaluator,
             versions=self._versions,
             rewards=rewards,
-            log=EvaluationLog(run_dir / "evaluations.jsonl"),
+            log=EvaluationLog(files.evaluations),
             metrics=metrics,
         )
 
@@ -245,12 +248,7 @@ class Orchestrator:
 
     def _claimed_by_learner(self) -> set[GroupKey]:
         """The groups of the learner's write-ahead manifests: trained, or to be trained again from there."""
-        keys: set[GroupKey] = set()
-        for path in (self._run_dir / "manifests").glob("*.json"):
-            with suppress(FileNotFoundError):  # discarded just now
-                content: Mapping[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
-                keys.update(GroupKey.parse(group_id) for group_id in content["group_ids"])
-        return keys
+        return {GroupKey.parse(group_id) for manifest in self._manifests.all() for group_id in manifest.group_ids}
 
     async def _declare_lost(self) -> None:
         """Close the ledger on every group that went down with the bus; recovery then dispatches them again."""

@@ -7,18 +7,21 @@ were.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jackpot.errors import ConfigError
-
-WANTED_FILE = "scale.json"
-ANNOUNCEMENTS = "rollouts"
+from jackpot.storage.json_files import read_object_if_whole, read_record_if_whole, replace_json, warn_once
+from jackpot.storage.run_directory import RunFiles
 
 MAX_ROLLOUT_REPLICAS = 1024
 """More would be a slip: the orchestrator keeps a connection to each."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Announcement:
+    address: str
 
 
 def set_wanted_replicas(run_dir: Path, replicas: int) -> None:
@@ -39,16 +42,20 @@ def set_wanted_replicas(run_dir: Path, replicas: int) -> None:
             f"is not between 1 and {MAX_ROLLOUT_REPLICAS}",
             "Cancel the job instead to stop sampling." if replicas < 1 else "Ask for fewer.",
         )
-    _write(run_dir / WANTED_FILE, {"rollout_replicas": replicas})
+    replace_json(RunFiles(run_dir).scale, {"rollout_replicas": replicas})
 
 
 def wanted_replicas(run_dir: Path) -> int | None:
     """How many rollout replicas the job should have; None where nobody has asked for other than the job file does."""
-    try:
-        wanted = json.loads((run_dir / WANTED_FILE).read_text(encoding="utf-8"))["rollout_replicas"]
-    except (OSError, ValueError, KeyError, TypeError):
+    path = RunFiles(run_dir).scale
+    content = read_object_if_whole(path)
+    if content is None:
         return None
-    return wanted if isinstance(wanted, int) and 1 <= wanted <= MAX_ROLLOUT_REPLICAS else None
+    wanted = content.get("rollout_replicas")
+    if not isinstance(wanted, int) or not 1 <= wanted <= MAX_ROLLOUT_REPLICAS:
+        warn_once(f"{path} is damaged: rollout_replicas = {wanted!r}; the job file's number holds")
+        return None
+    return wanted
 
 
 def announce_rollout(run_dir: Path, instance: str, address: str) -> None:
@@ -62,34 +69,26 @@ def announce_rollout(run_dir: Path, instance: str, address: str) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    directory = run_dir / ANNOUNCEMENTS
+    directory = RunFiles(run_dir).rollouts
     directory.mkdir(exist_ok=True)
-    _write(directory / f"{instance}.json", {"address": address})
+    replace_json(directory / f"{instance}.json", asdict(_Announcement(address)))
 
 
 def withdraw_rollout(run_dir: Path, instance: str) -> None:
     """Take back what :func:`announce_rollout` wrote, if it did."""
-    (run_dir / ANNOUNCEMENTS / f"{instance}.json").unlink(missing_ok=True)
+    (RunFiles(run_dir).rollouts / f"{instance}.json").unlink(missing_ok=True)
 
 
 def announced_rollouts(run_dir: Path) -> dict[int, str]:
     """Addresses of the replicas that have announced themselves, by instance."""
-    found: dict[int, str] = {}
-    for path in (run_dir / ANNOUNCEMENTS).glob("[0-9]*.json"):
-        try:
-            found[int(path.stem)] = str(json.loads(path.read_text(encoding="utf-8"))["address"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # withdrawn just now
-    return found
+    addresses: dict[int, str] = {}
+    for path in RunFiles(run_dir).rollouts.glob("[0-9]*.json"):
+        announcement = read_record_if_whole(path, _Announcement)  # it may be withdrawn just now
+        if announcement is not None:
+            addresses[int(path.stem)] = announcement.address
+    return addresses
 
 
 def forget_rollouts(run_dir: Path) -> None:
     """Remove what replicas of an earlier session have announced. The number wanted stays."""
-    shutil.rmtree(run_dir / ANNOUNCEMENTS, ignore_errors=True)
-
-
-def _write(path: Path, content: object) -> None:
-    # Aside and renamed: whoever reads meanwhile reads the one or the other.
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    aside.replace(path)
+    shutil.rmtree(RunFiles(run_dir).rollouts, ignore_errors=True)

@@ -18,8 +18,10 @@ from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.process.children import stop_with_parent
-from jackpot.telemetry import REGISTRY, GpuCollector, announce_metrics, reachable_host, serve_metrics
+from jackpot.storage.run_directory import load_service_job
+from jackpot.telemetry import REGISTRY, GpuCollector, reachable_host, serve_metrics
 from jackpot.telemetry.logs import redact_url, setup_logging
+from jackpot.telemetry.scrape_targets import announce_target
 
 LOG = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def run_service(name: str, main: ServiceMain, environ: Mapping[str, str] | None 
     stop_with_parent()
     try:
         environment = ServiceEnvironment.from_env(environ)
-        job = environment.load_job()
+        job = load_service_job(environment)
         setup_logging(name, environment.instance)
         if environment.metrics_address:
             _serve_metrics(name, environment)
@@ -85,7 +87,7 @@ def _serve_metrics(name: str, environment: ServiceEnvironment) -> None:
     evaluates = environment.instance == EVALUATOR
     service, instance = (EVALUATOR, EVALUATOR) if evaluates else (name, f"{name}-{environment.instance}")
     try:
-        announce_metrics(environment.run_dir, environment.job_id, service, instance, address)
+        announce_target(environment.run_dir, environment.job_id, service, instance, address)
     except OSError as error:
         LOG.warning("the address of /metrics cannot be written down, Prometheus will not find it: %s", error)
 

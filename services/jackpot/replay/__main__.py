@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jackpot.config import JobSpec, parse_job
-from jackpot.errors import ConfigError, JackpotError
+from jackpot.errors import JackpotError
+from jackpot.storage.run_directory import RunFiles
 
 if TYPE_CHECKING:
     from jackpot.replay.replay import Replay
@@ -78,10 +79,7 @@ def print_table(result: Replay, console: Console) -> None:
 
 
 def _job(run_dir: Path, correction: str | None, overrides: list[str]) -> JobSpec:
-    try:
-        data = json.loads((run_dir / "job.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ConfigError("RUN_DIR", str(run_dir), "is not a run directory", "Name one under runs/.") from None
+    data = RunFiles(run_dir).job_settings("RUN_DIR")
     if correction is not None:
         overrides = [f"algorithm.correction={correction}", *overrides]
     return parse_job(data, overrides)

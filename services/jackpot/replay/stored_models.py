@@ -19,6 +19,7 @@ from jackpot.scoring.passes import ModelPasses, ScoringRule
 from jackpot.scoring.score import Readings, read_models
 from jackpot.scoring.tokens import SequenceSlice, parts_by_version, sequences_of, token_arrays
 from jackpot.storage.job_storage import weight_store_of_run
+from jackpot.storage.run_directory import RunFiles
 from jackpot.trajectory import Role, ScoredGroup
 
 
@@ -35,7 +36,7 @@ class StoredModel:
         config = job.policy if role == "policy" else job.rollout_model
         device = resolve_device(job.scorer.device, field="scorer.device")
         self._model = load_causal_lm(config.model, config.dtype, device, field=f"{role}.model")
-        self._store = weight_store_of_run(run_dir, run_dir / "scratch" / f"weights-replay-{role}")
+        self._store = weight_store_of_run(run_dir, RunFiles(run_dir).scratch / f"weights-replay-{role}")
         self._role: Role = role
         self._version: int | None = None
 

@@ -19,6 +19,7 @@ from jackpot.rollout.weight_follower import WeightFollower
 from jackpot.rpc.transport import RpcServer, create_server
 from jackpot.storage.job_storage import open_weight_store
 from jackpot.storage.objects import observe_calls
+from jackpot.storage.run_directory import scratch_directory
 from jackpot.telemetry import Metrics
 from jackpot.telemetry.activity import Activity
 from jackpot.v1 import rollout_pb2_grpc
@@ -37,7 +38,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
     observe_calls(metrics.observe_object_call)
     engine = await asyncio.to_thread(create_engine, job, environment, metrics)
     activity = Activity(metrics, "rollout", environment.instance, environment.run_dir)
-    copies = environment.scratch / f"weights-rollout-{environment.instance}"
+    copies = scratch_directory(environment) / f"weights-rollout-{environment.instance}"
     follower = WeightFollower(
         engine,
         open_weight_store(job, environment.job_id, environment.run_dir, copies),

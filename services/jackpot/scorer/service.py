@@ -21,6 +21,7 @@ from jackpot.scorer.servicer import SERVICE_NAME, ScoringServicer
 from jackpot.scorer.worker import ScorerWorker
 from jackpot.storage.job_storage import open_weight_store, payload_place
 from jackpot.storage.objects import observe_calls
+from jackpot.storage.run_directory import scratch_directory
 from jackpot.storage.weights import WeightStore
 from jackpot.telemetry import Metrics
 from jackpot.telemetry.activity import Activity
@@ -84,7 +85,7 @@ async def serve(
 
 def weight_store(environment: ServiceEnvironment, job: JobSpec) -> WeightStore:
     """The job's weight store; its copies, where it makes any, are read by all ranks of this scorer."""
-    copies = environment.scratch / f"weights-scorer-{environment.instance}"
+    copies = scratch_directory(environment) / f"weights-scorer-{environment.instance}"
     return open_weight_store(job, environment.job_id, environment.run_dir, copies)
 
 

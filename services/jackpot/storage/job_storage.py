@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from jackpot.config import JobSpec
+from jackpot.storage.json_files import read_object
 from jackpot.storage.object_directories import ObjectDirectories
 from jackpot.storage.object_weights import ObjectWeightStore
 from jackpot.storage.objects import Objects
+from jackpot.storage.run_directory import CHECKPOINTS, PAYLOADS, WEIGHTS, RunFiles
 from jackpot.storage.weights import WeightStore
 
 
@@ -44,7 +45,9 @@ def weight_store_of_run(run_dir: Path, copies: Path) -> WeightStore:
 
 
 def _weight_store(objects: Objects | None, run_dir: Path, copies: Path) -> WeightStore:
-    return WeightStore(run_dir / "weights") if objects is None else ObjectWeightStore(objects.below("weights"), copies)
+    return (
+        WeightStore(RunFiles(run_dir).weights) if objects is None else ObjectWeightStore(objects.below(WEIGHTS), copies)
+    )
 
 
 def stored_checkpoints(job: JobSpec, job_id: str) -> ObjectDirectories | None:
@@ -54,7 +57,7 @@ def stored_checkpoints(job: JobSpec, job_id: str) -> ObjectDirectories | None:
         ConfigError: as :func:`job_objects`.
     """
     objects = job_objects(job, job_id)
-    return None if objects is None else ObjectDirectories(objects.below("checkpoints"))
+    return None if objects is None else ObjectDirectories(objects.below(CHECKPOINTS))
 
 
 def payload_place(job: JobSpec, job_id: str, run_dir: Path) -> Path | Objects:
@@ -64,7 +67,7 @@ def payload_place(job: JobSpec, job_id: str, run_dir: Path) -> Path | Objects:
         ConfigError: as :func:`job_objects`.
     """
     objects = job_objects(job, job_id) if job.bus.payload_store == "s3" else None
-    return run_dir / "payloads" if objects is None else objects.below("payloads")
+    return RunFiles(run_dir).payloads if objects is None else objects.below(PAYLOADS)
 
 
 def objects_of_run(run_dir: Path, outage_seconds: float = 0.0) -> Objects | None:
@@ -76,13 +79,15 @@ def objects_of_run(run_dir: Path, outage_seconds: float = 0.0) -> Objects | None
 
     Raises:
         ConfigError: the client for object stores is not installed, or its variables cannot be.
+        DamagedRecordError: a file that says where the objects are cannot be read.
     """
+    files = RunFiles(run_dir)
     try:
-        job = json.loads((run_dir / "job.json").read_text(encoding="utf-8"))
-        store = job.get("weights", {}).get("store")
+        # Not parsed: the objects of a job that an older version made can still be found.
+        store = read_object(files.job).get("weights", {}).get("store")
         if store is None:
             return None
-        job_id = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["job_id"]
+        job_id = files.job_id()
     except FileNotFoundError:
         return None
     return Objects(f"{store}/{job_id}", outage_seconds)

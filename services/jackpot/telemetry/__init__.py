@@ -6,11 +6,10 @@ from jackpot.telemetry.catalogue import ACTIVITIES, CATALOGUE, DROP_REASONS, LAB
 from jackpot.telemetry.columns import STEP_COLUMNS, StepColumn
 from jackpot.telemetry.gpu import GpuCollector
 from jackpot.telemetry.recording import Depths, Metrics
-from jackpot.telemetry.serving import ADDRESSES, announce_metrics, reachable_host, serve_metrics
+from jackpot.telemetry.serving import reachable_host, serve_metrics
 
 __all__ = [
     "ACTIVITIES",
-    "ADDRESSES",
     "CATALOGUE",
     "DROP_REASONS",
     "LABELS",
@@ -22,7 +21,6 @@ __all__ = [
     "MetricSpec",
     "Metrics",
     "StepColumn",
-    "announce_metrics",
     "reachable_host",
     "serve_metrics",
 ]

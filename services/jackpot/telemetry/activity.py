@@ -7,20 +7,18 @@ A service's busy fraction is its main work's share of the wall time.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from jackpot.storage.run_directory import RunFiles
+from jackpot.storage.run_records import ActivityRecord
 from jackpot.telemetry import Metrics
 
-DIRECTORY = "activity"
-"""Where in the run directory the services leave their records."""
-
 WRITE_SECONDS = 2.0
-"""How often a record is written anew while its service works."""
+"""How often a record is written again while its service works."""
 
 
 class Activity:
@@ -44,7 +42,8 @@ class Activity:
     ) -> None:
         self._metrics = metrics
         self._service = service
-        self._path = None if run_dir is None else run_dir / DIRECTORY / f"{service}-{instance}.json"
+        self._instance = instance
+        self._files = None if run_dir is None else RunFiles(run_dir)
         self._clock = clock
         self._lock = threading.Lock()
         self._began = self._written = clock()
@@ -87,13 +86,8 @@ class Activity:
         seconds = self.seconds()
         with self._lock:
             self._written = self._clock()
-            record = {"service": self._service, "seconds": seconds, "wall_seconds": self._written - self._began}
-            if self._path is None:
-                return
-            self._path.parent.mkdir(exist_ok=True)
-            aside = self._path.with_name(f".{self._path.name}")
-            aside.write_text(json.dumps(record) + "\n", encoding="utf-8")
-            aside.replace(self._path)
+            if self._files is not None:
+                ActivityRecord(self._service, seconds, self._written - self._began).write(self._files, self._instance)
 
     def _settle(self, name: str) -> None:
         """Move what has passed since the last look into the sum."""

@@ -45,7 +45,7 @@ LABELS: Mapping[str, str] = {
     "obrs": "`before` or `after` rejection",
     "operation": "`list`, `read`, `write` or `delete`",
     "outcome": "what became of a broadcast: `sent`, `failed` or `skipped`",
-    "phase": "a phase of the learner's batch, see `metrics.jsonl`",
+    "phase": "a phase of the learner's batch",
     "python": "version of Python; one per process",
     "quantile": "`p01`, `p10`, `p50`, `p90` or `p99`",
     "reason": "why a group was dropped; empty otherwise",

@@ -1,14 +1,11 @@
-"""The endpoint ``/metrics`` of a process, and the files by which processes on one machine tell where theirs is."""
+"""The endpoint ``/metrics`` of a process."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from socketserver import TCPServer
 
 from prometheus_client import REGISTRY, CollectorRegistry, disable_created_metrics, generate_latest
@@ -16,7 +13,6 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from jackpot.errors import ConfigError
 
-ADDRESSES = "metrics"
 IDLE_SECONDS = 60.0  # a connection that stays silent for so long is closed
 _EVERYWHERE = ("0.0.0.0", "::")
 
@@ -92,21 +88,3 @@ def reachable_host(address: str, name: str = "") -> str:
     """
     host = address.rpartition(":")[0]
     return name or (socket.gethostname() if host.strip("[]") in _EVERYWHERE else host)
-
-
-def announce_metrics(run_dir: Path, job_id: str, service: str, instance: str, address: str) -> None:
-    """Write down where this process serves ``/metrics``, as Prometheus's service discovery reads it.
-
-    Args:
-        run_dir: of the job; the file is ``metrics/<instance>.json`` in it.
-        job_id: a label of the target, as are ``service`` and ``instance``.
-        service: ``learner``, ``rollout``, …
-        instance: this process's name among the job's.
-        address: ``host:port`` under which a Prometheus reaches it.
-    """
-    labels = {"job_id": job_id, "service": service, "instance": instance}
-    directory = run_dir / ADDRESSES
-    directory.mkdir(exist_ok=True)
-    aside = directory / f".{instance}.{os.getpid()}"
-    aside.write_text(json.dumps([{"targets": [address], "labels": labels}]), encoding="utf-8")
-    aside.replace(directory / f"{instance}.json")

@@ -1,10 +1,8 @@
-import json
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
-from jackpot.config import InvalidJobError, parse_job
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 
@@ -68,29 +66,6 @@ def test_a_missing_variable_is_named_without_telling_the_others() -> None:
         ServiceEnvironment.from_env({"JACKPOT_RUN_DIR": "/run", "JACKPOT_REDIS_URL": "redis://:secret@h:1"})
     assert str(caught.value).startswith("JACKPOT_JOB_ID = None: is not set.")
     assert "secret" not in str(caught.value)
-
-
-def test_the_job_is_read_from_the_run_directory(tmp_path: Path) -> None:
-    job = parse_job({"policy": {"model": "/m"}, "actor": "policy", "task": {"name": "complement"}})
-    (tmp_path / "job.json").write_text(job.model_dump_json())
-    assert ServiceEnvironment(run_dir=tmp_path, job_id="job").load_job() == job
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [(None, "job.json cannot be read"), ("{", "job.json cannot be read"), ("[]", "job.json does not hold a job")],
-)
-def test_a_run_directory_without_a_job_is_a_configuration_error(tmp_path: Path, text: str | None, problem: str) -> None:
-    if text is not None:
-        (tmp_path / "job.json").write_text(text)
-    with pytest.raises(ConfigError, match=f"JACKPOT_RUN_DIR = '{tmp_path}': {problem}"):
-        ServiceEnvironment(run_dir=tmp_path, job_id="job").load_job()
-
-
-def test_a_job_that_cannot_work_is_explained(tmp_path: Path) -> None:
-    (tmp_path / "job.json").write_text(json.dumps({"policy": {"model": "/m"}, "actor": "policy"}))
-    with pytest.raises(InvalidJobError, match="task = None: is required"):
-        ServiceEnvironment(run_dir=tmp_path, job_id="job").load_job()
 
 
 def test_redis_over_tls_takes_the_files_of_the_tls_directory_unless_it_names_its_own(tmp_path: Path) -> None:

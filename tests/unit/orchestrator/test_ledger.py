@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from jackpot.bus import TerminalRecord
 from jackpot.errors import JackpotError
 from jackpot.orchestrator.ledger import LedgerFile
+from jackpot.storage.run_records import TerminalRecord
 from jackpot.trajectory import GroupKey
 
 TRAINED = TerminalRecord("job.s0.e0.p3.a0", "trained", "", 1, "")

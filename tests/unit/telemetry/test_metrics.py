@@ -18,11 +18,11 @@ from jackpot.telemetry import (
     DROP_REASONS,
     STEP_COLUMNS,
     Metrics,
-    announce_metrics,
     reachable_host,
     serve_metrics,
 )
 from jackpot.telemetry.gpu import GpuCollector, visible_gpus
+from jackpot.telemetry.scrape_targets import announce_target, forget_target, forget_targets, read_targets
 
 
 @pytest.fixture
@@ -207,16 +207,22 @@ def test_every_metric_of_the_catalogue_is_there_and_no_other(registry: Collector
     assert described == {(spec.name, spec.kind): spec.description for spec in CATALOGUE.values()}
 
 
-def test_a_process_says_where_its_endpoint_is(tmp_path: Path) -> None:
-    announce_metrics(tmp_path, "job-1", "rollout", "rollout-0", "127.0.0.1:9101")
-    announce_metrics(tmp_path, "job-1", "learner", "learner-0", "node-1:9090")
-    rollout, learner = (
-        json.loads((tmp_path / "metrics" / f"{name}.json").read_text()) for name in ("rollout-0", "learner-0")
-    )
+def test_a_process_says_where_its_endpoint_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    announce_target(tmp_path, "job-1", "rollout", "rollout-0", "127.0.0.1:9101")
+    announce_target(tmp_path, "job-1", "learner", "learner-0", "node-1:9090")
     labels = {"job_id": "job-1", "service": "rollout", "instance": "rollout-0"}
-    assert rollout == [{"targets": ["127.0.0.1:9101"], "labels": labels}]
-    assert learner[0]["targets"] == ["node-1:9090"]
+    rollout = [{"targets": ["127.0.0.1:9101"], "labels": labels}]
+    assert json.loads((tmp_path / "metrics" / "rollout-0.json").read_text()) == rollout
     assert len(list((tmp_path / "metrics").iterdir())) == 2  # nothing half-written is left
+    learner, first = read_targets(tmp_path)
+    assert [first] == rollout and learner["targets"] == ["node-1:9090"]
+    (tmp_path / "metrics" / "learner-0.json").write_text("[{")
+    assert read_targets(tmp_path) == rollout
+    assert "metrics/learner-0.json is damaged" in caplog.text
+    forget_target(tmp_path, "rollout-0")
+    assert read_targets(tmp_path) == []
+    forget_targets(tmp_path)
+    assert not (tmp_path / "metrics").exists()
 
 
 @pytest.mark.parametrize(

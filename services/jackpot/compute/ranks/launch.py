@@ -18,6 +18,7 @@ from jackpot.config.environment import PREFIX, ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.process.children import stop_with_parent
 from jackpot.process.service_process import STOPPED_EARLY, ServiceMain, run_service
+from jackpot.storage.run_directory import load_service_job
 
 _SIGNAL_BASE = 128
 # What --standalone stands for: a rendezvous of this process alone, on a free port of this machine.
@@ -34,7 +35,7 @@ def run_ranked_service(name: str, main: ServiceMain, processes: Callable[[JobSpe
     """
     if not is_rank():
         try:
-            count = processes(ServiceEnvironment.from_env().load_job())
+            count = processes(load_service_job(ServiceEnvironment.from_env()))
         except ConfigError:
             count = 1  # run_service reports it
         if count > 1:

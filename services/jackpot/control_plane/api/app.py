@@ -12,7 +12,7 @@ from starlette.staticfiles import StaticFiles
 
 import jackpot
 from jackpot.config import JobSpec
-from jackpot.control_plane.api import intake, jobs, observe, operations, problems
+from jackpot.control_plane.api import intake, job_routes, observe, operations, problems
 from jackpot.control_plane.api.guard import Guard
 from jackpot.control_plane.backend import Backend
 
@@ -41,7 +41,7 @@ def create_app(backend: Backend) -> FastAPI:
     )
     app.state.backend = backend
     problems.install(app)
-    for router in (jobs.router, observe.router, operations.router):
+    for router in (job_routes.router, observe.router, operations.router):
         app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, settings=backend.settings, tokens=backend.tokens, metrics=backend.metrics)

@@ -16,7 +16,8 @@ from jackpot.control_plane.api.streams import CURSOR_PATTERN, EventCursor, Event
 from jackpot.control_plane.backend import Backend
 from jackpot.control_plane.jobs.records import Record
 from jackpot.control_plane.observing import archive, observation
-from jackpot.control_plane.run_directory import RunDirectory
+from jackpot.storage.run_directory import RunFiles
+from jackpot.storage.run_records import read_summary
 from jackpot.trajectory import Role
 
 MAX_STREAMS = 256
@@ -209,7 +210,7 @@ async def ledger(
     """How the job's groups ended."""
     record = await backend.store.get(job_id)
     run_dir = backend.scheduler.run_dir(job_id)
-    summary = RunDirectory(run_dir, job_id).summary if record.state.finished else None
+    summary = read_summary(RunFiles(run_dir)) if record.state.finished else None
     return await asyncio.to_thread(observation.ledger, run_dir, summary, entries)
 
 

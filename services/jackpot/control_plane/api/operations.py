@@ -11,7 +11,7 @@ from jackpot.control_plane.api.access import Behind, Reader
 from jackpot.control_plane.api.problems import ProblemError
 from jackpot.control_plane.jobs.records import Record
 from jackpot.control_plane.jobs.states import JobState
-from jackpot.control_plane.scrape_targets import read_targets
+from jackpot.telemetry.scrape_targets import read_targets
 
 router = APIRouter(tags=["operations"])
 

@@ -6,25 +6,27 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jackpot.control_plane.backend import Backend
-from jackpot.control_plane.observing.jsonl_tail import JsonlTail
 from jackpot.control_plane.observing.observation import LogTail, services
 from jackpot.errors import BusError, JobNotFoundError
+from jackpot.storage.json_files import JsonLinesReader
+from jackpot.storage.run_directory import RunFiles
 
 LOOK_SECONDS = 0.2
 HEARTBEAT_SECONDS = 10.0
 CURSOR_PATTERN = r"^[0-9]{1,9}(-[0-9]{1,15}){4}$"
 
-# The files that events are made of: a part of the cursor, the file, and the name of its events.
-FILES = (
-    ("steps", "metrics.jsonl", "step"),
-    ("evaluations", "evaluations.jsonl", "evaluation"),
-    ("alarms", "alarms.jsonl", "alarm"),
-    ("scalings", "scalings.jsonl", "scale"),
+# The files that events are made of: a part of the cursor, the name of its events, the file.
+FILES: Sequence[tuple[str, str, Callable[[RunFiles], Path]]] = (
+    ("steps", "step", lambda files: files.metrics),
+    ("evaluations", "evaluation", lambda files: files.evaluations),
+    ("alarms", "alarm", lambda files: files.alarms),
+    ("scalings", "scale", lambda files: files.scalings),
 )
 
 
@@ -63,8 +65,8 @@ class EventStream:
         self._backend = backend
         self._job_id = job_id
         self._cursor = cursor
-        run_dir = backend.scheduler.run_dir(job_id)
-        self._tails = {part: JsonlTail(run_dir / file, getattr(cursor, part)) for part, file, _ in FILES}
+        files = RunFiles(backend.scheduler.run_dir(job_id))
+        self._tails = {part: JsonLinesReader(file(files), getattr(cursor, part)) for part, _, file in FILES}
 
     async def events(self) -> AsyncIterator[str]:
         """The events, as text of ``text/event-stream``, until the job is over or the server stops."""
@@ -105,7 +107,7 @@ class EventStream:
             )
             for index, one in enumerate(transitions, start=1)
         ]
-        for name, _, event in FILES:
+        for name, event, _ in FILES:
             news += [(float(row.get("time") or 0.0), (name, end), event, row) for row, end in self._tails[name].read()]
         texts = []
         for _, (part, position), event, data in sorted(news, key=lambda one: one[0]):
@@ -142,7 +144,7 @@ async def follow_logs(
             over = True
         for name in services(run_dir) if service is None else [service]:
             if name not in tails:  # a job that waits for a slot has no logs yet
-                tails[name] = LogTail(run_dir / "logs" / f"{name}.log", lines)
+                tails[name] = LogTail(RunFiles(run_dir).log(name), lines)
         texts = {name: tail.read() for name, tail in tails.items()}
         for name, text in texts.items():
             if text:

@@ -19,12 +19,12 @@ from jackpot.control_plane.jobs.job_store import JobStore
 from jackpot.control_plane.jobs.records import JobRecord, Progress, is_job_id, now
 from jackpot.control_plane.jobs.states import JobState
 from jackpot.control_plane.launch.launcher_choice import Launchers
-from jackpot.control_plane.observing.jsonl_tail import JsonlTail
-from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.sessions.scaling import request_scale
-from jackpot.control_plane.sessions.session import Session
+from jackpot.control_plane.sessions.session_process import Session
 from jackpot.errors import JackpotError, JobNotFoundError, JobStateError
 from jackpot.storage.job_storage import objects_of_run
+from jackpot.storage.json_files import JsonLinesReader
+from jackpot.storage.run_directory import RunDirectory, RunFiles
 
 LOG = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ class _Watch:
 
     def __init__(self, session: Session, run_dir: Path) -> None:
         self.session = session
-        self._steps = JsonlTail(run_dir / "metrics.jsonl")
-        self._evaluations = JsonlTail(run_dir / "evaluations.jsonl")
+        self._steps = JsonLinesReader(RunFiles(run_dir).metrics)
+        self._evaluations = JsonLinesReader(RunFiles(run_dir).evaluations)
         self.progress = Progress()
 
     def look(self) -> Progress:
@@ -188,7 +188,7 @@ class Scheduler:
         """
         record = await self._store.get(job_id)
         directory = self.run_dir(job_id)
-        ready = (directory / "run.json").exists()
+        ready = RunFiles(directory).identity.exists()
         if record.state not in (JobState.STARTING, JobState.RUNNING) or not ready:
             state = record.state if record.state is not JobState.STARTING else "only just starting"
             raise JobStateError(f"{job_id} is {state}; only a job that runs can be scaled")
@@ -267,7 +267,7 @@ class Scheduler:
     async def _prepare_directory(self, record: JobRecord) -> Path:
         """The run directory, made unless an earlier session has made it."""
         directory = self.run_dir(record.id)
-        if not (directory / "run.json").exists():  # written last: without it the rest may be half
+        if not RunFiles(directory).identity.exists():  # written last: without it the rest may be half
             shutil.rmtree(directory, ignore_errors=True)
             spec = parse_job(json.loads(await self._store.spec(record.id)))
             RunDirectory.create(directory, record.id, spec)

@@ -10,8 +10,8 @@ from pathlib import Path
 from jackpot.config import JobSpec
 from jackpot.control_plane.launch.launcher import Launcher
 from jackpot.control_plane.launch.local_launcher import LocalLauncher
-from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.errors import ConfigError
+from jackpot.storage.run_directory import RunDirectory
 
 CLUSTER_VARIABLE = "JACKPOT_CLUSTER_SETTINGS"
 BUS_VARIABLE = "JACKPOT_BUS_URL"

@@ -20,13 +20,13 @@ from jackpot.control_plane.launch.local_processes import ROLLOUT, LocalPlan, Loc
 from jackpot.control_plane.launch.operator_settings import VARIABLES, OperatorSettings
 from jackpot.control_plane.launch.socket_directory import close_socket_directory, open_socket_directory
 from jackpot.control_plane.launch.supervision import Deaths, told
-from jackpot.control_plane.run_directory import RunDirectory, last_lines
-from jackpot.control_plane.scrape_targets import forget_target, forget_targets
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.process.children import ending_with_us
 from jackpot.process.scaling import forget_rollouts, withdraw_rollout
 from jackpot.process.service_process import EVALUATOR
 from jackpot.storage.job_storage import payload_place
+from jackpot.storage.run_directory import RunDirectory, last_lines
+from jackpot.telemetry.scrape_targets import forget_target, forget_targets
 
 # A SIGTERM asks every process to finish its current unit of work; after this long it is ended.
 GRACE_SECONDS = 6.0
@@ -69,7 +69,7 @@ class LocalLauncher:
         self._job = job
         self._surroundings = surroundings or OperatorSettings.from_env()
         external = job.bus.url or self._surroundings.bus_url
-        self._server = EmbeddedServer(run.path / "redis") if external is None else None
+        self._server = EmbeddedServer(run.files.bus_server) if external is None else None
         self._server_watch = _ServerWatch(Deaths(job.run.max_restarts))
         self._plan: LocalPlan | None = None
         self._processes: list[LocalProcess] = []
@@ -229,7 +229,7 @@ class LocalLauncher:
             return None
         if watch.restart_at is None:
             code = server.poll()
-            return None if code is None else self._plan_server_restart(told(code))
+            return None if code is None else self._plan_server_restart(server, told(code))
         if now < watch.restart_at:
             return None
         try:
@@ -237,16 +237,15 @@ class LocalLauncher:
         except ConfigError as error:
             return str(error)  # the binary is gone
         except JackpotError as error:
-            return self._plan_server_restart(str(error))
+            return self._plan_server_restart(server, str(error))
         watch.started_at, watch.restart_at = time.monotonic(), None
         return None
 
-    def _plan_server_restart(self, why: str) -> str | None:
+    def _plan_server_restart(self, server: EmbeddedServer, why: str) -> str | None:
         watch, now = self._server_watch, time.monotonic()
         delay = watch.deaths.restart_delay(now - watch.started_at)
         if delay is None:
-            log = self._run.path / "redis" / "server.log"
-            return f"the embedded server keeps dying ({why}); the end of {log}:\n{last_lines(log)}"
+            return f"the embedded server keeps dying ({why}); the end of {server.log}:\n{last_lines(server.log)}"
         self._restarts[SERVER] += 1
         watch.restart_at = now + delay
         return None

@@ -5,20 +5,27 @@ Run directories may lie anywhere, and the kernel takes no socket path beyond 104
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from jackpot.storage.json_files import read_record_if_whole, replace_json
+from jackpot.storage.run_directory import RunFiles
 
 MAX_SOCKET_PATH_BYTES = 100
 _LONGEST_NAME = "/evaluator-9999.sock"
-_RECORD = "sockets.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _SocketDirectory:
+    directory: str
 
 
 def open_socket_directory(run_dir: Path) -> Path:
-    """A directory for a session's sockets, recorded in ``sockets.json`` of the run directory.
+    """A directory for a session's sockets, recorded in the run directory.
 
     What a killed session left behind is removed, so that directories do not pile up.
 
@@ -27,17 +34,19 @@ def open_socket_directory(run_dir: Path) -> Path:
     """
     close_socket_directory(run_dir)
     directory = Path(tempfile.mkdtemp(prefix="jackpot-", dir=_short_base()))
-    (run_dir / _RECORD).write_text(json.dumps({"directory": str(directory)}), encoding="utf-8")
+    replace_json(RunFiles(run_dir).sockets, asdict(_SocketDirectory(str(directory))))
     return directory
 
 
 def close_socket_directory(run_dir: Path) -> None:
     """Remove the recorded directory, if it is one that only this user can have made."""
-    record = run_dir / _RECORD
+    record = read_record_if_whole(RunFiles(run_dir).sockets, _SocketDirectory)
+    if record is None:
+        return
+    directory = Path(record.directory)
     try:
-        directory = Path(json.loads(record.read_text(encoding="utf-8"))["directory"])
         status = directory.lstat()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return
     private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
     if private and directory.name.startswith("jackpot-"):

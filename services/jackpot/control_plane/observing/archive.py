@@ -6,7 +6,6 @@ whole in the weight store, as the version of that number, which stays there as l
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -19,8 +18,9 @@ from jackpot.storage.job_storage import objects_of_run
 from jackpot.storage.latest_checkpoint import LATEST, STEP_NAME, by_preference, read_latest
 from jackpot.storage.object_directories import ObjectDirectories
 from jackpot.storage.objects import Objects
+from jackpot.storage.run_directory import CHECKPOINTS, WEIGHTS, RunFiles
 
-EXPORT = "export"
+EXPORT = "export"  # the name of the download, and part of the API
 NAME_PATTERN = r"^(export|latest|[0-9]{8})$"
 ROLES = ("policy", "actor")
 
@@ -46,25 +46,25 @@ def checkpoints(run_dir: Path) -> list[dict[str, Any]]:
     preferred = by_preference([checkpoint["name"] for checkpoint in found], named)[:1]
     for checkpoint in found:
         checkpoint["latest"] = checkpoint["name"] in preferred
-    if (run_dir / EXPORT).is_dir():
+    if RunFiles(run_dir).export.is_dir():
         found.append(_describe(run_dir, EXPORT, None) | {"latest": False})
     return [checkpoint for checkpoint in found if checkpoint["roles"]]
 
 
 def _in_directory(run_dir: Path) -> tuple[list[dict[str, Any]], str | None]:
     """The checkpoints, and what ``latest`` says."""
-    directory = run_dir / "checkpoints"
+    directory = RunFiles(run_dir).checkpoints
     named = read_latest(directory)
     names = [path.name for path in directory.glob("*") if STEP_NAME.fullmatch(path.name)]
     return [_describe(run_dir, name, int(name)) for name in sorted(names)], named
 
 
 def _in_store(objects: Objects) -> tuple[list[dict[str, Any]], str | None]:
-    directories = ObjectDirectories(objects.below("checkpoints"))
+    directories = ObjectDirectories(objects.below(CHECKPOINTS))
     named = directories.pointed(LATEST)
     whole = [found for found in directories.found() if STEP_NAME.fullmatch(found.name)]
     sizes = {
-        role: {found.name: found.bytes for found in ObjectDirectories(objects.below("weights", role)).found()}
+        role: {found.name: found.bytes for found in ObjectDirectories(objects.below(WEIGHTS, role)).found()}
         for role in (ROLES if whole else ())
     }
     described = [
@@ -81,11 +81,13 @@ def _in_store(objects: Objects) -> tuple[list[dict[str, Any]], str | None]:
 
 def _model(run_dir: Path, name: str, role: str) -> Path:
     """Where the weights of a role are, as of a checkpoint."""
-    return run_dir / EXPORT / role if name == EXPORT else run_dir / "weights" / role / name
+    files = RunFiles(run_dir)
+    return files.export / role if name == EXPORT else files.weights / role / name
 
 
 def _describe(run_dir: Path, name: str, step: int | None) -> dict[str, Any]:
-    directory = run_dir / (EXPORT if name == EXPORT else f"checkpoints/{name}")
+    files = RunFiles(run_dir)
+    directory = files.export if name == EXPORT else files.checkpoints / name
     weights = {role: list(_model(run_dir, name, role).glob("model*.safetensors")) for role in ROLES}
     try:
         sizes = {role: sum(path.stat().st_size for path in paths) for role, paths in weights.items() if paths}
@@ -145,15 +147,14 @@ def _members(run_dir: Path, name: str, role: str) -> list[Member]:
         there = ", ".join(f"{one} ({', '.join(each['roles'])})" for one, each in known.items()) or "none yet"
         raise JobNotFoundError(f"there is no checkpoint {name[:40]!r} of the {role[:40]!r}; there are: {there}")
     if name == EXPORT:
-        return [FileMember(path) for path in sorted((run_dir / EXPORT / role).iterdir()) if path.is_file()]
-    job = json.loads((run_dir / "job.json").read_text(encoding="utf-8"))
-    model = Path(job[role]["model"])
+        return [FileMember(path) for path in sorted(_model(run_dir, name, role).iterdir()) if path.is_file()]
+    model = Path(RunFiles(run_dir).job_settings("job")[role]["model"])
     members: list[Member] = [FileMember(path) for path in model.iterdir() if _COMPANIONS.fullmatch(path.name)]
     objects = objects_of_run(run_dir, OUTAGE_SECONDS)
     if objects is None:
         members += [FileMember(path) for path in _model(run_dir, name, role).glob("model*")]
     else:
-        members += _stored(objects.below("weights", role), name, int(known[name]["time"]))
+        members += _stored(objects.below(WEIGHTS, role), name, int(known[name]["time"]))
     return sorted(members, key=lambda member: member.name)
 
 

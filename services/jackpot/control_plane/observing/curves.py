@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jackpot.control_plane.run_directory import Row, RunDirectory
+from jackpot.storage.json_files import Row
+from jackpot.storage.run_directory import RunDirectory
+from jackpot.storage.run_records import read_evaluations, read_steps
 
 # Distinguishable also without colour vision (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -14,7 +16,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 def draw_run(run: RunDirectory, path: Path) -> None:
     """Draw one run's curves: accuracy and reward, acceptance and Z, divergence, weights and staleness."""
-    steps, evaluations = run.steps, run.evaluations
+    steps, evaluations = read_steps(run.files), read_evaluations(run.files)
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 6.5), constrained_layout=True)
     figure.suptitle(run.job_id)
@@ -46,11 +48,11 @@ def draw_comparison(runs: Mapping[str, RunDirectory], path: Path, title: str) ->
     figure, (accuracy, divergence) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     figure.suptitle(title)
     _plot(accuracy, "policy accuracy (held out, own samples)", [
-        (name, run.evaluations, "policy_accuracy") for name, run in runs.items()
+        (name, read_evaluations(run.files), "policy_accuracy") for name, run in runs.items()
     ])  # fmt: skip
     accuracy.set_ylim(-0.02, 1.02)
     _plot(divergence, "KL(policy ‖ actor), nats per token", [
-        (name, run.steps, "kl/policy_actor") for name, run in runs.items()
+        (name, read_steps(run.files), "kl/policy_actor") for name, run in runs.items()
     ])  # fmt: skip
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

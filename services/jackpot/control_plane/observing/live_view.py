@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from jackpot.bus import BusDepths, Ledger
-from jackpot.control_plane.run_directory import Row
+from jackpot.storage.json_files import Row
 
 PLAIN_SECONDS = 5.0
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jackpot.control_plane.observing.jsonl_tail import JsonlTail
-from jackpot.control_plane.observing.recorder import TELEMETRY
-from jackpot.control_plane.observing.samples import SAMPLES
-from jackpot.control_plane.run_directory import Row
 from jackpot.errors import JobNotFoundError
+from jackpot.storage.json_files import JsonLinesReader, Row
+from jackpot.storage.run_directory import RunFiles
+from jackpot.storage.run_records import read_evaluations, read_ledger, read_steps
 from jackpot.telemetry.logs import redact_url
 
 SERVICE_PATTERN = r"^[a-z]+(-[0-9]{1,4})?$"
@@ -36,12 +36,13 @@ def series(run_dir: Path, names: Collection[str], max_points: int) -> dict[str, 
     Returns:
         By column: ``x`` and ``y`` of equal length; ``y`` is None where there is no finite value.
     """
-    steps = _by_step(JsonlTail(run_dir / "metrics.jsonl").rows())
+    files = RunFiles(run_dir)
+    steps = read_steps(files)
     evaluations = [
         {"step": row["step"], **{f"evaluation/{name}": row.get(name) for name in _EVALUATION_COLUMNS}}
-        for row in _by_step(JsonlTail(run_dir / "evaluations.jsonl").rows())
+        for row in read_evaluations(files)
     ]
-    telemetry = JsonlTail(run_dir / TELEMETRY).rows()
+    telemetry = JsonLinesReader(files.telemetry).rows()
     started = telemetry[0].get("time", 0.0) if telemetry else 0.0
     found: dict[str, dict[str, list[float | None]]] = {}
     for rows, axis, offset in ((steps, "step", 0.0), (evaluations, "step", 0.0), (telemetry, "time", started)):
@@ -70,24 +71,18 @@ def downsample(points: Sequence[tuple[float, Any]], max_points: int) -> dict[str
     return {"x": xs, "y": ys}
 
 
-def _by_step(rows: Sequence[Row]) -> list[Row]:
-    """Of a step written twice, after a restart, the last."""
-    latest = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
-    return [latest[step] for step in sorted(latest)]
-
-
 def ledger(run_dir: Path, summary: Row | None, count: int) -> dict[str, Any]:
     """How the job's groups ended: counts, and the newest ``count`` entries.
 
     ``dispatched`` and ``open`` come from the bus's own counters: looked at once a second while a session runs, and
     in its end; null before the first look.
     """
-    records = {row["group_id"]: row for row in JsonlTail(run_dir / "ledger.jsonl").rows() if "group_id" in row}
-    trained = sum(row.get("state") == "trained" for row in records.values())
+    records = read_ledger(RunFiles(run_dir))
+    trained = sum(record.state == "trained" for record in records)
     dropped: dict[str, int] = {}
-    for row in records.values():
-        if row.get("state") != "trained":
-            dropped[str(row.get("reason"))] = dropped.get(str(row.get("reason")), 0) + 1
+    for record in records:
+        if record.state != "trained":
+            dropped[record.reason] = dropped.get(record.reason, 0) + 1
     counters = (summary or {}).get("ledger") or _last_look(run_dir)
     return {
         "trained": trained,
@@ -95,13 +90,13 @@ def ledger(run_dir: Path, summary: Row | None, count: int) -> dict[str, Any]:
         "ended": len(records),
         "dispatched": counters.get("dispatched"),
         "open": counters.get("open", 0) if counters else None,
-        "entries": list(records.values())[-count:][::-1] if count else [],
+        "entries": [asdict(record) for record in records[-count:][::-1]] if count else [],
     }
 
 
 def _last_look(run_dir: Path) -> Row:
     """The ledger's counters in the newest row of telemetry that has them."""
-    for row in reversed(JsonlTail(run_dir / TELEMETRY).rows()):
+    for row in reversed(JsonLinesReader(RunFiles(run_dir).telemetry).rows()):
         if "ledger/dispatched" in row:
             return {"dispatched": row["ledger/dispatched"], "open": row["ledger/open"]}
     return {}
@@ -109,12 +104,12 @@ def _last_look(run_dir: Path) -> Row:
 
 def samples(run_dir: Path, count: int) -> list[Row]:
     """The newest sample trajectories, newest first."""
-    return JsonlTail(run_dir / SAMPLES).rows()[-count:][::-1]
+    return JsonLinesReader(RunFiles(run_dir).samples).rows()[-count:][::-1]
 
 
 def services(run_dir: Path) -> list[str]:
     """The processes that have a log."""
-    return sorted(path.stem for path in (run_dir / "logs").glob("*.log") if _SERVICE.fullmatch(path.stem))
+    return sorted(path.stem for path in RunFiles(run_dir).logs.glob("*.log") if _SERVICE.fullmatch(path.stem))
 
 
 def log_path(run_dir: Path, service: str) -> Path:
@@ -126,7 +121,7 @@ def log_path(run_dir: Path, service: str) -> Path:
     known = services(run_dir)
     if service not in known:
         raise JobNotFoundError(f"there is no log of {service[:40]!r}; there are: {', '.join(known) or 'none yet'}")
-    return run_dir / "logs" / f"{service}.log"
+    return RunFiles(run_dir).log(service)
 
 
 class LogTail:

@@ -4,7 +4,6 @@ and sample trajectories. Written by the session's own process, in the way of nob
 from __future__ import annotations
 
 import http.client
-import json
 import re
 import threading
 import time
@@ -14,10 +13,10 @@ from typing import Any
 from jackpot.config import JobSpec
 from jackpot.control_plane.observing.live_view import Snapshot, View
 from jackpot.control_plane.observing.samples import SampleTaker
-from jackpot.control_plane.run_directory import RunDirectory
-from jackpot.control_plane.scrape_targets import read_targets
+from jackpot.storage.json_files import JsonLinesWriter
+from jackpot.storage.run_directory import RunDirectory
+from jackpot.telemetry.scrape_targets import read_targets
 
-TELEMETRY = "telemetry.jsonl"
 RECORD_SECONDS = 1.0
 SCRAPE_TIMEOUT_SECONDS = 0.5
 
@@ -31,7 +30,7 @@ _SAMPLE_LINE = re.compile(r"^(\w+)\{[^}]*\} ([0-9.eE+-]+)$")
 
 
 class Recorder:
-    """A view that passes on what it is shown, and writes rows of ``telemetry.jsonl`` and ``samples.jsonl``.
+    """A view that passes on what it is shown, and records telemetry and samples.
 
     Args:
         run: the run directory.
@@ -42,6 +41,7 @@ class Recorder:
     def __init__(self, run: RunDirectory, job: JobSpec, view: View) -> None:
         self._run = run
         self._view = view
+        self._telemetry = JsonLinesWriter(run.files.telemetry)
         self._samples = SampleTaker(run.path, job)
         self._counters: dict[str, Mapping[str, float]] = {}
         self._seen: Snapshot | None = None
@@ -85,8 +85,7 @@ class Recorder:
             row |= self._rates(moment - before)
             before = moment
             try:
-                with (self._run.path / TELEMETRY).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                self._telemetry.append([row])
                 self._samples.take(snapshot.step)
             except OSError:
                 continue  # a full disk stops the learner, which says so

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 from jackpot.bus.payload_format import decode_scored
 from jackpot.config import JobSpec
 from jackpot.errors import PayloadError
+from jackpot.storage.json_files import JsonLinesWriter
+from jackpot.storage.run_directory import RunFiles
 from jackpot.trajectory import ScoredGroup
 
-SAMPLES = "samples.jsonl"
 SAMPLES_PER_JOB = 60
 MAX_TOKENS_SHOWN = 512
 
@@ -29,7 +29,9 @@ class SampleTaker:
     """
 
     def __init__(self, run_dir: Path, job: JobSpec) -> None:
-        self._run_dir = run_dir
+        files = RunFiles(run_dir)
+        self._payloads = files.payloads
+        self._writer = JsonLinesWriter(files.samples)
         self._job = job
         self._every = max(1, job.learner.steps // SAMPLES_PER_JOB)
         self._next_step = 0
@@ -47,12 +49,11 @@ class SampleTaker:
         if scored is None:
             return
         self._next_step = step + self._every
-        with (self._run_dir / SAMPLES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self._sample(scored, step), ensure_ascii=False) + "\n")
+        self._writer.append([self._sample(scored, step)])
 
     def _newest(self) -> ScoredGroup | None:
-        found = [path for path in (self._run_dir / "payloads").glob("*.scored.*") if not path.name.endswith(".tmp")]
-        for path in reversed(sorted(found)):
+        payloads = [path for path in self._payloads.glob("*.scored.*") if not path.name.endswith(".tmp")]
+        for path in sorted(payloads, reverse=True):
             try:
                 return decode_scored(path.read_bytes(), max_bytes=self._job.bus.max_payload_bytes)
             except (FileNotFoundError, PayloadError):

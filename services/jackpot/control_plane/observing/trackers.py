@@ -7,7 +7,6 @@ the last step, is there as well. What a tracker cannot do is said in the log and
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import threading
 import time
@@ -16,16 +15,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jackpot.config import JobSpec
-from jackpot.control_plane.observing.jsonl_tail import StepRows
-from jackpot.control_plane.run_directory import Row, RunDirectory
 from jackpot.errors import ConfigError
+from jackpot.storage.json_files import Row, read_object_if_whole, replace_json
+from jackpot.storage.run_directory import RunDirectory
+from jackpot.storage.run_records import StepRows
 
 LOG = logging.getLogger(__name__)
 
 FOLLOW_SECONDS = 1.0
 CLOSE_SECONDS = 30.0
-STATE_FILE = "trackers.json"
-"""Up to where the trackers were told, for the next session of a run."""
 
 
 class Tracker(Protocol):
@@ -44,7 +42,7 @@ class TensorboardTracker:
     def __init__(self, run: RunDirectory, job: JobSpec) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = EventFileWriter(str(run.path / "tensorboard"))
+        self._writer = EventFileWriter(str(run.files.tensorboard))
 
     def log(self, step: int, moment: float, row: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -113,9 +111,9 @@ class TrackerFeed:
     def __init__(self, run: RunDirectory, job: JobSpec) -> None:
         self._run = run
         self._job = job
-        self._told = _read_state(run.path / STATE_FILE)
-        self._steps = StepRows(run.path / "metrics.jsonl")
-        self._evaluations = StepRows(run.path / "evaluations.jsonl")
+        self._told = _read_state(run.files.trackers)
+        self._steps = StepRows(run.files.metrics)
+        self._evaluations = StepRows(run.files.evaluations)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="trackers", daemon=True)
 
@@ -157,7 +155,7 @@ class TrackerFeed:
             for tracker in trackers:
                 self._attempt(tracker.log, step, float(row.get("time", time.time())), numbers)
             self._told[kind] = step
-        (self._run.path / STATE_FILE).write_text(json.dumps(self._told), encoding="utf-8")
+        replace_json(self._run.files.trackers, self._told)
 
     def _attempt(self, call: Any, *arguments: object) -> None:
         try:
@@ -171,8 +169,6 @@ def _is_figure(name: str, value: object) -> bool:
 
 
 def _read_state(path: Path) -> dict[str, int]:
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return {kind: int(state[kind]) for kind in ("steps", "evaluations") if kind in state}
-    except (OSError, ValueError, TypeError):
-        return {}
+    """The last step that the trackers were fed, of each kind of row, over all sessions of the run."""
+    state = read_object_if_whole(path) or {}
+    return {kind: step for kind in ("steps", "evaluations") if isinstance(step := state.get(kind), int)}

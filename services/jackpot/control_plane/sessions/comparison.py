@@ -12,9 +12,9 @@ from rich.table import Table
 
 from jackpot.config import JobSpec, load_job
 from jackpot.control_plane.observing.curves import draw_comparison
-from jackpot.control_plane.run_directory import RunDirectory, new_job_id
 from jackpot.control_plane.sessions.job_run import run_job
 from jackpot.control_plane.sessions.preparation import prepare_job
+from jackpot.storage.run_directory import RunDirectory, new_job_id
 
 METHODS: Mapping[str, Sequence[str]] = {
     "on-policy": ("actor=policy", "algorithm.correction=none"),

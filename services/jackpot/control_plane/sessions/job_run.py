@@ -18,14 +18,14 @@ from jackpot.control_plane.launch.launcher import Launcher
 from jackpot.control_plane.launch.launcher_choice import Launchers
 from jackpot.control_plane.observing.bus_observer import BusObserver
 from jackpot.control_plane.observing.curves import draw_run
-from jackpot.control_plane.observing.jsonl_tail import StepRows
 from jackpot.control_plane.observing.live_view import Snapshot, View, open_view
 from jackpot.control_plane.observing.trackers import TrackerFeed
-from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.sessions.scaling import Scaling
-from jackpot.control_plane.sessions.summary import State, build_summary, write_summary
+from jackpot.control_plane.sessions.summary import State, build_summary
 from jackpot.errors import DeadlineError, JackpotError
 from jackpot.storage.job_storage import payload_place
+from jackpot.storage.run_directory import RunDirectory
+from jackpot.storage.run_records import StepRows, write_summary
 from jackpot.telemetry.logs import redact_url
 
 POLL_SECONDS = 0.1
@@ -54,7 +54,7 @@ def run_job(
 ) -> dict[str, Any]:
     """Run a job in its directory until it has succeeded, failed or been stopped; the summary.
 
-    Leaves ``summary.json`` and ``curves.png``. SIGINT and SIGTERM stop the job cleanly.
+    Leaves its summary and a picture of its curves. SIGINT and SIGTERM stop the job cleanly.
 
     Args:
         run: the run directory.
@@ -81,11 +81,11 @@ def run_job(
             resumed=resumed,
             error=outcome.error,
         )
-        write_summary(run, summary)
+        write_summary(run.files, summary)
         try:
-            draw_run(run, run.path / "curves.png")
+            draw_run(run, run.files.curves)
         except (ImportError, OSError) as error:  # what was trained is there all the same
-            console.print(f"curves.png could not be drawn: {error}", highlight=False, markup=False)
+            console.print(f"{run.files.curves.name} could not be drawn: {error}", highlight=False, markup=False)
         return summary
 
 
@@ -137,7 +137,7 @@ async def _follow(
         DeadlineError: no first step within the start-up deadline and the batch deadline.
     """
     scaling = Scaling(run.path, launcher, job.rollout.replicas)
-    steps, evaluations = StepRows(run.path / "metrics.jsonl"), StepRows(run.path / "evaluations.jsonl")
+    steps, evaluations = StepRows(run.files.metrics), StepRows(run.files.evaluations)
     shown_at, started = 0.0, time.monotonic()
     timeout = job.run.startup_timeout_seconds + job.learner.batch_timeout_seconds
     while True:
@@ -164,7 +164,7 @@ async def _follow(
             view.show(snapshot)
             started = now if status.waiting else started
             if not over and not snapshot.steps and now - started > timeout:
-                raise DeadlineError("the first optimizer step", timeout, f"Look at the logs in {run.path / 'logs'}.")
+                raise DeadlineError("the first optimizer step", timeout, f"Look at the logs in {run.files.logs}.")
         if over:
             outcome.state, outcome.error = ("failed" if status.error else "succeeded"), status.error
             return

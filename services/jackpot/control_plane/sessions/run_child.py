@@ -17,11 +17,11 @@ from rich.console import Console
 from jackpot.control_plane.launch.launcher_choice import Launchers
 from jackpot.control_plane.observing.live_view import PlainLines
 from jackpot.control_plane.observing.recorder import Recorder
-from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.control_plane.sessions.job_run import run_job
 from jackpot.control_plane.sessions.preparation import prepare_job
-from jackpot.control_plane.sessions.session import STOP_REQUEST, Phase, SessionStatus
+from jackpot.control_plane.sessions.session_process import Phase, SessionStatus
 from jackpot.errors import JackpotError
+from jackpot.storage.run_directory import LAUNCHER, RunDirectory, RunFiles
 from jackpot.telemetry.logs import redact_url
 
 REQUEST_SECONDS = 1.0
@@ -30,10 +30,11 @@ REQUEST_SECONDS = 1.0
 def main(arguments: list[str]) -> int:
     """Run session ``arguments[1]`` of the run directory ``arguments[0]``; the exit code."""
     run_dir, session = Path(arguments[0]), int(arguments[1])
+    files = RunFiles(run_dir)
     # Until the job itself runs, a request to stop ends this process at once; there is nothing to finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    (run_dir / STOP_REQUEST).unlink(missing_ok=True)
-    threading.Thread(target=_heed_requests, args=(run_dir / STOP_REQUEST,), daemon=True).start()
+    files.stop_request.unlink(missing_ok=True)
+    threading.Thread(target=_heed_requests, args=(files.stop_request,), daemon=True).start()
 
     def tell(phase: Phase, state: str | None = None, error: str | None = None) -> None:
         SessionStatus(session, os.getpid(), socket.gethostname(), phase, state, error).write(run_dir)
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", flush=True)
     except Exception:
         traceback.print_exc()
-        state, error = "failed", f"an unexpected error; the end of {run_dir / 'logs' / 'launcher.log'} tells more"
+        state, error = "failed", f"an unexpected error; the end of {files.log(LAUNCHER)} tells more"
     tell("finished", state, error)
     return 0 if state == "succeeded" else 1
 
@@ -63,9 +64,7 @@ def _run(run: RunDirectory, session: int, on_started: Callable[[], None]) -> tup
     job = run.load_job()
     launchers.check_job(job)
     job = prepare_job(job)
-    aside = run.path / ".job.json"
-    aside.write_text(job.model_dump_json(indent=2), encoding="utf-8")
-    aside.replace(run.path / "job.json")
+    run.files.write_job(job)
     console = Console(width=160)
     with Recorder(run, job, PlainLines(console)) as recorder:
         summary = run_job(

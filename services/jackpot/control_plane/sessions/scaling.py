@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 
 from jackpot.control_plane.launch.launcher import Launcher
-from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.errors import ConfigError, JackpotError, JobStateError
 from jackpot.process.scaling import set_wanted_replicas, wanted_replicas
+from jackpot.storage.json_files import JsonLinesWriter
+from jackpot.storage.run_directory import RunDirectory, RunFiles
+from jackpot.storage.run_records import read_summary
 
-SCALINGS = "scalings.jsonl"
 RETRY_SECONDS = 5.0
 DRAIN_SECONDS = 2.0
 """From when fewer replicas are wanted until they are told to end. The orchestrator looks every half second: by then it
@@ -26,7 +26,7 @@ def request_scale(run: RunDirectory, replicas: int) -> None:
         ConfigError: the number is out of bounds, or the job's replicas cannot change.
         JobStateError: the job has succeeded.
     """
-    if (run.summary or {}).get("state") == "succeeded":
+    if (read_summary(run.files) or {}).get("state") == "succeeded":
         raise JobStateError(f"{run.job_id} has succeeded already; only a job that runs can be scaled")
     transport = run.load_job().weights.transport
     if transport != "store":
@@ -45,7 +45,7 @@ def rollout_replicas(run_dir: Path, configured: int) -> int:
 
 
 class Scaling:
-    """Follows ``scale.json``. Each change, and each first refusal of one, is a row of ``scalings.jsonl``.
+    """Follows the number of replicas wanted. Each change, and each first refusal of one, is recorded.
 
     Args:
         run_dir: the run directory.
@@ -55,6 +55,7 @@ class Scaling:
 
     def __init__(self, run_dir: Path, launcher: Launcher, replicas: int) -> None:
         self._run_dir = run_dir
+        self._writer = JsonLinesWriter(RunFiles(run_dir).scalings)
         self._launcher = launcher
         self._replicas = replicas
         self._told: int | None = None  # a launcher that takes over a job as it stands does not know how it was scaled
@@ -93,5 +94,4 @@ class Scaling:
         failed = "" if error is None else f" failed: {error}"
         # Standard output is the job's own: with --json somebody reads it.
         print(f"rollout replicas: {self._replicas} → {wanted}{failed}", file=sys.stderr, flush=True)
-        with (self._run_dir / SCALINGS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._writer.append([row])

@@ -1,14 +1,22 @@
-"""``summary.json``: the outcome of a run, from what its processes wrote."""
+"""The outcome of a run, from what its processes wrote."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jackpot.bus import Ledger
-from jackpot.control_plane.run_directory import Row, RunDirectory
+from jackpot.storage.json_files import Row
+from jackpot.storage.run_directory import RunDirectory
+from jackpot.storage.run_records import (
+    ActivityRecord,
+    read_activities,
+    read_evaluations,
+    read_ledger,
+    read_resumption,
+    read_steps,
+)
 
 State = Literal["succeeded", "failed", "stopped"]
 
@@ -32,12 +40,13 @@ def build_summary(
         run: the run directory.
         state: how it ended.
         wall_seconds: of this session.
-        ledger: the bus's counters; None if the bus could not be asked, and then ``ledger.jsonl`` is counted.
+        ledger: the bus's counters; None if the bus could not be asked, and then the ledger on disk is counted.
         restarts: how often each process was restarted.
         resumed: whether this session continued an earlier one.
         error: why it failed.
     """
-    steps, accuracies = run.steps, [row["policy_accuracy"] for row in run.evaluations]
+    steps, accuracies = read_steps(run.files), [row["policy_accuracy"] for row in read_evaluations(run.files)]
+    resumption = read_resumption(run.files)
     divergences = _series(steps, "kl/policy_actor")
     summary = {
         "job_id": run.job_id,
@@ -54,27 +63,20 @@ def build_summary(
             "initial": divergences[0] if divergences else None,
             "final": divergences[-1] if divergences else None,
         },
-        "services": {name: _shares(record) for name, record in run.activities.items()},
+        "services": {name: _shares(record) for name, record in read_activities(run.files).items()},
         "ledger": _ledger(run, ledger),
         "restarts": sum(restarts.values()),
         "restarts_by_process": dict(restarts),
-        "resumed_from_step": run.resumed_from_step if resumed else None,
+        "resumed_from_step": resumption.resumed_from_step if resumed and resumption is not None else None,
     }
     return summary if error is None else summary | {"error": error}
 
 
-def write_summary(run: RunDirectory, summary: Mapping[str, Any]) -> None:
-    """Write ``summary.json``, aside and renamed."""
-    aside = run.path / ".summary.json"
-    aside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    aside.rename(run.path / "summary.json")
-
-
-def _shares(record: Row) -> dict[str, Any]:
+def _shares(record: ActivityRecord) -> dict[str, Any]:
     """The part of its time that a service was busy with its main work, and what else it did or waited for."""
-    wall = max(float(record["wall_seconds"]), 1e-9)
-    shares = {name: round(min(1.0, seconds / wall), 4) for name, seconds in record["seconds"].items()}
-    busy = shares.pop(MAIN_WORK[record["service"]], 0.0) if record["service"] in MAIN_WORK else None
+    wall = max(record.wall_seconds, 1e-9)
+    shares = {name: round(min(1.0, seconds / wall), 4) for name, seconds in record.seconds.items()}
+    busy = shares.pop(MAIN_WORK[record.service], 0.0) if record.service in MAIN_WORK else None
     return {"busy": busy, "others": shares}
 
 
@@ -84,27 +86,12 @@ def _ledger(run: RunDirectory, ledger: Ledger | None) -> dict[str, Any]:
         return counts | ({"open": ledger.open} if ledger.open else {})
     dropped: dict[str, int] = {}
     trained = 0
-    for record in _records(run):
-        if record.get("state") == "trained":
+    for record in read_ledger(run.files):
+        if record.state == "trained":
             trained += 1
         else:
-            dropped[record["reason"]] = dropped.get(record["reason"], 0) + 1
+            dropped[record.reason] = dropped.get(record.reason, 0) + 1
     return {"dispatched": trained + sum(dropped.values()), "trained": trained, "dropped": dropped}
-
-
-def _records(run: RunDirectory) -> list[Row]:
-    try:
-        lines = (run.path / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    records: dict[str, Row] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-            records[record["group_id"]] = record
-        except (ValueError, KeyError):
-            continue  # the half line of a process killed while writing
-    return list(records.values())
 
 
 def _series(rows: Sequence[Row], name: str) -> list[float]:

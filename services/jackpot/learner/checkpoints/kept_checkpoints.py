@@ -12,11 +12,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from jackpot.errors import DirectoryDamagedError, JackpotError, ObjectCorruptError, ObjectMissingError, ObjectStoreError
-from jackpot.learner.checkpoints.best_step import best_step
 from jackpot.storage.directory_manifest import check_directory, describe_directory, manifest_of
 from jackpot.storage.durable_files import sync, sync_tree
 from jackpot.storage.latest_checkpoint import LATEST, STEP_NAME, by_preference, read_latest, write_latest
 from jackpot.storage.object_directories import ObjectDirectories
+from jackpot.storage.run_records import best_step
 from jackpot.storage.weight_manifest import MANIFEST
 
 LOG = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from jackpot.learner.models.compile_and_checkpoint import require_compiler
 from jackpot.learner.ranks.rank_leader import LeadTrainer
 from jackpot.learner.reports.profiling import StepProfiler
 from jackpot.learner.trainer import Trainer
+from jackpot.storage.run_directory import RunFiles
 
 LOG = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
         elif ranks.rank == 0:
             published_from = device if ranks.mesh is None else torch.device("cpu")
             actor = load_causal_lm(job.actor.model, job.actor.dtype, published_from, field="actor.model")
-    profiler = StepProfiler(environment.run_dir / "profile", job.learner.profile_steps, ranks.rank)
+    profiler = StepProfiler(RunFiles(environment.run_dir).profile, job.learner.profile_steps, ranks.rank)
     kind = LeadTrainer if ranks.size > 1 and ranks.rank == 0 else Trainer
     return kind(job, policy, actor, ranks, profiler), ranks
 

@@ -14,7 +14,7 @@ from jackpot.compute.pass_layout import layout_of
 from jackpot.compute.ranks.group import SOLO, Ranks
 from jackpot.compute.ranks.sharding import DTYPES, release, shard, whole_tensors
 from jackpot.config import JobSpec
-from jackpot.learner.checkpoints.checkpoint import CheckpointStore, PendingCheckpoint, Progress
+from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.checkpoints.checkpoint_tensors import Learnable
 from jackpot.learner.lambda_control import Controls
 from jackpot.learner.models.compile_and_checkpoint import compile_and_checkpoint

@@ -13,6 +13,7 @@ from torch import Tensor
 from jackpot.compute.model_weights import write_state
 from jackpot.config import JobSpec
 from jackpot.learner.trainer import Trainer
+from jackpot.storage.run_directory import RunFiles
 from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import Role
 
@@ -65,7 +66,7 @@ class WeightPublisher:
         self._job = job
         self._store = store
         self._broadcast = broadcast
-        self._export_dir = run_dir / "export"
+        self._export_dir = RunFiles(run_dir).export
         self._checkpointed = checkpointed
 
     def snapshot(self, trainer: Trainer, version: int) -> Snapshot:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from jackpot.compute.ranks.group import Ranks
 from jackpot.compute.ranks.orders import Dismissed, Orders, next_order
 from jackpot.config import JobSpec
-from jackpot.learner.checkpoints.checkpoint import CheckpointStore, PendingCheckpoint, Progress
+from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.ranks.batch_broadcast import StepManifest, batch_from_bytes, batch_to_bytes, manifest_to_bytes
 from jackpot.learner.reports.profiling import StepProfiler
 from jackpot.learner.trainer import Trainer

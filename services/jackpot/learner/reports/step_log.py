@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jackpot.storage.json_files import JsonLinesWriter
+from jackpot.storage.run_directory import RunFiles
+from jackpot.storage.run_records import write_resumption
 from jackpot.telemetry import Metrics
 
 
@@ -18,8 +20,8 @@ class StepLog:
     """
 
     def __init__(self, run_dir: Path, metrics: Metrics) -> None:
-        self._path = run_dir / "metrics.jsonl"
-        self._resumed_path = run_dir / "resumed.json"
+        self._files = RunFiles(run_dir)
+        self._writer = JsonLinesWriter(self._files.metrics)
         self._metrics = metrics
 
     def write(self, rows: Sequence[Mapping[str, float]], num_tokens: int) -> None:
@@ -33,13 +35,11 @@ class StepLog:
         for row in rows:
             self._metrics.observe_step(row)
         now = time.time()
-        text = "".join(json.dumps(_json_numbers({**row, "time": now})) + "\n" for row in rows)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        self._writer.append(_json_numbers({**row, "time": now}) for row in rows)
 
     def resumed(self, step: int) -> None:
         """Record that training went on from the checkpoint of ``step``."""
-        self._resumed_path.write_text(json.dumps({"resumed_from_step": step, "time": time.time()}), encoding="utf-8")
+        write_resumption(self._files, step)
 
 
 def _json_numbers(row: Mapping[str, float]) -> dict[str, float | None]:

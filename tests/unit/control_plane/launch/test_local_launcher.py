@@ -17,8 +17,8 @@ from jackpot.config import JobSpec, parse_job
 from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.launch.local_launcher import LocalLauncher, end_leftovers
 from jackpot.control_plane.launch.local_processes import LocalPlan
-from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.errors import BusError
+from jackpot.storage.run_directory import RunDirectory
 
 DEADLINE_SECONDS = 60.0
 
@@ -56,7 +56,7 @@ async def test_a_process_that_cannot_work_ends_the_job_with_its_own_words(tmp_pa
         await launcher.stop()
     assert status.error is not None and not status.finished and status.restarts == {}
     assert "cannot work with this configuration" in status.error
-    assert f"{run.path / 'logs'}" in status.error and "job.json cannot be read" in status.error
+    assert f"{run.path / 'logs'}" in status.error and "has no job.json" in status.error
     names = {"learner", "rollout-0", "rollout-1", "evaluator", "scorer-0", "orchestrator"}
     assert {path.stem for path in (run.path / "logs").iterdir()} == names
 

@@ -12,7 +12,7 @@ import pytest
 
 from jackpot.config import parse_job
 from jackpot.control_plane.observing.curves import draw_comparison, draw_run
-from jackpot.control_plane.run_directory import RunDirectory
+from jackpot.storage.run_directory import RunDirectory
 
 
 def run_in(path: Path, steps: int) -> RunDirectory:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from jackpot.control_plane.observing.jsonl_tail import JsonlTail
 from jackpot.control_plane.observing.observation import LogTail, downsample, ledger, log_path, series, services
 from jackpot.errors import JobNotFoundError
 
@@ -42,23 +41,9 @@ def test_of_a_step_written_twice_the_last_counts_and_half_lines_wait(tmp_path: P
     assert series(tmp_path / "nothing", (), 10) == {}
 
 
-def test_a_tail_gives_each_row_once_and_can_be_taken_up_again(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    tail = JsonlTail(path)
-    assert tail.read() == []
-    path.write_text('{"n": 1}\nnonsense\n{"n": 2}\n{"n":')
-    rows = tail.read()
-    assert [row["n"] for row, _ in rows] == [1, 2]
-    with path.open("a") as file:
-        file.write(" 3}\n")
-    assert [row["n"] for row, _ in tail.read()] == [3]
-    assert [row["n"] for row in JsonlTail(path, rows[0][1]).rows()] == [2, 3]
-    assert [row["n"] for row, _ in JsonlTail(path).read(max_bytes=12)] == [1]
-
-
 def test_the_ledger_counts_each_group_once(tmp_path: Path) -> None:
-    trained = {"group_id": "a", "state": "trained", "reason": ""}
-    dropped = {"group_id": "b", "state": "dropped", "reason": "stale"}
+    trained = {"group_id": "a", "state": "trained", "reason": "", "step": 3, "detail": ""}
+    dropped = {"group_id": "b", "state": "dropped", "reason": "stale", "step": -1, "detail": ""}
     write_rows(tmp_path / "ledger.jsonl", trained, dropped, trained)
     running = ledger(tmp_path, None, 1)
     assert (running["trained"], running["dropped"], running["ended"]) == (1, {"stale": 1}, 2)

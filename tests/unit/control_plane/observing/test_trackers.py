@@ -11,8 +11,8 @@ import pytest
 
 from jackpot.config import JobSpec, parse_job
 from jackpot.control_plane.observing.trackers import TrackerFeed, require_trackers
-from jackpot.control_plane.run_directory import RunDirectory
 from jackpot.errors import ConfigError
+from jackpot.storage.run_directory import RunDirectory
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 
 from jackpot.control_plane.launch.launcher import LaunchStatus
 from jackpot.control_plane.sessions import scaling
-from jackpot.control_plane.sessions.scaling import SCALINGS, Scaling, rollout_replicas
+from jackpot.control_plane.sessions.scaling import Scaling, rollout_replicas
 from jackpot.errors import JackpotError
 from jackpot.process.scaling import set_wanted_replicas
+from jackpot.storage.run_directory import RunFiles
 
 
 class Launcher:
@@ -36,7 +37,7 @@ class Launcher:
 
 
 def rows(run_dir: Path) -> list[tuple[int, int, str | None]]:
-    lines = (run_dir / SCALINGS).read_text().splitlines()
+    lines = RunFiles(run_dir).scalings.read_text().splitlines()
     return [(row["before"], row["rollout_replicas"], row["error"]) for row in map(json.loads, lines)]
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from jackpot.bus import Ledger
 from jackpot.config import parse_job
-from jackpot.control_plane.run_directory import RunDirectory
-from jackpot.control_plane.sessions.summary import build_summary, write_summary
+from jackpot.control_plane.sessions.summary import build_summary
+from jackpot.storage.run_directory import RunDirectory
+from jackpot.storage.run_records import read_summary, write_summary
 
 SETTINGS: dict[str, Any] = {
     "state": "succeeded", "wall_seconds": 12.3456, "ledger": None, "restarts": {}, "resumed": False, "error": None,
@@ -54,9 +55,9 @@ def test_a_summary_of_a_whole_run(run: RunDirectory) -> None:
         "restarts_by_process": {"learner": 2, "scorer-0": 1},
         "resumed_from_step": None,
     }
-    write_summary(run, summary)
-    assert run.summary == summary
-    assert not (run.path / ".summary.json").exists()
+    write_summary(run.files, summary)
+    assert read_summary(run.files) == summary
+    assert not list(run.path.glob(".summary*"))
 
 
 def test_of_a_run_that_never_began_there_is_little_to_say(run: RunDirectory) -> None:
@@ -79,10 +80,10 @@ def test_steps_without_a_figure_do_not_count_towards_its_mean(run: RunDirectory)
 
 def test_without_the_bus_the_mirror_is_counted_each_group_once(run: RunDirectory) -> None:
     records = [
-        {"group_id": "g1", "state": "trained"},
-        {"group_id": "g2", "state": "dropped", "reason": "stale"},
-        {"group_id": "g2", "state": "dropped", "reason": "stale"},
-        {"group_id": "g3", "state": "dropped", "reason": "lost"},
+        {"group_id": "g1", "state": "trained", "reason": "", "step": 1, "detail": ""},
+        {"group_id": "g2", "state": "dropped", "reason": "stale", "step": -1, "detail": ""},
+        {"group_id": "g2", "state": "dropped", "reason": "stale", "step": -1, "detail": ""},
+        {"group_id": "g3", "state": "dropped", "reason": "lost", "step": -1, "detail": ""},
     ]
     write(run, "ledger.jsonl", records)
     with (run.path / "ledger.jsonl").open("a") as file:
@@ -101,7 +102,7 @@ def test_groups_without_an_end_are_told(run: RunDirectory) -> None:
 
 
 def test_only_a_resumed_session_says_where_it_went_on(run: RunDirectory) -> None:
-    (run.path / "resumed.json").write_text('{"resumed_from_step": 5}')
+    (run.path / "resumed.json").write_text('{"resumed_from_step": 5, "time": 0.5}')
     assert build_summary(run, **SETTINGS)["resumed_from_step"] is None
     assert build_summary(run, **SETTINGS | {"resumed": True})["resumed_from_step"] == 5
 

@@ -19,7 +19,7 @@ from jackpot.compute.ranks.loading import load_on_ranks
 from jackpot.config import JobSpec, parse_job
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
-from jackpot.learner.checkpoints.checkpoint import CheckpointStore, Progress
+from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, Progress
 from jackpot.learner.checkpoints.checkpoint_tensors import tensors_of
 from jackpot.learner.models.start import build_trainer, is_sharded, seed_everything
 from jackpot.learner.trainer import Trainer

@@ -12,7 +12,7 @@ from ranks_world import run_ranks
 from safetensors.torch import load_file
 
 from jackpot.config import JobSpec, LearnerConfig
-from jackpot.learner.checkpoints.checkpoint import CheckpointStore, Progress
+from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, Progress
 from jackpot.learner.ranks.batch_broadcast import batch_from_bytes, batch_to_bytes
 from jackpot.scoring.batch import Batch, build_batch
 from jackpot.trajectory import ScoredGroup

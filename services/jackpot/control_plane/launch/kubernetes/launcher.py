@@ -15,10 +15,10 @@ from jackpot.control_plane.launch.kubernetes.pod_logs import PodLogs
 from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
 from jackpot.control_plane.launch.kubernetes.status import Phase, Status
 from jackpot.control_plane.launch.launcher import LaunchStatus
-from jackpot.control_plane.run_directory import RunDirectory
-from jackpot.control_plane.scrape_targets import forget_target, forget_targets
 from jackpot.errors import ConfigError, JackpotError
 from jackpot.process.scaling import forget_rollouts
+from jackpot.storage.run_directory import RunDirectory
+from jackpot.telemetry.scrape_targets import forget_target, forget_targets
 
 GONE_SECONDS = 180.0  # pods get a minute of grace, and nodes are slow at times
 STOP_SECONDS = 120.0  # how long an API server that does not answer is asked to delete a JobSet

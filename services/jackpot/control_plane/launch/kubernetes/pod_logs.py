@@ -10,7 +10,7 @@ from typing import Any
 
 from jackpot.control_plane.launch.kubernetes.cluster_api import ClusterApi
 from jackpot.control_plane.launch.kubernetes.naming import INSTANCE_LABEL, jobset_name
-from jackpot.control_plane.run_directory import RunDirectory
+from jackpot.storage.run_directory import RunDirectory
 
 LOOK_SECONDS = 3.0
 EVENT_LOOKS = 5  # a namespace has many events: they are asked for every so many looks

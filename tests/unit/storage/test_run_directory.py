@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from jackpot.config import JobSpec, parse_job
-from jackpot.control_plane.run_directory import MAX_JOB_ID_LENGTH, RunDirectory, last_lines, new_job_id
+from jackpot.config import InvalidJobError, JobSpec, parse_job
+from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError, JackpotError
+from jackpot.storage.run_directory import (
+    MAX_JOB_ID_LENGTH,
+    RunDirectory,
+    RunFiles,
+    last_lines,
+    load_service_job,
+    new_job_id,
+    scratch_directory,
+)
 
 
 @pytest.fixture
@@ -39,8 +48,11 @@ def test_what_was_created_can_be_opened_again(tmp_path: Path, job: JobSpec) -> N
     opened = RunDirectory.open(tmp_path / "deep" / "run")
     assert opened == created and opened.job_id == "tiny-1"
     assert opened.load_job() == job
-    assert opened.steps == opened.evaluations == []
-    assert opened.summary is None and opened.resumed_from_step is None
+    environment = ServiceEnvironment(run_dir=opened.path, job_id="tiny-1")
+    assert load_service_job(environment) == job
+    assert scratch_directory(environment) == opened.path / "scratch"
+    elsewhere = environment.model_copy(update={"scratch_dir": "/fast"})
+    assert scratch_directory(elsewhere) == Path("/fast/tiny-1")
 
 
 def test_a_directory_that_holds_something_is_not_taken(tmp_path: Path, job: JobSpec) -> None:
@@ -60,14 +72,29 @@ def test_only_run_directories_can_be_opened(tmp_path: Path, content: str | None)
         RunDirectory.open(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
-def test_a_damaged_job_is_named(tmp_path: Path, job: JobSpec, content: str | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "has no job.json"),
+        ("{", "job.json cannot be read (Expecting"),
+        ("[]", "job.json cannot be read (it is not a JSON object)"),
+    ],
+)
+def test_a_damaged_job_is_named(tmp_path: Path, job: JobSpec, content: str | None, problem: str) -> None:
     run = RunDirectory.create(tmp_path / "run", "tiny-1", job)
-    (run.path / "job.json").unlink()
+    run.files.job.unlink()
     if content is not None:
-        (run.path / "job.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"job\.json"):
+        run.files.job.write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(f"run directory = '{run.path}': {problem}")):
         run.load_job()
+    with pytest.raises(ConfigError, match=re.escape(f"JACKPOT_RUN_DIR = '{run.path}': {problem}")):
+        load_service_job(ServiceEnvironment(run_dir=run.path, job_id="tiny-1"))
+
+
+def test_a_job_that_cannot_work_is_explained(tmp_path: Path) -> None:
+    RunFiles(tmp_path).job.write_text(json.dumps({"policy": {"model": "/m"}, "actor": "policy"}))
+    with pytest.raises(InvalidJobError, match="task = None: is required"):
+        RunFiles(tmp_path).load_job("RUN_DIR")
 
 
 def test_one_launcher_at_a_time_holds_a_run(tmp_path: Path, job: JobSpec) -> None:
@@ -77,23 +104,6 @@ def test_one_launcher_at_a_time_holds_a_run(tmp_path: Path, job: JobSpec) -> Non
         pass
     with again.locked():
         pass
-
-
-def test_of_a_step_written_twice_the_last_row_counts_and_half_lines_are_passed_over(
-    tmp_path: Path, job: JobSpec
-) -> None:
-    run = RunDirectory.create(tmp_path / "run", "tiny-1", job)
-    rows = [{"step": 1, "x": 1}, {"step": 2, "x": 2}, {"step": 3, "x": 3}, {"step": 2, "x": 20}]
-    lines = [json.dumps(row) for row in rows]
-    (run.path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "x"', '{"x": 4}', "[]", '{"step": 4, "x']))
-    assert run.steps == [{"step": 1, "x": 1}, {"step": 2, "x": 20}, {"step": 3, "x": 3}]
-
-
-@pytest.mark.parametrize(("content", "step"), [('{"resumed_from_step": 7}', 7), ("{", None), ("[]", None)])
-def test_the_learner_says_where_it_went_on(tmp_path: Path, job: JobSpec, content: str, step: int | None) -> None:
-    run = RunDirectory.create(tmp_path / "run", "tiny-1", job)
-    (run.path / "resumed.json").write_text(content)
-    assert run.resumed_from_step == step
 
 
 def test_the_end_of_a_log_is_its_last_error_or_else_its_last_lines(tmp_path: Path) -> None:

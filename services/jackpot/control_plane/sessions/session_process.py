@@ -1,6 +1,6 @@
 """One session of a job under the control plane: a process of its own that outlives a restart of the control plane.
 
-The process that runs the job writes how it is doing into ``session.json`` of the run directory. Whether it lives is
+The process that runs the job writes how it is doing into the run directory. Whether it lives is
 told by a lock: the control plane takes it before it starts the process and hands it over, so that there is no moment
 at which a process runs without holding it, and no process id that could mean somebody else.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import socket
@@ -22,14 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 from jackpot.errors import JackpotError
+from jackpot.storage.json_files import read_record_if_whole, replace_json
+from jackpot.storage.run_directory import LAUNCHER, RunFiles
 
 Phase = Literal["preparing", "running", "finished"]
-
-LAUNCHER = "launcher"
-"""The session's own log is ``logs/launcher.log``."""
-
-STOP_REQUEST = ".stop"
-"""A file in the run directory that asks a session on another host to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +39,14 @@ class SessionStatus:
     error: str | None = None
 
     def write(self, run_dir: Path) -> None:
-        """Write it into the run directory, aside and renamed."""
-        aside = run_dir / ".session.json"
-        aside.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        aside.replace(run_dir / "session.json")
+        """Write it into the run directory."""
+        replace_json(RunFiles(run_dir).session, asdict(self))
 
     @classmethod
     def read(cls, run_dir: Path, session: int) -> SessionStatus | None:
         """What session number ``session`` last wrote; None if it wrote nothing."""
-        try:
-            status = cls(**json.loads((run_dir / "session.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
-        return status if status.session == session else None
+        status = read_record_if_whole(RunFiles(run_dir).session, cls)
+        return status if status is not None and status.session == session else None
 
 
 class Session:
@@ -85,7 +75,7 @@ class Session:
             raise JackpotError(f"a session of {run_dir.name} still runs")
         command = [sys.executable, "-m", "jackpot.control_plane.sessions.run_child", str(run_dir), str(number)]
         try:
-            with (run_dir / "logs" / f"{LAUNCHER}.log").open("ab") as log:
+            with RunFiles(run_dir).log(LAUNCHER).open("ab") as log:
                 popen = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -128,7 +118,7 @@ class Session:
         """
         status = self.status
         if status is not None and status.host != socket.gethostname():
-            (self._run_dir / STOP_REQUEST).touch()
+            RunFiles(self._run_dir).stop_request.touch()
             return
         if self._asked_at is None:
             if self._signal(signal.SIGTERM):
@@ -149,7 +139,7 @@ class Session:
 
 def _lock(run_dir: Path) -> int | None:
     try:
-        descriptor = os.open(run_dir / ".session.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(RunFiles(run_dir).session_lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
         raise JackpotError(f"the run directory {run_dir} is gone") from None
     try:

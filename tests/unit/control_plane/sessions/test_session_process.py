@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jackpot.control_plane.sessions.session import Session, SessionStatus
+from jackpot.control_plane.sessions.session_process import Session, SessionStatus
 from jackpot.errors import JackpotError
 
 

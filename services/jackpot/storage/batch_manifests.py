@@ -10,8 +10,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jackpot.errors import JackpotError
 from jackpot.storage.durable_files import replace_synced, sync
+from jackpot.storage.json_files import read_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +24,18 @@ class Manifest:
 
 
 class ManifestLog:
-    """The manifests of one job, a file per batch.
+    """The manifests of one job, a file per batch. The learner writes them, the orchestrator reads them.
 
     Args:
-        directory: ``manifests/`` of the run directory; created if missing.
+        directory: of the run directory; made with the first manifest.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
 
     def write(self, manifest: Manifest) -> None:
         """Store a manifest durably: written aside, synced, renamed."""
+        self._directory.mkdir(parents=True, exist_ok=True)
         path = self._path(manifest.batch)
         replace_synced(path, json.dumps(asdict(manifest)), path.with_suffix(".tmp"))
 
@@ -43,27 +43,43 @@ class ManifestLog:
         """The manifest of a batch, or None if that batch never began.
 
         Raises:
-            JackpotError: the file is there but cannot be read.
+            DamagedRecordError: the file is there but cannot be read.
         """
-        path = self._path(batch)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return Manifest(data["batch"], data["start_step"], tuple(data["group_ids"]))
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise JackpotError(f"{path} is damaged ({error}); restore it or start a new run") from None
+        return _read_if_there(self._path(batch))
+
+    def all(self) -> list[Manifest]:
+        """Every manifest that there is. One that is discarded meanwhile is left out.
+
+        Raises:
+            DamagedRecordError: as :meth:`read`.
+        """
+        return [manifest for path in self._paths() if (manifest := _read_if_there(path)) is not None]
 
     def between(self, first: int, last: int) -> list[Manifest]:
-        """The manifests of batches ``first`` … ``last`` − 1; gaps are left out."""
+        """The manifests of batches ``first`` … ``last`` − 1; gaps are left out.
+
+        Raises:
+            DamagedRecordError: as :meth:`read`.
+        """
         return [manifest for batch in range(first, last) if (manifest := self.read(batch)) is not None]
 
     def discard_from(self, batch: int) -> None:
         """Forget batch ``batch`` and all later ones: they can no longer be trained as written."""
-        for path in self._directory.glob("*.json"):
-            if int(path.stem) >= batch:
-                path.unlink()
-        sync(self._directory)
+        discarded = [path for path in self._paths() if int(path.stem) >= batch]
+        for path in discarded:
+            path.unlink()
+        if discarded:
+            sync(self._directory)
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._directory.glob("*.json"))
 
     def _path(self, batch: int) -> Path:
         return self._directory / f"{batch:08d}.json"
+
+
+def _read_if_there(path: Path) -> Manifest | None:
+    try:
+        return read_record(path, Manifest)
+    except FileNotFoundError:
+        return None

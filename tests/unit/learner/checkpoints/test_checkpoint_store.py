@@ -12,7 +12,7 @@ import torch
 from object_world import ObjectWorld, object_world
 
 from jackpot.errors import JackpotError
-from jackpot.learner.checkpoints.checkpoint import CheckpointStore, Progress
+from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, Progress
 from jackpot.scoring.batch import build_batch
 from jackpot.storage.object_directories import ObjectDirectories
 from jackpot.storage.objects import Objects

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from jackpot.errors import JackpotError
-from jackpot.learner.batches.manifests import Manifest, ManifestLog
+from jackpot.storage.batch_manifests import Manifest, ManifestLog
 
 
 def test_a_written_manifest_is_read_back(tmp_path: Path) -> None:

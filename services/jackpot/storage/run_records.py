@@ -1,0 +1,178 @@
+"""What the files of a run directory hold: each record's class, its one writer and its one reader.
+
+Rows of figures (``metrics.jsonl`` and what the launcher observes) have columns that depend on the job: those are read
+as they stand, by :class:`StepRows` or :class:`jackpot.storage.json_files.JsonLinesReader`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from jackpot.storage.json_files import (
+    JsonLinesReader,
+    Row,
+    read_object_if_whole,
+    read_record_if_whole,
+    replace_json,
+)
+from jackpot.storage.run_directory import RunFiles
+
+
+@dataclass(frozen=True, slots=True)
+class TerminalRecord:
+    """How one group ended: a row of the ledger."""
+
+    group_id: str
+    state: Literal["trained", "dropped"]
+    reason: str  # empty for trained
+    step: int  # the optimizer step after which it counts as trained; −1 for dropped
+    detail: str
+
+
+def read_ledger(files: RunFiles) -> list[TerminalRecord]:
+    """How each group ended, in the order of the file; of a group with two rows the last counts.
+
+    For those who look at the run: a damaged line is logged and left out.
+    """
+    return list({record.group_id: record for record in JsonLinesReader(files.ledger).records(TerminalRecord)}.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRow:
+    """One evaluation of the policy on held-out prompts."""
+
+    step: int  # the oldest policy version that sampled a token
+    newest_step: int  # the newest: the server may swap weights while an evaluation runs
+    time: float  # seconds since the epoch
+    policy_accuracy: float  # fraction of samples with a reward of 1: mean@n
+    pass_at_n: float  # fraction of prompts with a reward of 1 among their n = evaluation.samples_per_prompt samples
+    mean_reward: float
+    num_samples: int
+    num_reward_failures: int  # samples left out because their reward failed
+    mean_tokens: float
+    truncated_fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutAccuracy:
+    """What decisions during training need of an :class:`EvaluationRow`."""
+
+    step: int
+    policy_accuracy: float
+
+
+def read_accuracies(evaluations: Path) -> list[HeldOutAccuracy]:
+    """The held-out accuracies so far, in the order of the file. A row that is just being written is left out.
+
+    Raises:
+        DamagedRecordError: names the file and the line.
+    """
+    return JsonLinesReader(evaluations, strict=True).records(HeldOutAccuracy)
+
+
+def best_step(evaluations: Path, among: Collection[int]) -> int | None:
+    """The step of greatest held-out accuracy among the given; the newest of equals. None where none was evaluated.
+
+    Raises:
+        DamagedRecordError: as :func:`read_accuracies`.
+    """
+    ranked = [(row.policy_accuracy, row.step) for row in read_accuracies(evaluations) if row.step in among]
+    return max(ranked)[1] if ranked else None
+
+
+class StepRows:
+    """The rows of a growing file with a ``step`` column, by step; of a step written twice the last.
+
+    For those who look at the run: a damaged line is logged and left out.
+
+    Args:
+        path: of the file; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._reader = JsonLinesReader(path)
+        self._rows: dict[int, Row] = {}
+
+    def refresh(self) -> list[Row]:
+        """All rows so far, in the order of their steps; reads only what is new."""
+        for row in self._reader.rows():
+            if isinstance(row.get("step"), int):
+                self._rows[row["step"]] = row
+        return [self._rows[step] for step in sorted(self._rows)]
+
+
+def read_steps(files: RunFiles) -> list[Row]:
+    """A row of figures per optimizer step, as :class:`StepRows`."""
+    return StepRows(files.metrics).refresh()
+
+
+def read_evaluations(files: RunFiles) -> list[Row]:
+    """The evaluations by step, as :class:`StepRows`."""
+    return StepRows(files.evaluations).refresh()
+
+
+@dataclass(frozen=True, slots=True)
+class ActivityRecord:
+    """What one service process has spent its time on so far."""
+
+    service: str
+    seconds: Mapping[str, float]  # by activity
+    wall_seconds: float
+
+    def write(self, files: RunFiles, instance: str) -> None:
+        """Leave it in the run directory.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        files.activities.mkdir(exist_ok=True)
+        replace_json(files.activities / f"{self.service}-{instance}.json", asdict(self))
+
+
+def read_activities(files: RunFiles) -> dict[str, ActivityRecord]:
+    """The records of the last session, by service and replica."""
+    return {
+        path.stem: record
+        for path in sorted(files.activities.glob("[!.]*.json"))
+        if (record := read_record_if_whole(path, ActivityRecord)) is not None
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """Where training last went on."""
+
+    resumed_from_step: int
+    time: float  # seconds since the epoch
+
+
+def write_resumption(files: RunFiles, step: int) -> None:
+    """Record that training goes on from the checkpoint of ``step``.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
+    replace_json(files.resumed, asdict(Resumption(step, time.time())))
+
+
+def read_resumption(files: RunFiles) -> Resumption | None:
+    """Where training last went on; None if it never did."""
+    return read_record_if_whole(files.resumed, Resumption)
+
+
+def write_summary(files: RunFiles, summary: Mapping[str, object]) -> None:
+    """Write the outcome of a session.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
+    replace_json(files.summary, summary, indent=2)
+
+
+def read_summary(files: RunFiles) -> Row | None:
+    """The outcome of the last session, if there is one."""
+    return read_object_if_whole(files.summary)
