@@ -83,8 +83,8 @@ async def through_engine(engine: Any, num_groups: int, max_tokens: int, k: int) 
 
 async def client(address: str, vocabulary: int, num_groups: int, max_tokens: int, k: int) -> float:
     """Tokens per second as a client sees them."""
+    from jackpot.rpc.channel import open_channel
     from jackpot.rpc.proto import trajectory_from_proto
-    from jackpot.rpc.transport import open_channel
     from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
 
     channel = open_channel(address)
@@ -114,7 +114,7 @@ async def through_grpc(engine: Any, num_groups: int, max_tokens: int, k: int) ->
 
     from jackpot.rollout.servicer import SERVICE_NAME, RolloutServicer
     from jackpot.rollout.weight_follower import WeightFollower
-    from jackpot.rpc.transport import create_server
+    from jackpot.rpc.server import create_server
     from jackpot.storage.weights import WeightStore
     from jackpot.telemetry import Metrics
     from jackpot.telemetry.activity import Activity

@@ -19,7 +19,7 @@ import numpy as np
 from jackpot.compute.model_weights import save_weights
 from jackpot.compute.models import load_causal_lm
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.rpc.transport import open_channel, wait_ready
+from jackpot.rpc.channel import open_channel, wait_ready
 from jackpot.storage.durable_files import replace_synced
 from jackpot.storage.weights import WeightStore
 from jackpot.v1 import rollout_pb2

@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 
 from jackpot.rpc.proto import trajectory_to_proto
-from jackpot.rpc.transport import RpcServer, create_server
+from jackpot.rpc.server import RpcServer, create_server
 from jackpot.trajectory import Trajectory, VersionSpan
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
 

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from rollout_world import RolloutWorld, generate_request, refusal, stop
 
-from jackpot.rpc.transport import open_channel
+from jackpot.rpc.channel import open_channel
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
 
 PATIENCE = 30.0

@@ -23,7 +23,7 @@ from jackpot.bus.server import EmbeddedServer
 from jackpot.config import JobSpec
 from jackpot.errors import BusError, DeadlineError
 from jackpot.process.service_process import STOPPED_EARLY
-from jackpot.rpc.transport import open_channel, wait_ready
+from jackpot.rpc.channel import open_channel, wait_ready
 from jackpot.scorer.worker import ScorerWorker
 from jackpot.trajectory import Group, GroupKey
 

@@ -15,8 +15,8 @@ from rollout_world import RolloutWorld, generate_request, stop
 
 from jackpot.compute.models import load_causal_lm
 from jackpot.rollout.engine_choice import has_vllm
+from jackpot.rpc.channel import open_channel
 from jackpot.rpc.proto import trajectory_from_proto
-from jackpot.rpc.transport import open_channel
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
 
 PATIENCE = 20.0

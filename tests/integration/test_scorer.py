@@ -19,10 +19,10 @@ from scoring_world import World, expected_scores, make_world, sample_group, scor
 from jackpot.bus import TrajectoryBus
 from jackpot.config import JobSpec
 from jackpot.errors import DeadlineError, RequestRefusedError
+from jackpot.rpc.channel import call, open_channel, wait_ready
 from jackpot.rpc.proto import group_to_proto, scored_group_from_proto
-from jackpot.rpc.transport import call, open_channel, wait_ready
 from jackpot.scorer.engine import ScoringEngine
-from jackpot.scorer.service import serve
+from jackpot.scorer.service import serve_groups
 from jackpot.scorer.worker import ScorerWorker
 from jackpot.telemetry import Metrics
 from jackpot.trajectory import Group, ScoredGroup
@@ -262,7 +262,7 @@ async def test_the_rpc_and_the_worker_say_the_same(
     job = world.job({"name": "jackpot", "normalizer": "union_tail", "obrs_lambda": 0.9})
     environment = world.environment(job_id=job_id, redis_url=valkey_url, listen=socket)
     stop = asyncio.Event()
-    service = asyncio.create_task(serve(environment, job, stop, Metrics(job_id, CollectorRegistry())))
+    service = asyncio.create_task(serve_groups(environment, job, stop, Metrics(job_id, CollectorRegistry())))
     group = sample_group(world, job_id=job_id, lengths=(6, 2, 9))
     async with open_channel(socket) as channel:
         await wait_ready(channel, "jackpot.v1.ScoringService", 20)

@@ -16,8 +16,8 @@ from jackpot.compute.model_weights import copy_state
 from jackpot.compute.models import load_causal_lm
 from jackpot.learner.publishing.broadcast import Outcome, Sender, WeightBroadcaster
 from jackpot.learner.publishing.replica_client import ReplicaClient
+from jackpot.rpc.channel import open_channel
 from jackpot.rpc.proto import trajectory_from_proto
-from jackpot.rpc.transport import open_channel
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
 
 PATIENCE = 120.0

@@ -22,8 +22,8 @@ from rollout_world import RolloutWorld, generate_request, refusal, stop
 from vllm_world import START_SECONDS
 
 from jackpot.compute.models import load_causal_lm
+from jackpot.rpc.channel import open_channel
 from jackpot.rpc.proto import trajectory_from_proto
-from jackpot.rpc.transport import open_channel
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
 
 PATIENCE = 30.0

@@ -18,8 +18,9 @@ from jackpot.errors import (
     RequestRefusedError,
     WeightError,
 )
+from jackpot.rpc.address import READINESS
+from jackpot.rpc.channel import call, wait_ready
 from jackpot.rpc.proto import trajectory_from_proto
-from jackpot.rpc.transport import READINESS, call, wait_ready
 from jackpot.trajectory import Trajectory
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
 

@@ -16,7 +16,7 @@ from jackpot.rollout.engine import RolloutEngine
 from jackpot.rollout.engine_choice import create_engine
 from jackpot.rollout.servicer import SERVICE_NAME, RolloutServicer
 from jackpot.rollout.weight_follower import WeightFollower
-from jackpot.rpc.transport import RpcServer, create_server
+from jackpot.rpc.server import RpcServer, create_server
 from jackpot.storage.job_storage import open_weight_store
 from jackpot.storage.objects import observe_calls
 from jackpot.storage.run_directory import scratch_directory

@@ -10,13 +10,14 @@ from typing import Any
 import grpc
 
 from jackpot.bus import TrajectoryBus
+from jackpot.compute.ranks.group import leave_ranks
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.errors import BusError, ConfigError, DeadlineError
+from jackpot.errors import BusError, ConfigError, DeadlineError, JackpotError
 from jackpot.process.service_process import announce_ready
-from jackpot.rpc.transport import create_server
+from jackpot.rpc.server import create_server
 from jackpot.scorer.engine import ScoringEngine
-from jackpot.scorer.ranked_scorer import ALONE, Members
+from jackpot.scorer.ranked_scorer import ALONE, Members, meet_members
 from jackpot.scorer.servicer import SERVICE_NAME, ScoringServicer
 from jackpot.scorer.worker import ScorerWorker
 from jackpot.storage.job_storage import open_weight_store, payload_place
@@ -31,14 +32,43 @@ CONNECT_PAUSE_SECONDS = 0.5
 RPC_GRACE_SECONDS = 2.0
 
 
-async def serve(
+async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
+    """Score until ``stop`` is set, on this process's rank; the exit code.
+
+    Raises:
+        ConfigError: the job needs no scorer, or as :func:`serve_groups`.
+        DeadlineError: as :func:`serve_groups`.
+    """
+    if not job.scorer_replicas:
+        problem = "leaves the scores to the learner, so that there is nothing to do for a scorer"
+        raise ConfigError("scorer.reuse_reference", True, problem, "Start none, or leave reuse_reference out.")
+    members = await asyncio.to_thread(meet_members, environment, job)
+    code = 1
+    try:
+        if members.ranks.rank == 0:
+            code = await serve_groups(environment, job, stop, members=members)
+        else:
+            # A signal stops rank 0, which stops this one when it is done.
+            follower = await asyncio.to_thread(members.make_follower, job, weight_store(environment, job))
+            code = await asyncio.to_thread(follower.run)
+    except JackpotError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if members.orders is not None:
+            await asyncio.to_thread(members.orders.dismiss, code)
+        leave_ranks()
+    return code
+
+
+async def serve_groups(
     environment: ServiceEnvironment,
     job: JobSpec,
     stop: asyncio.Event,
     metrics: Metrics | None = None,
     members: Members = ALONE,
 ) -> int:
-    """Score until ``stop`` is set; the exit code. With several ranks this is rank 0.
+    """Score what the bus and callers bring, until ``stop`` is set; the exit code. With several ranks this is rank 0.
 
     Args:
         environment: the process's addresses and paths.

@@ -14,8 +14,8 @@ from scripted_rollout import ScriptedRollout, start_scripted
 from jackpot.orchestrator.membership import RolloutMembership
 from jackpot.orchestrator.replicas import ReplicaPool
 from jackpot.process.scaling import announce_rollout, set_wanted_replicas, withdraw_rollout
+from jackpot.rpc.channel import open_channel
 from jackpot.rpc.proto import ids_to_bytes
-from jackpot.rpc.transport import open_channel
 from jackpot.v1 import rollout_pb2
 
 DEADLINE_SECONDS = 20.0

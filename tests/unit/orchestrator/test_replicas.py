@@ -24,8 +24,8 @@ from jackpot.errors import (
     WeightMissingError,
 )
 from jackpot.orchestrator.replicas import ReplicaPool
+from jackpot.rpc.channel import open_channel
 from jackpot.rpc.proto import ids_to_bytes
-from jackpot.rpc.transport import open_channel
 from jackpot.v1 import rollout_pb2
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jackpot.rpc.probe import main
-from jackpot.rpc.transport import create_server
+from jackpot.rpc.server import create_server
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -16,7 +16,8 @@ from certificates import HOUR, Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jackpot.errors import ConfigError, DeadlineError, EngineError, RequestRefusedError
-from jackpot.rpc.transport import RpcServer, call, create_server, open_channel, wait_ready
+from jackpot.rpc.channel import call, open_channel, wait_ready
+from jackpot.rpc.server import RpcServer, create_server
 from jackpot.v1 import scoring_pb2, scoring_pb2_grpc
 
 SERVICE = "jackpot.v1.ScoringService"

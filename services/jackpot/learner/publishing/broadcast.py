@@ -26,7 +26,7 @@ from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError, DeadlineError, JackpotError
 from jackpot.learner.publishing.replica_client import ReplicaClient
-from jackpot.rpc.transport import call, open_channel
+from jackpot.rpc.channel import call, open_channel
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
 
 LOG = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jackpot.errors import EngineError, JackpotError
-from jackpot.rpc.transport import call
+from jackpot.rpc.channel import call
 from jackpot.v1 import rollout_pb2
 
 # Name, dtype as torch calls it, shape; in the order in which they are sent.

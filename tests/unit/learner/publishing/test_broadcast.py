@@ -18,7 +18,8 @@ from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError, WeightCorruptError
 from jackpot.learner.publishing.broadcast import Outcome, WeightBroadcaster, connect_broadcaster, own_host
 from jackpot.learner.publishing.replica_client import ReplicaClient
-from jackpot.rpc.transport import RpcServer, create_server, open_channel
+from jackpot.rpc.channel import open_channel
+from jackpot.rpc.server import RpcServer, create_server
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
 
 STATE = {"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}

@@ -22,7 +22,8 @@ from jackpot.errors import (
     WeightCorruptError,
     WeightMissingError,
 )
-from jackpot.rpc.transport import RpcServer, call, create_server, open_channel, wait_ready
+from jackpot.rpc.channel import call, open_channel, wait_ready
+from jackpot.rpc.server import RpcServer, create_server
 from jackpot.telemetry import Metrics
 from jackpot.v1 import scoring_pb2, scoring_pb2_grpc
 
