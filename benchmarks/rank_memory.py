@@ -86,7 +86,7 @@ def rank(directory: Path, service: str) -> None:
     from jackpot.config import JobSpec
     from jackpot.config.environment import ServiceEnvironment
     from jackpot.learner.models.start import build_trainer
-    from jackpot.scorer.ranked_scorer import meet_members
+    from jackpot.scorer.ranked_scorer import join_ranked_scorer
     from jackpot.scorer.target import TargetPolicy
     from jackpot.storage.weights import WeightStore
 
@@ -101,7 +101,7 @@ def rank(directory: Path, service: str) -> None:
         trainer, ranks = build_trainer(environment, job)
         model = trainer.models["policy"]
     else:
-        ranks = meet_members(environment, job).ranks
+        ranks = join_ranked_scorer(environment, job).ranks
         model = TargetPolicy(job.policy, WeightStore(directory / "weights"), "cpu", 1.0, ranks).model
     with torch.no_grad():
         completion_hidden(model, [np.arange(8)], [1])

@@ -59,16 +59,16 @@ def read(path: Path) -> list[bytes]:
 def main(directory: Path) -> None:
     from jackpot.compute.ranks.group import leave_ranks
     from jackpot.compute.ranks.orders import Orders
-    from jackpot.scorer.ranked_scorer import Members, meet_members
+    from jackpot.scorer.ranked_scorer import RankedScorer, join_ranked_scorer
     from jackpot.storage.weights import WeightStore
 
     environment = ServiceEnvironment(run_dir=directory, job_id="job-1", threads=1)
     jobs = [JobSpec.model_validate_json(path.read_text()) for path in sorted(directory.glob("job-*.json"))]
-    ranks = meet_members(environment, jobs[0]).ranks
+    ranks = join_ranked_scorer(environment, jobs[0]).ranks
     for index, job in enumerate(jobs):
         if index == 0:
             note_held_bytes(directory, ranks, job)
-        members = Members(ranks, Orders(ranks, job.scorer.collective_timeout_seconds) if ranks.rank == 0 else None)
+        members = RankedScorer(ranks, Orders(ranks, job.scorer.collective_timeout_seconds) if ranks.rank == 0 else None)
         store = WeightStore(directory / "weights")
         if members.orders is None:
             assert members.make_follower(job, store).run() == 0

@@ -25,8 +25,8 @@ def _known_jobs(incomplete: str) -> list[str]:
 
     try:
         with Client() as client:
-            found = (job.id for job, _ in zip(client.jobs(), range(100), strict=False))
-            return [job_id for job_id in found if job_id.startswith(incomplete)]
+            job_ids = (job.id for job, _ in zip(client.jobs(), range(100), strict=False))
+            return [job_id for job_id in job_ids if job_id.startswith(incomplete)]
     except JackpotError:
         return []
 
@@ -86,8 +86,8 @@ def jobs(
 ) -> None:
     """List the jobs, newest first."""
     with _client(url, ca) as client:
-        found = client.jobs(states=state or (), labels=_labels(label))
-        rows = [job for job, _ in zip(found, range(limit), strict=False)]
+        known_jobs = client.jobs(states=state or (), labels=_labels(label))
+        rows = [job for job, _ in zip(known_jobs, range(limit), strict=False)]
     if as_json:
         typer.echo(json.dumps([job.model_dump(mode="json") for job in rows]))
         return
@@ -188,9 +188,12 @@ def delete(job_id: JobId, url: Url = None, ca: Ca = None, as_json: Json = False)
 def list_checkpoints(job_id: JobId, url: Url = None, ca: Ca = None, as_json: Json = False) -> None:
     """List the checkpoints of a job."""
     with _client(url, ca) as client:
-        found = client.checkpoints(job_id)
-    lines = [f"{one['name']:<10} {', '.join(one['roles'])}{'  latest' if one['latest'] else ''}" for one in found]
-    _print(found, as_json, "\n".join(lines) or "none yet")
+        checkpoints = client.checkpoints(job_id)
+    lines = [
+        f"{checkpoint['name']:<10} {', '.join(checkpoint['roles'])}{'  latest' if checkpoint['latest'] else ''}"
+        for checkpoint in checkpoints
+    ]
+    _print(checkpoints, as_json, "\n".join(lines) or "none yet")
 
 
 @_checkpoints.command("pull")
@@ -208,12 +211,12 @@ def pull(
     """Download a checkpoint as a directory that transformers loads."""
     with _client(url, ca) as client:
         if name is None:
-            found = client.checkpoints(job_id)
-            if not found:
+            checkpoints = client.checkpoints(job_id)
+            if not checkpoints:
                 raise ApiError(f"{job_id} has no checkpoint yet; see `jackpot show {job_id}`", 404)
-            name = str(found[-1]["name"])  # the export, if there is one
+            name = str(checkpoints[-1]["name"])  # the export, if there is one
             if name != "export":
-                name = next((str(one["name"]) for one in found if one["latest"]), name)
+                name = next((str(checkpoint["name"]) for checkpoint in checkpoints if checkpoint["latest"]), name)
         directory = client.pull(job_id, name, to or Path(f"{job_id}-{name}-{role}"), role)
     _print({"directory": str(directory), "checkpoint": name, "role": role}, as_json, str(directory))
 

@@ -69,7 +69,7 @@ def serve(
     from jackpot.config.environment import redis_url_over_tls
     from jackpot.control_plane.jobs.admission import DEFAULT_TASKS, Admission
     from jackpot.control_plane.jobs.scheduler import SchedulingPolicy
-    from jackpot.control_plane.launch.launcher_choice import Launchers
+    from jackpot.control_plane.launch.launcher_choice import LauncherChoice
     from jackpot.control_plane.serve import serve as serve_until_stopped
     from jackpot.control_plane.settings import ServeSettings
     from jackpot.control_plane.tokens import TokenFile
@@ -77,7 +77,7 @@ def serve(
 
     if (launcher == "kubernetes") != (cluster is not None) or launcher not in ("local", "kubernetes"):
         raise ConfigError("--launcher", launcher, "does not go with --cluster", "Give both, or neither.")
-    launchers = Launchers(cluster.resolve() if cluster else None, store if cluster else None)
+    launcher_choice = LauncherChoice(cluster.resolve() if cluster else None, store if cluster else None)
     directory = data_dir.expanduser().resolve()
     settings = ServeSettings(
         data_dir=directory,
@@ -92,8 +92,8 @@ def serve(
         tls_elsewhere=tls_elsewhere,
         allowed_hosts=tuple(allowed_host or ()),
         admission=Admission(tasks=(*DEFAULT_TASKS, *(allow_task or ())), weight_store=_bucket(weight_store)),
-        launchers=launchers,
-        policy=SchedulingPolicy(slots=slots, max_losses=max_losses, stop_seconds=launchers.stop_seconds),
+        launcher_choice=launcher_choice,
+        policy=SchedulingPolicy(slots=slots, max_losses=max_losses, stop_seconds=launcher_choice.stop_seconds),
         requests_per_second=rate_limit,
         burst=max(1, int(rate_limit * 3)),
     ).with_roots(root)

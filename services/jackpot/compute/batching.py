@@ -102,20 +102,27 @@ def shared_rows(lengths: Sequence[int], siblings: Siblings, max_row_tokens: int)
     rows: list[list[int]] = []
     for first, last in pairwise(bounds):
         if last > first:
-            own = [length - siblings.prompt_lengths[first] for length in lengths[first:last]]
-            cuts = _cheapest_split(own, siblings.prompt_lengths[first], siblings.attention, max_row_tokens)
+            completion_lengths = [length - siblings.prompt_lengths[first] for length in lengths[first:last]]
+            cuts = _cheapest_split(
+                completion_lengths, siblings.prompt_lengths[first], siblings.attention, max_row_tokens
+            )
             rows += [list(range(first + start, first + end)) for start, end in pairwise(cuts)]
     return rows
 
 
-def _cheapest_split(own: Sequence[int], prompt: int, attention: AttentionCost, max_row_tokens: int) -> list[int]:
+def _cheapest_split(
+    completion_lengths: Sequence[int], prompt: int, attention: AttentionCost, max_row_tokens: int
+) -> list[int]:
     """Where rows begin and end, of completions of these lengths behind one prompt."""
     # In plain Python: numpy takes ten times as long for the few completions that a prompt has.
-    ends = [0, *accumulate(own)]
-    best = list(range(len(own) + 1))
-    best_cost = sum(tokens + tokens**2 / (2 * attention.tokens) for tokens in (prompt + one for one in own))
-    for num_rows in range(1, len(own)):
-        cuts = [round(row * len(own) / num_rows) for row in range(num_rows + 1)]
+    ends = [0, *accumulate(completion_lengths)]
+    best = list(range(len(completion_lengths) + 1))
+    best_cost = sum(
+        tokens + tokens**2 / (2 * attention.tokens)
+        for tokens in (prompt + completion for completion in completion_lengths)
+    )
+    for num_rows in range(1, len(completion_lengths)):
+        cuts = [round(row * len(completion_lengths) / num_rows) for row in range(num_rows + 1)]
         rows = [prompt + ends[end] - ends[start] for start, end in pairwise(cuts)]
         cost = sum(tokens + attention.mask_factor * tokens**2 / attention.tokens for tokens in rows)
         if cost < best_cost and max(rows) <= max_row_tokens:

@@ -89,9 +89,11 @@ def _shared_hidden(
     alone. Its first token is predicted by the prompt's last state, which they share."""
     firsts = np.concatenate([[0], np.cumsum(per_row)])
     # Without the last tokens, which predict nothing that is asked for here.
-    own = [len(sequence) - 1 - prompt for sequence, prompt in zip(sequences, prompt_lengths, strict=True)]
+    completion_lengths = [
+        len(sequence) - 1 - prompt for sequence, prompt in zip(sequences, prompt_lengths, strict=True)
+    ]
     prompts = [prompt_lengths[first] for first in firsts[:-1]]
-    width = max(prompt + sum(own[a:b]) for prompt, (a, b) in zip(prompts, pairwise(firsts), strict=True))
+    width = max(prompt + sum(completion_lengths[a:b]) for prompt, (a, b) in zip(prompts, pairwise(firsts), strict=True))
     ids = np.zeros((len(per_row), width), dtype=np.int64)
     positions = np.zeros_like(ids)
     part = np.full_like(ids, _PADDING)
@@ -102,9 +104,9 @@ def _shared_hidden(
         part[row, :prompt] = _PROMPT
         start = prompt
         for index in range(first, last):
-            end = start + own[index]
+            end = start + completion_lengths[index]
             ids[row, start:end] = sequences[index][prompt:-1]
-            positions[row, start:end] = np.arange(prompt, prompt + own[index])
+            positions[row, start:end] = np.arange(prompt, prompt + completion_lengths[index])
             part[row, start:end] = index
             wanted.append(np.r_[prompt - 1, start:end] + row * width)
             start = end

@@ -18,15 +18,15 @@ WEIGHTS_FILE = "model.safetensors"
 
 def save_weights(model: nn.Module, directory: Path) -> None:
     """Write ``model.safetensors``, each tensor once (of tied ones the first name), under the model's own names."""
-    own, _ = own_tensors(model)
-    write_state({name: tensor.detach().to("cpu").contiguous() for name, tensor in own.items()}, directory)
+    tensors, _ = own_tensors(model)
+    write_state({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, directory)
 
 
 @torch.no_grad()
 def copy_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that :func:`save_weights` writes, copied to CPU memory: training may go on meanwhile."""
-    own, _ = own_tensors(model)
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in own.items()}
+    tensors, _ = own_tensors(model)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def write_state(state: Mapping[str, Tensor], directory: Path) -> None:
@@ -44,8 +44,8 @@ def read_state(model: nn.Module, weights_dir: Path) -> dict[str, Tensor]:
         WeightCorruptError: the file cannot be read, or its names or shapes are not the model's.
         FileNotFoundError: there is no such file (the version was pruned).
     """
-    own, aliases = own_tensors(model)
-    return read_tensors(weights_dir, {name: list(tensor.shape) for name, tensor in own.items()}, aliases)
+    tensors, aliases = own_tensors(model)
+    return read_tensors(weights_dir, {name: list(tensor.shape) for name, tensor in tensors.items()}, aliases)
 
 
 def read_tensors(
@@ -96,25 +96,25 @@ def check_layout(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
     Raises:
         WeightCorruptError: naming the first that is not, or what lacks.
     """
-    own, aliases = own_tensors(model)
+    tensors, aliases = own_tensors(model)
     for given, shape in shapes.items():
         name = aliases.get(given)
         if name is None:
             raise WeightCorruptError(f"tensor {given!r} is not in the model. {_SAME_MODEL}")
-        if list(shape) != list(own[name].shape):
-            expected = list(own[name].shape)
+        if list(shape) != list(tensors[name].shape):
+            expected = list(tensors[name].shape)
             raise WeightCorruptError(
                 f"tensor {given!r} has shape {list(shape)}, the model's has {expected}. {_SAME_MODEL}"
             )
-    if missing := sorted(own.keys() - {aliases[given] for given in shapes}):
+    if missing := sorted(tensors.keys() - {aliases[given] for given in shapes}):
         raise WeightCorruptError(f"{len(missing)} tensors lack ({', '.join(missing[:5])}). {_SAME_MODEL}")
 
 
 @torch.no_grad()
 def apply_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy tensors of :func:`read_state` into the model, in place, cast to its number format."""
-    own, _ = own_tensors(model)
-    for name, tensor in own.items():
+    parameters, _ = own_tensors(model)
+    for name, tensor in parameters.items():
         tensor.copy_(state[name])
 
 
@@ -125,21 +125,21 @@ def load_state(model: nn.Module, weights_dir: Path) -> None:
 
 def own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors that make up a model, each once, and the name among them for every name of the state dict."""
-    own: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first_name: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         aliases[name] = first_name.setdefault(id(tensor), name)
-        own[aliases[name]] = tensor
-    return own, aliases
+        tensors[aliases[name]] = tensor
+    return tensors, aliases
 
 
 def tie(model: nn.Module, aliases: Mapping[str, str]) -> None:
     """Have each name of the state dict mean the tensor that it stands for, see :func:`own_tensors`."""
     tensors = model.state_dict(keep_vars=True)
-    for name, own in aliases.items():
-        if name != own and tensors[name] is not tensors[own]:
-            put_tensor(model, name, tensors[own])
+    for name, owner in aliases.items():
+        if name != owner and tensors[name] is not tensors[owner]:
+            put_tensor(model, name, tensors[owner])
 
 
 def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -134,14 +134,14 @@ def hidden_states(
         ValueError: a model that attends by lengths is given positions alone, from which it learns of no sequences.
     """
     forward = getattr(model, SHARDED_FORWARD, model.base_model)
-    own: dict[str, Any] = {}
+    packed_bounds: dict[str, Any] = {}
     if attends_by_lengths(model):
         if packed_lengths is not None:
-            own = bounds(packed_lengths, input_ids.device)
+            packed_bounds = bounds(packed_lengths, input_ids.device)
         elif position_ids is not None and attention_mask is None:
             raise ValueError("a model that attends by lengths needs packed_lengths or a mask beside position_ids")
     output = forward(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **own
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **packed_bounds
     )
     hidden: Tensor = output.last_hidden_state
     return hidden
@@ -189,9 +189,9 @@ def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
     bound = _CHECK_TOLERANCE[output_head(model).weight.dtype] * max(1.0, float(expected.abs().max()))
     for attention_mask in (mask, None):
         hidden = hidden_states(model, ids, attention_mask)
-        found = output_head(model).logits(hidden)[1, :5].float()
+        logits = output_head(model).logits(hidden)[1, :5].float()
         # Written so that NaN fails as well.
-        if found.shape != expected.shape or not float((found - expected).abs().max()) <= bound:
+        if logits.shape != expected.shape or not float((logits - expected).abs().max()) <= bound:
             raise ConfigError(
                 field,
                 architecture(model),

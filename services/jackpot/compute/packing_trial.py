@@ -73,8 +73,8 @@ def agreed_problem_with_varlen(
         problem = f"torch {torch.__version__} has no attention by lengths for {name} on this {device.type}"
     problem = ranks.finding_of_rank_0(problem)
     if problem is None:
-        found = [problem for model, _ in models if (problem := problem_with_varlen(model))]
-        problem = ranks.finding_of_rank_0(found[0] if found else None)
+        problems = [problem for model, _ in models if (problem := problem_with_varlen(model))]
+        problem = ranks.finding_of_rank_0(problems[0] if problems else None)
     return problem
 
 

@@ -33,8 +33,8 @@ def attention_cost(
         device: where they compute.
         ranks: over which they are sharded; all of them try, and what rank 0 finds holds.
     """
-    found = [_attention_tokens(model) for model in models]
-    tokens = ranks.finding_of_rank_0(None if None in found else found[0])
+    costs = [_attention_tokens(model) for model in models]
+    tokens = ranks.finding_of_rank_0(None if None in costs else costs[0])
     return None if tokens is None else AttentionCost(tokens, _MASK_FACTORS.get(device.type, 1.0))
 
 

@@ -148,8 +148,8 @@ def attend_one_by_one(
     parts = []
     for start, end in pairwise(cumulative.tolist()):
         q, k, v = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
-        one = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        parts.append(one[0].transpose(0, 1))
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        parts.append(attended[0].transpose(0, 1))
     return torch.cat(parts)
 
 

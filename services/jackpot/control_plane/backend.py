@@ -57,7 +57,9 @@ class Backend:
                 await embedded.start()
             self.store = RedisJobStore(self.settings.store_url or (embedded.url if embedded else ""))
             await self.store.check_server()
-            self.scheduler = Scheduler(self.store, directory / "runs", self.settings.policy, self.settings.launchers)
+            self.scheduler = Scheduler(
+                self.store, directory / "runs", self.settings.policy, self.settings.launcher_choice
+            )
             tasks.append(asyncio.create_task(self.scheduler.run()))
             if embedded is not None:
                 tasks.append(asyncio.create_task(_keep_up(embedded, self.stopping)))

@@ -37,8 +37,8 @@ async def follow_renewals(
     while not stopping.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), LOOK_SECONDS)
-        found, serving = _stamp(certificate, key), context()
-        if found in ((), seen) or serving is None:
+        current, serving = _stamp(certificate, key), context()
+        if current in ((), seen) or serving is None:
             continue
         try:
             # Aside first: a pair that does not fit would leave the server's context with half of it.
@@ -47,5 +47,5 @@ async def follow_renewals(
         except (OSError, ssl.SSLError) as error:
             LOG.warning("the old certificate stays in use: %s", error)
             continue
-        seen = found
+        seen = current
         LOG.info("serving with a new certificate", extra={"certificate": str(certificate)})

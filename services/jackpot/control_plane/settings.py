@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jackpot.control_plane.jobs.admission import Admission
 from jackpot.control_plane.jobs.scheduler import SchedulingPolicy
-from jackpot.control_plane.launch.launcher_choice import Launchers
+from jackpot.control_plane.launch.launcher_choice import LauncherChoice
 from jackpot.errors import ConfigError
 
 MAX_BODY_BYTES = 256 << 10
@@ -32,7 +32,7 @@ class ServeSettings:
     allowed_hosts: tuple[str, ...] = ()  # names under which the server is reached, beside its own address
     admission: Admission = field(default_factory=Admission)
     policy: SchedulingPolicy = field(default_factory=SchedulingPolicy)
-    launchers: Launchers = field(default_factory=Launchers)  # where jobs run
+    launcher_choice: LauncherChoice = field(default_factory=LauncherChoice)  # where jobs run
     max_body_bytes: int = MAX_BODY_BYTES
     requests_per_second: float = 100.0  # of one client; 0 is no limit
     burst: int = 300
@@ -73,8 +73,8 @@ class ServeSettings:
         Raises:
             ConfigError: naming what is missing.
         """
-        self.launchers.check()
-        if self.launchers.jobs_outlive_sessions and self.store_url is None:
+        self.launcher_choice.check()
+        if self.launcher_choice.jobs_outlive_sessions and self.store_url is None:
             remedy = "Give the URL of the Redis that the cluster's jobs use, or of another one that lasts."
             raise ConfigError("--store", None, "must be a server of its own when jobs run on a cluster", remedy)
         if (self.tls_certificate is None) != (self.tls_key is None):

@@ -87,11 +87,11 @@ def runs_of(study: Study) -> dict[Cell, list[Run]]:
     Raises:
         ConfigError: a setting of an arm cannot work.
     """
-    found: dict[Cell, list[Run]] = {}
+    runs_by_cell: dict[Cell, list[Run]] = {}
     for name, phase in study.config.phases.items():
         for cell in _cells(study, name, phase):
-            found[cell] = [make_run(study, cell, seed) for seed in phase.seeds]
-    return found
+            runs_by_cell[cell] = [make_run(study, cell, seed) for seed in phase.seeds]
+    return runs_by_cell
 
 
 def make_run(study: Study, cell: Cell, seed: int) -> Run:

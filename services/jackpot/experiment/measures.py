@@ -64,34 +64,34 @@ def summarize(study: Study, results: Mapping[Cell, Sequence[Result]]) -> dict[Ce
 
 
 def _summary(study: Study, cell: Cell, results: Mapping[Cell, Sequence[Result]]) -> Summary:
-    metrics, found = study.config.metrics, results[cell]
+    metrics, of_cell = study.config.metrics, results[cell]
     against = study.config.phases[cell.phase].compare_to or study.config.compare_to
     other = results.get(Cell(cell.phase, cell.variant, against), ()) if cell.arm != against else ()
     return Summary(
-        area=mean_estimate([area(result) for result in found], metrics.interval),
-        final=mean_estimate([final(result) for result in found], metrics.interval),
-        dips=share_estimate(sum(dips(result, metrics.dip) for result in found), len(found)),
-        difference=_difference(found, other, metrics),
-        series=_figures(found, metrics, lambda values: float(np.mean(values))),
-        last=_figures(found, metrics, lambda values: values[-1]),
-        seconds=sum(result.seconds for result in found),
-        num_failed=sum(result.failure is not None for result in found),
+        area=mean_estimate([area(result) for result in of_cell], metrics.interval),
+        final=mean_estimate([final(result) for result in of_cell], metrics.interval),
+        dips=share_estimate(sum(dips(result, metrics.dip) for result in of_cell), len(of_cell)),
+        difference=_difference(of_cell, other, metrics),
+        series=_figures(of_cell, metrics, lambda values: float(np.mean(values))),
+        last=_figures(of_cell, metrics, lambda values: values[-1]),
+        seconds=sum(result.seconds for result in of_cell),
+        num_failed=sum(result.failure is not None for result in of_cell),
     )
 
 
-def _difference(found: Sequence[Result], other: Sequence[Result], metrics: MetricsConfig) -> Difference | None:
+def _difference(results: Sequence[Result], other: Sequence[Result], metrics: MetricsConfig) -> Difference | None:
     theirs = {result.seed: primary(result, metrics) for result in other}
-    pairs = [primary(result, metrics) - theirs[result.seed] for result in found if result.seed in theirs]
+    pairs = [primary(result, metrics) - theirs[result.seed] for result in results if result.seed in theirs]
     if not pairs:
         return None
     return Difference(mean_estimate(pairs, metrics.interval), sign_flip_p(pairs))
 
 
-def _figures(found: Sequence[Result], metrics: MetricsConfig, of_run: object) -> dict[str, Estimate]:
+def _figures(results: Sequence[Result], metrics: MetricsConfig, of_run: object) -> dict[str, Estimate]:
     assert callable(of_run)
     figures: dict[str, Estimate] = {}
-    for name in {name: None for result in found for name in result.series}:
-        runs = [[v for v in result.series.get(name, ()) if v is not None] for result in found]
+    for name in {name: None for result in results for name in result.series}:
+        runs = [[v for v in result.series.get(name, ()) if v is not None] for result in results]
         values = [of_run(run) for run in runs if run]
         if values:
             figures[name] = mean_estimate(values, metrics.interval)

@@ -67,8 +67,8 @@ def make_result(
             continue
         series[name] = []
         for low, high in itertools.pairwise(bounds):
-            found = [row[column] for row in steps if low < row["step"] <= high and column in row]
-            series[name].append(_rounded(sum(found) / len(found)) if found else None)
+            values = [row[column] for row in steps if low < row["step"] <= high and column in row]
+            series[name].append(_rounded(sum(values) / len(values)) if values else None)
     points = tuple((int(step), _rounded(accuracy)) for step, accuracy in evaluations)
     return Result(run.key, run.job.seed, points, series, round(seconds, 1), failure, run.settings())
 
@@ -81,8 +81,8 @@ def write_result(directory: Path, result: Result) -> None:
 
 def read_results(directory: Path) -> dict[str, Result]:
     """Every run's file in a directory, by key. What was half-written when its process died has another ending."""
-    found = (_result(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(directory.glob("*.json")))
-    return {result.key: result for result in found}
+    run_results = (_result(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(directory.glob("*.json")))
+    return {result.key: result for result in run_results}
 
 
 def write_collection(path: Path, results: Iterable[Result]) -> None:
@@ -111,11 +111,11 @@ def read_collection(path: Path) -> dict[str, Result]:
         data = json.loads(path.read_text(encoding="utf-8"))
         first, *others = data["settings"] or [{}]
         settings = [first, *(_changed(first, changes) for changes in others)]
-        found = [_result({**run, "settings": settings[run["settings"]]}) for run in data["runs"]]
+        run_results = [_result({**run, "settings": settings[run["settings"]]}) for run in data["runs"]]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         problem = f"is damaged ({type(error).__name__}: {error})"
         raise ConfigError("results", str(path), problem, "Restore it, or delete it to run the study again.") from None
-    return {result.key: result for result in found}
+    return {result.key: result for result in run_results}
 
 
 def find(results: Mapping[str, Result], run: Run) -> Result | None:
@@ -135,14 +135,14 @@ def _changes(base: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
     """What differs, by dotted path. Mappings whose keys differ are replaced as a whole; the path "" is everything."""
     if base.keys() != other.keys():
         return {prefix.removesuffix("."): other}
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for name, value in other.items():
         mine = base[name]
         if isinstance(mine, Mapping) and isinstance(value, Mapping):
-            found |= _changes(mine, value, f"{prefix}{name}.")
+            changes |= _changes(mine, value, f"{prefix}{name}.")
         elif mine != value:
-            found[prefix + name] = value
-    return found
+            changes[prefix + name] = value
+    return changes
 
 
 def _changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

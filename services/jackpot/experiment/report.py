@@ -122,14 +122,14 @@ def _figures(
     phase = study.config.phases[cell.phase]
     title = cell.phase if cell.variant is None else f"{cell.phase}, {cell.variant}"
     stem = title.replace(", ", "-").replace(" ", "-").replace("/", "-")
-    found = []
+    pictures = []
     if phase.purpose == "confirmation":
         draw_curves({arm: results[c] for arm, c in cells.items()}, directory / f"{stem}-curves.svg", title)
-        found.append(f"![Curves: {title}]({directory.name}/{stem}-curves.svg)")
+        pictures.append(f"![Curves: {title}]({directory.name}/{stem}-curves.svg)")
     reference = phase.compare_to or study.config.compare_to
     bars = {arm: summaries[c] for arm, c in cells.items()}
     draw_bars(bars, directory / f"{stem}-bars.svg", title, reference)
-    return [*found, f"![Means: {title}]({directory.name}/{stem}-bars.svg)"]
+    return [*pictures, f"![Means: {title}]({directory.name}/{stem}-bars.svg)"]
 
 
 def _table(study: Study, summaries: Mapping[str, Summary], phase: str) -> str:
@@ -155,11 +155,11 @@ def _table(study: Study, summaries: Mapping[str, Summary], phase: str) -> str:
     return _markdown(headings, rows)
 
 
-def _search_table(study: Study, found: Mapping[str, tuple[Summary, Sequence[Result]]]) -> str:
+def _search_table(study: Study, results_by_arm: Mapping[str, tuple[Summary, Sequence[Result]]]) -> str:
     """Seed by seed: intervals of two or three runs say nothing."""
     headings = ["arm", "area under curve", "seed: area", "seed: final accuracy"]
     rows = []
-    for arm, (summary, results) in found.items():
+    for arm, (summary, results) in results_by_arm.items():
         areas = ", ".join(f"{result.seed}: {area(result):.2f}" for result in results)
         finals = ", ".join(f"{result.seed}: {final(result):.2f}" for result in results)
         rows.append([arm, f"{summary.area.mean:.3f}", areas, finals])

@@ -80,13 +80,13 @@ def _missing(
 ) -> list[tuple[Cell, Run]]:
     """What is to be made, each key once: phase by phase, and in a phase seed by seed, so that a study that is cut short
     has a bit of every arm."""
-    found: dict[str, tuple[tuple[int, int], Cell, Run]] = {}
+    missing_runs: dict[str, tuple[tuple[int, int], Cell, Run]] = {}
     order = list(dict.fromkeys(cell.phase for cell in cells))
     for cell, runs in cells.items():
         for turn, run in enumerate(runs):
-            if (not phases or cell.phase in phases) and run.key not in found and find(known, run) is None:
-                found[run.key] = ((order.index(cell.phase), turn), cell, run)
-    return [(cell, run) for _, cell, run in sorted(found.values(), key=lambda entry: entry[0])]
+            if (not phases or cell.phase in phases) and run.key not in missing_runs and find(known, run) is None:
+                missing_runs[run.key] = ((order.index(cell.phase), turn), cell, run)
+    return [(cell, run) for _, cell, run in sorted(missing_runs.values(), key=lambda entry: entry[0])]
 
 
 def _make(
@@ -110,10 +110,10 @@ def _make(
 
 
 def _by_cell(cells: Mapping[Cell, Sequence[Run]], known: Mapping[str, Result]) -> dict[Cell, list[Result]]:
-    found = {cell: [result for run in runs if (result := find(known, run))] for cell, runs in cells.items()}
-    return {cell: results for cell, results in found.items() if results}
+    known_results = {cell: [result for run in runs if (result := find(known, run))] for cell, runs in cells.items()}
+    return {cell: results for cell, results in known_results.items() if results}
 
 
 def _used(cells: Mapping[Cell, Sequence[Run]], known: Mapping[str, Result]) -> list[Result]:
-    found = (find(known, run) for runs in cells.values() for run in runs)
-    return list({result.key: result for result in found if result is not None}.values())
+    known_results = (find(known, run) for runs in cells.values() for run in runs)
+    return list({result.key: result for result in known_results if result is not None}.values())

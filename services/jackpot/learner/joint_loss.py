@@ -19,7 +19,7 @@ from jackpot.compute.forward import CompletionStates
 from jackpot.compute.models import output_head
 from jackpot.compute.ranks.sharding import release
 from jackpot.config import JobSpec
-from jackpot.learner.lambda_control import Controls
+from jackpot.learner.lambda_control import LambdaControl
 from jackpot.learner.reports.step_metrics import StepMeter
 from jackpot.scoring.batch import Batch
 from jackpot.scoring.passes import model_inputs
@@ -64,7 +64,7 @@ class JointLoss:
         models: Mapping[Role, PreTrainedModel],
         initial: PreTrainedModel | None,
         states: CompletionStates,
-        controls: Controls,
+        controls: LambdaControl,
         device: torch.device,
     ) -> None:
         self._job = job

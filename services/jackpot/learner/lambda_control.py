@@ -11,7 +11,7 @@ from jackpot.algorithm.kl_control import KlControlSettings, KlControlState, init
 from jackpot.config import AlgorithmConfig, DistillationConfig, JackpotCorrection
 
 
-class Controls:
+class LambdaControl:
     """λ and λ_distill in force. Constants unless the job asks for a rate or a KL.
 
     Args:
@@ -44,7 +44,7 @@ class Controls:
         """
         if self._obrs is None or self._obrs.acceptance_rate is None:
             return
-        found = solve_lambda(
+        solved_lambda = solve_lambda(
             target_logprobs,
             actor_logprobs,
             self._obrs.acceptance_rate,
@@ -52,7 +52,7 @@ class Controls:
             upper=self._obrs.lambda_max,
         )
         smoothing = self._obrs.lambda_smoothing if self._lambda_was_solved else 0.0
-        self.obrs_lambda = smoothed_lambda(self.obrs_lambda, found, smoothing)
+        self.obrs_lambda = smoothed_lambda(self.obrs_lambda, solved_lambda, smoothing)
         self._lambda_was_solved = True
 
     def observe_kl(self, kl: float) -> None:

@@ -135,8 +135,8 @@ class Learner:
     async def _replay(self, stopped: Callable[[], bool]) -> None:
         """Train the batches again whose manifests were written but whose effect the checkpoint does not hold."""
         while not stopped() and (manifest := self._manifests.read(self._progress.batch)) is not None:
-            found = await self._collector.with_bus(partial(self._bus.fetch_scored, manifest.group_ids))
-            missing = [group_id for group_id in manifest.group_ids if group_id not in found]
+            groups_by_id = await self._collector.with_bus(partial(self._bus.fetch_scored, manifest.group_ids))
+            missing = [group_id for group_id in manifest.group_ids if group_id not in groups_by_id]
             if missing and await self._passed_over(manifest, missing):
                 continue
             if missing:
@@ -147,7 +147,7 @@ class Learner:
                     await self._collector.with_bus(partial(self._bus.drop, group_id, "lost", detail))
                 return
             LOG.info("training batch %d again from its manifest", manifest.batch)
-            groups = [found[group_id] for group_id in manifest.group_ids]
+            groups = [groups_by_id[group_id] for group_id in manifest.group_ids]
             learner, advantage = self._job.learner, self._job.algorithm.advantage
             await self._train(groups, build_batch(groups, advantage, learner.max_sequence_tokens), waited_seconds=0.0)
 

@@ -165,7 +165,7 @@ class PolicyEvaluation:
         except* JackpotError as errors:
             raise first_error(errors) from None
         by_prompt = [task.result() for task in running]
-        samples = [sample for one in by_prompt for sample in one]
+        samples = [sample for prompt_samples in by_prompt for sample in prompt_samples]
         judged = [reward for _, reward in samples if not isinstance(reward, RewardError)]
         if not judged:
             raise RewardError("the reward of every sample of an evaluation failed")
@@ -176,7 +176,7 @@ class PolicyEvaluation:
             newest_step=max(versions),
             time=time.time(),
             policy_accuracy=float(np.mean([reward >= CORRECT for reward in judged])),
-            pass_at_n=pass_at_n([[reward for _, reward in one] for one in by_prompt]),
+            pass_at_n=pass_at_n([[reward for _, reward in prompt_samples] for prompt_samples in by_prompt]),
             mean_reward=float(np.mean(judged)),
             num_samples=len(judged),
             num_reward_failures=len(samples) - len(judged),
@@ -219,8 +219,8 @@ def pass_at_n(rewards: Sequence[Sequence[float | RewardError]]) -> float:
     Args:
         rewards: of each prompt's samples; at least one of all is a number.
     """
-    judged = [[reward for reward in one if not isinstance(reward, RewardError)] for one in rewards]
-    return float(np.mean([max(one) >= CORRECT for one in judged if one]))
+    judged = [[reward for reward in of_prompt if not isinstance(reward, RewardError)] for of_prompt in rewards]
+    return float(np.mean([max(of_prompt) >= CORRECT for of_prompt in judged if of_prompt]))
 
 
 def next_evaluation(last: int, every: int, steps: int) -> int:

@@ -43,7 +43,7 @@ class LedgerSync:
         self.succeeded_at = time.monotonic()  # when the bus last answered
 
     async def run(self) -> None:
-        """Mirror until cancelled."""
+        """Carry records over until cancelled."""
         while True:
             await self.catch_up()
             self.succeeded_at = time.monotonic()
@@ -54,7 +54,7 @@ class LedgerSync:
         self._after = ""
 
     async def catch_up(self) -> None:
-        """Mirror every record that there is."""
+        """Carry over every record that there is."""
         while records := await self._bus.read_terminal(self._after, PAGE):
             rows = [record for _, record in records]
             for row in await asyncio.to_thread(self._file.append, rows):

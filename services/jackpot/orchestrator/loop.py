@@ -98,7 +98,7 @@ class Orchestrator:
             metrics=metrics,
             activity=self._activity,
         )
-        self._mirror = LedgerSync(bus, self._ledger, self._book, metrics, self._dispatcher.slots_changed)
+        self._ledger_sync = LedgerSync(bus, self._ledger, self._book, metrics, self._dispatcher.slots_changed)
         self._gauges = JobGauges(bus, self._versions, replicas, run_dir, metrics)
         self._evaluation = PolicyEvaluation(
             job=job,
@@ -141,7 +141,7 @@ class Orchestrator:
             LOG.error("incident: the bus lost the job's state (%s)", error)
             self._bus_lost = True
         except BusError as error:
-            if time.monotonic() - self._mirror.succeeded_at > OUTAGE_SECONDS:
+            if time.monotonic() - self._ledger_sync.succeeded_at > OUTAGE_SECONDS:
                 raise
             LOG.warning("the bus is not available: %s", error)
         return False
@@ -157,7 +157,7 @@ class Orchestrator:
                         self._membership.follow(),
                         self._replicas.watch(),
                         self._evaluator.watch(),
-                        self._mirror.run(),
+                        self._ledger_sync.run(),
                         self._gauges.run(),
                         self._dispatcher.run(again),
                     )
@@ -176,9 +176,9 @@ class Orchestrator:
         """Rebuild the book; the groups that were dispatched and never published, in slot order."""
         await self._bus.open()
         states = {GroupKey.parse(group_id): state for group_id, state in (await self._bus.dispatched()).items()}
-        self._mirror.rewind()
+        self._ledger_sync.rewind()
         # After the above: a group that ends in between then counts as ended.
-        await self._mirror.catch_up()
+        await self._ledger_sync.catch_up()
         ended = self._ledger.ended
         opened = {key for key in (*states, *self._claimed_by_learner()) if key not in ended}
         self._book.restore(ended, opened)
@@ -211,4 +211,4 @@ class Orchestrator:
 
     async def _close_ledger(self) -> None:
         await self._bus.close_job()
-        await self._mirror.catch_up()
+        await self._ledger_sync.catch_up()

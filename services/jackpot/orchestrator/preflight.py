@@ -66,5 +66,5 @@ def _max_positions(model_dir: Path) -> int | None:
     except (OSError, ValueError):
         return None  # whether a model directory is whole is checked elsewhere
     text = config.get("text_config")
-    found = (text if isinstance(text, dict) else config).get("max_position_embeddings")
-    return found if isinstance(found, int) and found > 0 else None
+    positions = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    return positions if isinstance(positions, int) and positions > 0 else None

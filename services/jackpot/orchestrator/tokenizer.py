@@ -147,17 +147,17 @@ def _template_source(model_dir: Path, config: Mapping[str, Any]) -> str | None:
     file = model_dir / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    found = _read_json(model_dir / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(found, list):  # several named templates
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    return found if isinstance(found, str) else None
+    template = _read_json(model_dir / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _eos_ids(model_dir: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, str]) -> tuple[int, ...]:
     # All of them: chat models often name one end in config.json and another in the tokenizer.
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        found = _read_json(model_dir / name).get("eos_token_id")
-        ids.update(found if isinstance(found, list) else [] if found is None else [found])
+        ids_of_file = _read_json(model_dir / name).get("eos_token_id")
+        ids.update(ids_of_file if isinstance(ids_of_file, list) else [] if ids_of_file is None else [ids_of_file])
     eos = tokenizer.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
     return tuple(sorted(ids if eos is None else ids | {eos}))

@@ -88,8 +88,8 @@ class RenewingChannel(grpc.aio.Channel):
         await self.close()
 
     def _current(self) -> grpc.aio.Channel:
-        found = stamp(self._tls_dir)
-        if found in ((), self._seen):
+        current = stamp(self._tls_dir)
+        if current in ((), self._seen):
             return self._channel
         try:
             renewed = self._connect()
@@ -97,7 +97,7 @@ class RenewingChannel(grpc.aio.Channel):
             # Half replaced: the next call looks again.
             LOG.warning("the old certificate stays in use: %s", error)
             return self._channel
-        self._seen, old, self._channel = found, self._channel, renewed
+        self._seen, old, self._channel = current, self._channel, renewed
         LOG.info("calling with a new certificate", extra={"tls_dir": self._tls_dir})
         task = asyncio.get_running_loop().create_task(old.close(CLOSE_GRACE_SECONDS))
         self._closing.add(task)

@@ -50,8 +50,8 @@ class TlsFiles:
         except ssl.SSLError as error:
             raise ConfigError("JACKPOT_TLS_DIR", tls_dir, f"holds files that do not fit ({error})", _REMEDY) from None
         except OSError as error:
-            found = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-            missing = ", ".join(n for n in (CERTIFICATE, KEY, AUTHORITY) if not (directory / n).is_file()) or found
+            problem = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+            missing = ", ".join(n for n in (CERTIFICATE, KEY, AUTHORITY) if not (directory / n).is_file()) or problem
             raise ConfigError("JACKPOT_TLS_DIR", tls_dir, f"cannot be read ({missing})", _REMEDY) from None
         return cls(*parts)
 
@@ -75,8 +75,8 @@ class _Renewal:
 
     def __call__(self) -> grpc.ServerCertificateConfiguration | None:
         with self._lock:
-            found = stamp(self._tls_dir)
-            if found in ((), self._seen):
+            current = stamp(self._tls_dir)
+            if current in ((), self._seen):
                 return None
             try:
                 files = TlsFiles.read(self._tls_dir)
@@ -84,7 +84,7 @@ class _Renewal:
                 # Half replaced: the next handshake looks again.
                 LOG.warning("the old certificate stays in use: %s", error)
                 return None
-            self._seen = found
+            self._seen = current
         LOG.info("serving with a new certificate", extra={"tls_dir": self._tls_dir})
         return _configuration(files)
 

@@ -92,7 +92,7 @@ class LeadScorer(GroupScorer):
         """
         self.check(groups)
         encoded = [encode_group(group, max_bytes=self._max_bytes) for group in groups]
-        with self._orders.give("score", b"".join(encoded), sizes=[len(one) for one in encoded]):
+        with self._orders.give("score", b"".join(encoded), sizes=[len(group_bytes) for group_bytes in encoded]):
             try:
                 return super().score_groups(groups)
             except (RuntimeError, ValueError, IndexError) as error:

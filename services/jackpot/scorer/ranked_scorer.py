@@ -19,7 +19,7 @@ from jackpot.storage.weights import WeightStore
 
 
 @dataclass(frozen=True, slots=True)
-class Members:
+class RankedScorer:
     """This process among those that are one scorer."""
 
     ranks: Ranks = SOLO
@@ -57,11 +57,11 @@ class Members:
         return actors
 
 
-ALONE = Members()
+ALONE = RankedScorer()
 """One process with whole models."""
 
 
-def meet_members(environment: ServiceEnvironment, job: JobSpec) -> Members:
+def join_ranked_scorer(environment: ServiceEnvironment, job: JobSpec) -> RankedScorer:
     """The other ranks of this scorer, once all of them are there; :data:`ALONE` without any.
 
     Raises:
@@ -74,7 +74,7 @@ def meet_members(environment: ServiceEnvironment, job: JobSpec) -> Members:
     ranks = join_ranks("scorer", config, resolve_device(config.device, field="scorer.device"))
     if ranks.device is not None and ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    return Members(ranks, Orders(ranks, config.collective_timeout_seconds) if ranks.rank == 0 else None)
+    return RankedScorer(ranks, Orders(ranks, config.collective_timeout_seconds) if ranks.rank == 0 else None)
 
 
 def initial_lambda(job: JobSpec) -> float:

@@ -17,7 +17,7 @@ from jackpot.errors import BusError, ConfigError, DeadlineError, JackpotError
 from jackpot.process.service_process import announce_ready
 from jackpot.rpc.server import create_server
 from jackpot.scorer.engine import ScoringEngine
-from jackpot.scorer.ranked_scorer import ALONE, Members, meet_members
+from jackpot.scorer.ranked_scorer import ALONE, RankedScorer, join_ranked_scorer
 from jackpot.scorer.servicer import SERVICE_NAME, ScoringServicer
 from jackpot.scorer.worker import ScorerWorker
 from jackpot.storage.job_storage import open_weight_store, payload_place
@@ -42,21 +42,21 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
     if not job.scorer_replicas:
         problem = "leaves the scores to the learner, so that there is nothing to do for a scorer"
         raise ConfigError("scorer.reuse_reference", True, problem, "Start none, or leave reuse_reference out.")
-    members = await asyncio.to_thread(meet_members, environment, job)
+    ranked = await asyncio.to_thread(join_ranked_scorer, environment, job)
     code = 1
     try:
-        if members.ranks.rank == 0:
-            code = await serve_groups(environment, job, stop, members=members)
+        if ranked.ranks.rank == 0:
+            code = await serve_groups(environment, job, stop, ranked=ranked)
         else:
             # A signal stops rank 0, which stops this one when it is done.
-            follower = await asyncio.to_thread(members.make_follower, job, weight_store(environment, job))
+            follower = await asyncio.to_thread(ranked.make_follower, job, weight_store(environment, job))
             code = await asyncio.to_thread(follower.run)
     except JackpotError as error:
         code = error.exit_code
         raise
     finally:
-        if members.orders is not None:
-            await asyncio.to_thread(members.orders.dismiss, code)
+        if ranked.orders is not None:
+            await asyncio.to_thread(ranked.orders.dismiss, code)
         leave_ranks()
     return code
 
@@ -66,7 +66,7 @@ async def serve_groups(
     job: JobSpec,
     stop: asyncio.Event,
     metrics: Metrics | None = None,
-    members: Members = ALONE,
+    ranked: RankedScorer = ALONE,
 ) -> int:
     """Score what the bus and callers bring, until ``stop`` is set; the exit code. With several ranks this is rank 0.
 
@@ -75,7 +75,7 @@ async def serve_groups(
         job: the job as resolved.
         stop: set on SIGTERM.
         metrics: where to count; None is the process's registry.
-        members: who scores together.
+        ranked: this process among the ranks of the scorer.
 
     Raises:
         ConfigError: an address or a model that cannot work.
@@ -84,7 +84,7 @@ async def serve_groups(
     _require_addresses(environment)
     metrics = metrics or Metrics(environment.job_id)
     observe_calls(metrics.observe_object_call)
-    engine = await asyncio.to_thread(make_engine, environment, job, metrics, members)
+    engine = await asyncio.to_thread(make_engine, environment, job, metrics, ranked)
     server = create_server(
         environment.listen,
         lambda grpc_server: _register(engine, grpc_server),
@@ -102,7 +102,7 @@ async def serve_groups(
             return 0
         bus = await connect_bus(environment, job, timeout)
         await server.health.set_ready(True)
-        announce_ready(address=server.address, version=engine.version, processes=members.ranks.size)
+        announce_ready(address=server.address, version=engine.version, processes=ranked.ranks.size)
         await _work(ScorerWorker(job, bus, engine, stop), engine)
     finally:
         await server.stop(RPC_GRACE_SECONDS)
@@ -120,7 +120,7 @@ def weight_store(environment: ServiceEnvironment, job: JobSpec) -> WeightStore:
 
 
 def make_engine(
-    environment: ServiceEnvironment, job: JobSpec, metrics: Metrics, members: Members = ALONE
+    environment: ServiceEnvironment, job: JobSpec, metrics: Metrics, ranked: RankedScorer = ALONE
 ) -> ScoringEngine:
     """Load the models. Slow.
 
@@ -129,7 +129,7 @@ def make_engine(
     """
     store = weight_store(environment, job)
     activity = Activity(metrics, "scorer", environment.instance, environment.run_dir)
-    target, scorer = members.make_scorer(job, store)
+    target, scorer = ranked.make_scorer(job, store)
     poll_seconds = job.scorer.weight_poll_seconds
     return ScoringEngine(
         target, scorer, metrics, environment.instance, poll_seconds, activity, groups_apart=job.deterministic

@@ -60,12 +60,12 @@ def check_directory(directory: Path) -> None:
     """
     try:
         files = files_of((directory / MANIFEST).read_bytes(), str(directory / MANIFEST))
-        found = _described(directory, list(files))
+        described = _described(directory, list(files))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DirectoryDamagedError(f"{error.filename} is missing") from None
     for key, expected in files.items():
-        if found[key] != expected:
-            raise DirectoryDamagedError(mismatch(str(directory / key), found[key], expected))
+        if described[key] != expected:
+            raise DirectoryDamagedError(mismatch(str(directory / key), described[key], expected))
 
 
 def _described(directory: Path, keys: list[str]) -> dict[str, WeightFile]:

@@ -39,7 +39,7 @@ class ObjectDirectories:
 
     def found(self) -> list[StoredDirectory]:
         """The directories that are there whole, by name."""
-        return [found for found, whole in self._listed() if whole]
+        return [directory for directory, whole in self._listed() if whole]
 
     def names(self) -> list[str]:
         """The names of the directories that are there whole, in order."""
@@ -108,7 +108,7 @@ class ObjectDirectories:
     def remove(self, name: str) -> None:
         """Remove a directory, the manifest first: it disappears whole."""
         self._objects.delete([f"{name}/{MANIFEST}"])
-        self._objects.delete([found.key for found in self._objects.list(f"{name}/")])
+        self._objects.delete([info.key for info in self._objects.list(f"{name}/")])
 
     def sweep(self) -> list[str]:
         """Remove what a writer that died has left unfinished. To be called while nothing is written.
@@ -117,10 +117,10 @@ class ObjectDirectories:
             The names of the directories that are there whole, in order.
         """
         listed = self._listed()
-        for found, whole in listed:
+        for directory, whole in listed:
             if not whole:
-                self.remove(found.name)
-        return [found.name for found, whole in listed if whole]
+                self.remove(directory.name)
+        return [directory.name for directory, whole in listed if whole]
 
     def point(self, pointer: str, name: str) -> None:
         """Have a small object beside the directories name one of them; replaced as a whole.
@@ -146,13 +146,13 @@ class ObjectDirectories:
         """Every directory, and whether it is whole."""
         sizes: dict[str, int] = {}
         written: dict[str, float] = {}
-        for found in self._objects.list():
-            name, slash, key = found.key.partition("/")
+        for info in self._objects.list():
+            name, slash, key = info.key.partition("/")
             if not slash:
                 continue
-            sizes[name] = sizes.get(name, 0) + (0 if key == MANIFEST else found.bytes)
+            sizes[name] = sizes.get(name, 0) + (0 if key == MANIFEST else info.bytes)
             if key == MANIFEST:
-                written[name] = found.modified
+                written[name] = info.modified
         return [
             (StoredDirectory(name, size, written.get(name, 0.0)), name in written)
             for name, size in sorted(sizes.items())

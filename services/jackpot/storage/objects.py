@@ -174,9 +174,9 @@ class Objects:
         def look() -> list[ObjectInfo]:
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=whole)
             return [
-                ObjectInfo(found["Key"][start:], found["Size"], found["LastModified"].timestamp())
+                ObjectInfo(entry["Key"][start:], entry["Size"], entry["LastModified"].timestamp())
                 for page in pages
-                for found in page.get("Contents", ())
+                for entry in page.get("Contents", ())
             ]
 
         return self._call("listed", prefix, look)
@@ -191,9 +191,9 @@ class Objects:
                 return list(answer.get("Errors", ()))
 
             if failed := self._call("deleted", keys[first], remove):
-                one = failed[0]
+                refusal = failed[0]
                 raise ObjectRefusedError(
-                    f"s3://{self._bucket}/{one.get('Key')} cannot be deleted ({one.get('Code')}). {NO_RIGHT}"
+                    f"s3://{self._bucket}/{refusal.get('Key')} cannot be deleted ({refusal.get('Code')}). {NO_RIGHT}"
                 )
 
     def check(self) -> None:

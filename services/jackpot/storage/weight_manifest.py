@@ -43,10 +43,10 @@ def describe_file(path: Path) -> WeightFile:
         return WeightFile(digest, os.fstat(file.fileno()).st_size)
 
 
-def mismatch(where: str, found: WeightFile, expected: WeightFile) -> str:
+def mismatch(where: str, actual: WeightFile, expected: WeightFile) -> str:
     """How to say that a file is not what its manifest says."""
     return (
-        f"{where} does not match its manifest ({found.bytes} bytes, sha256 {found.sha256[:12]}…, "
+        f"{where} does not match its manifest ({actual.bytes} bytes, sha256 {actual.sha256[:12]}…, "
         f"expected {expected.bytes} bytes, sha256 {expected.sha256[:12]}…)"
     )
 

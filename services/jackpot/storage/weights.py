@@ -91,10 +91,10 @@ class WeightStore:
         """What is another after each publication, without a look at the version: a hundred times cheaper than
         :meth:`latest`. A store that cannot tell gives always the same."""
         try:
-            found = (self._root / role / LATEST).stat()
+            status = (self._root / role / LATEST).stat()
         except FileNotFoundError:
             return None
-        return found.st_ino, found.st_mtime_ns
+        return status.st_ino, status.st_mtime_ns
 
     def manifest(self, role: str, version: int) -> WeightManifest:
         """What a version consists of, its files not yet verified.
@@ -187,12 +187,12 @@ class WeightStore:
         for name, expected in manifest.files.items():
             path = manifest.path / name
             try:
-                found = describe_file(path)
+                actual = describe_file(path)
             except FileNotFoundError:
                 self.manifest(role, version)  # says that the version is missing, if it was pruned meanwhile
                 raise WeightCorruptError(f"{path} is missing although its manifest names it. {RESTORE}") from None
-            if found != expected:
-                raise WeightCorruptError(f"{mismatch(str(path), found, expected)}. {RESTORE}")
+            if actual != expected:
+                raise WeightCorruptError(f"{mismatch(str(path), actual, expected)}. {RESTORE}")
         return manifest
 
     def _read_latest(self, role: str) -> int | None:

@@ -59,11 +59,11 @@ class AlarmWatch:
         if math.isfinite(reward):
             past = reward if self._reward is None else self._reward
             self._reward = _REWARD_MEMORY * past + (1 - _REWARD_MEMORY) * reward
-        found = [
+        alarms = [
             *self._collapses(step, row, reward),
             *self._mismatches(step, row),
         ]
-        return [alarm for alarm in found if alarm is not None]
+        return [alarm for alarm in alarms if alarm is not None]
 
     def _collapses(self, step: int, row: Mapping[str, float], reward: float) -> list[Alarm | None]:
         """Signs that nothing is learned any more."""

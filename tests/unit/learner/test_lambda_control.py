@@ -8,7 +8,7 @@ import torch
 from jackpot.algorithm.budget import acceptance_at
 from jackpot.algorithm.normalizer import mean_acceptance
 from jackpot.config import AlgorithmConfig
-from jackpot.learner.lambda_control import Controls
+from jackpot.learner.lambda_control import LambdaControl
 from jackpot.scoring.batch import build_batch
 from jackpot.scoring.token_weights import reference_target_weights
 from jackpot.trajectory import ScoredGroup
@@ -26,15 +26,15 @@ def tokens(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_constants_stay_as_they_are() -> None:
-    controls = Controls(algorithm(correction={"obrs_lambda": 2.0}, distillation={"weight": 0.3}))
+    controls = LambdaControl(algorithm(correction={"obrs_lambda": 2.0}, distillation={"weight": 0.3}))
     controls.observe_tokens(*tokens(0))
     controls.observe_kl(5.0)
     assert (controls.obrs_lambda, controls.distillation_weight) == (2.0, 0.3)
-    assert Controls(algorithm(correction="tis")).obrs_lambda == 1.0
+    assert LambdaControl(algorithm(correction="tis")).obrs_lambda == 1.0
 
 
 def test_lambda_goes_to_the_rate_at_once_and_then_follows_smoothly() -> None:
-    controls = Controls(algorithm(correction={"acceptance_rate": 0.8, "lambda_smoothing": 0.5}))
+    controls = LambdaControl(algorithm(correction={"acceptance_rate": 0.8, "lambda_smoothing": 0.5}))
     assert controls.obrs_lambda == 1.0
     controls.observe_tokens(*tokens(0))
     first = controls.obrs_lambda
@@ -46,12 +46,12 @@ def test_lambda_goes_to_the_rate_at_once_and_then_follows_smoothly() -> None:
 
 def test_a_restored_controller_goes_on_as_if_nothing_had_happened() -> None:
     settings = algorithm(correction={"acceptance_rate": 0.9}, distillation={"kl_target": 0.2})
-    whole, halves = Controls(settings), Controls(settings)
+    whole, halves = LambdaControl(settings), LambdaControl(settings)
     for seed in range(3):
         for controls in (whole, halves):
             controls.observe_tokens(*tokens(seed))
             controls.observe_kl(0.3 + 0.1 * seed)
-    resumed = Controls(settings)
+    resumed = LambdaControl(settings)
     resumed.restore(halves.obrs_lambda, halves.state())
     for controls in (whole, resumed):
         controls.observe_tokens(*tokens(9))

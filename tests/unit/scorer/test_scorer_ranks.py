@@ -14,7 +14,7 @@ from jackpot.compute.ranks.group import leave_ranks
 from jackpot.compute.ranks.held_tensors import HeldTensors
 from jackpot.config import JobSpec, parse_job
 from jackpot.errors import ConfigError, WeightCorruptError
-from jackpot.scorer.ranked_scorer import ALONE, meet_members
+from jackpot.scorer.ranked_scorer import ALONE, join_ranked_scorer
 from jackpot.trajectory import EXACT_KL, Group, ScoredGroup
 
 FIGURES = ("target_logprobs", "acceptance_probs", "normalizer_head", "normalizer_tail", "topk_mass")
@@ -98,5 +98,5 @@ def test_settings_that_cannot_work_are_refused(world: World, monkeypatch: pytest
     for name, value in {"RANK": "0", "WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"scorer\.processes = 2: torchrun started 3 ranks"):
-        meet_members(world.environment(), world.job(scorer={"processes": 2, "device": "cpu"}))
+        join_ranked_scorer(world.environment(), world.job(scorer={"processes": 2, "device": "cpu"}))
     leave_ranks()

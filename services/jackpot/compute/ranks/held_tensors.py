@@ -25,11 +25,11 @@ class HeldTensors:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        own, self._aliases = own_tensors(model)
-        self._shapes = {name: list(tensor.shape) for name, tensor in own.items()}
+        tensors, self._aliases = own_tensors(model)
+        self._shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         self._local: dict[str, Tensor] = {}
         self._rows: dict[str, slice] = {}
-        for name, tensor in own.items():
+        for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):
                 self._local[name] = tensor.to_local()
                 self._rows[name] = _own_rows(name, tensor)

@@ -73,9 +73,9 @@ def _hand_out(model_dir: str, dtype: str, ranks: Ranks, device: torch.device, fi
         raise
     given.take_rest(model)
     given.tie_equals(model)
-    own, aliases = own_tensors(model)
-    numbers = {name: given.number_of[tensor] for name, tensor in own.items()}
-    tensors = {name: [numbers[name], list(tensor.shape), _name(tensor.dtype)] for name, tensor in own.items()}
+    distinct, aliases = own_tensors(model)
+    numbers = {name: given.number_of[tensor] for name, tensor in distinct.items()}
+    tensors = {name: [numbers[name], list(tensor.shape), _name(tensor.dtype)] for name, tensor in distinct.items()}
     attention, made_in = model.config._attn_implementation, _name(model.dtype)
     given.tell({"attention": attention, "dtype": made_in, "aliases": aliases, "tensors": tensors})
     return model, {name: given.parts[number] for name, number in numbers.items()}
@@ -151,8 +151,8 @@ class _Handout:
         """Hand out buffers, and parameters that transformers did not mark as read: those that it made by itself, or all
         of them if it should stop to mark them."""
         unmarked = []
-        own, aliases = own_tensors(model)
-        for name, tensor in own.items():
+        distinct, aliases = own_tensors(model)
+        for name, tensor in distinct.items():
             if not isinstance(tensor, nn.Parameter):
                 self.number_of[tensor] = self._give(tensor, by_rows=False)
             elif not tensor.is_meta:
@@ -192,8 +192,8 @@ class _Handout:
                 self._ranks.send(content.contiguous(), rank)
         content = tensor[part.rows(self._ranks, 0)] if by_rows else tensor
         # A copy: the rest of the tensor is not to stay, nor the file to be needed.
-        own = torch.empty(content.shape, dtype=content.dtype, device=self._device).copy_(content)
-        self.parts.append(own)
+        copied = torch.empty(content.shape, dtype=content.dtype, device=self._device).copy_(content)
+        self.parts.append(copied)
         return len(self.parts) - 1
 
 

@@ -94,8 +94,8 @@ def _fill(model: nn.Module) -> None:
     no more than one is there twice."""
     held: dict[str, Tensor] = getattr(model, HELD)
     delattr(model, HELD)
-    own, aliases = own_tensors(model)
-    for name, tensor in own.items():
+    tensors, aliases = own_tensors(model)
+    for name, tensor in tensors.items():
         part = held.pop(name)
         if isinstance(tensor, DTensor):
             # Where the rows are, which with offloading is not the mesh's device.
@@ -135,6 +135,6 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors by name, each once and whole. Of a sharded model, all ranks have to iterate: each tensor is
     gathered when it is its turn, so that a device never holds more than one."""
     release(model)
-    own, _ = own_tensors(model)
-    for name, tensor in own.items():
+    tensors, _ = own_tensors(model)
+    for name, tensor in tensors.items():
         yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()

@@ -111,7 +111,7 @@ def problem_of(error: JackpotError) -> ProblemError:
     """The problem document of one of our errors."""
     if isinstance(error, InvalidJobError):
         detail = f"{len(error.problems)} setting(s) of the job cannot work; see errors."
-        return ProblemError(422, "invalid-job", detail, errors=[field_problem(one) for one in error.problems])
+        return ProblemError(422, "invalid-job", detail, errors=[field_problem(problem) for problem in error.problems])
     if isinstance(error, ConfigError):
         return ProblemError(422, "invalid-setting", str(error), errors=[field_problem(error)])
     if isinstance(error, JobNotFoundError):

@@ -100,17 +100,17 @@ class EventStream:
         # (time, what the cursor becomes, name, data)
         news: list[tuple[float, tuple[str, int], str, Any]] = [
             (
-                one.time.timestamp(),
+                transition.time.timestamp(),
                 ("transitions", self._cursor.transitions + index),
                 "state",
-                one.model_dump(mode="json"),
+                transition.model_dump(mode="json"),
             )
-            for index, one in enumerate(transitions, start=1)
+            for index, transition in enumerate(transitions, start=1)
         ]
         for name, event, _ in FILES:
             news += [(float(row.get("time") or 0.0), (name, end), event, row) for row, end in self._tails[name].read()]
         texts = []
-        for _, (part, position), event, data in sorted(news, key=lambda one: one[0]):
+        for _, (part, position), event, data in sorted(news, key=lambda entry: entry[0]):
             setattr(self._cursor, part, max(position, getattr(self._cursor, part)))
             texts.append(_event(event, str(self._cursor), data))
         return texts

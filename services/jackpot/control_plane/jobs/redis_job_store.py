@@ -126,8 +126,8 @@ class RedisJobStore:
         filtered = (len(states) > 1) or (len(labels) + len(states) > 1)
         records: dict[str, bytes] = {}
         for _ in range(SCAN_PAGES):
-            found, next_cursor = await self._slice(index, cursor, max(limit, 200) if filtered else limit)
-            for number, job_id, data in found:
+            entries, next_cursor = await self._slice(index, cursor, max(limit, 200) if filtered else limit)
+            for number, job_id, data in entries:
                 if filtered and not _matches(data, states, labels):
                     continue
                 if len(records) == limit:
@@ -145,8 +145,8 @@ class RedisJobStore:
         ids: list[tuple[int, str]] = []
         async with self._translated():
             for state in states:
-                found = await self._redis.zrange(self._state(state), 0, -1, withscores=True)
-                ids += [(int(number), job_id.decode()) for job_id, number in found]
+                members = await self._redis.zrange(self._state(state), 0, -1, withscores=True)
+                ids += [(int(number), job_id.decode()) for job_id, number in members]
         records = [JobRecord.model_validate_json(data) for _, _, data in await self._records(sorted(ids))]
         return [record for record in records if record.state in states]
 
@@ -229,8 +229,10 @@ class RedisJobStore:
         """Records with their numbers and ids, newest first, and the number that follows."""
         newest = "+inf" if cursor is None else cursor
         async with self._translated():
-            found, records = await self._page([index], [newest, limit, self._of_job("")[0]])
-        ids = [(int(float(number)), job_id.decode()) for job_id, number in zip(found[::2], found[1::2], strict=True)]
+            members, records = await self._page([index], [newest, limit, self._of_job("")[0]])
+        ids = [
+            (int(float(number)), job_id.decode()) for job_id, number in zip(members[::2], members[1::2], strict=True)
+        ]
         following = ids[limit][0] if len(ids) > limit else None
         # A job that was deleted a moment ago is missing.
         whole = zip(ids[:limit], records, strict=True)
@@ -240,9 +242,11 @@ class RedisJobStore:
         if not ids:
             return []
         async with self._translated():
-            found = await self._redis.mget([self._of_job(job_id)[0] for _, job_id in ids])
+            contents = await self._redis.mget([self._of_job(job_id)[0] for _, job_id in ids])
         # A job that was deleted a moment ago is missing.
-        return [(number, job_id, data) for (number, job_id), data in zip(ids, found, strict=True) if data is not None]
+        return [
+            (number, job_id, data) for (number, job_id), data in zip(ids, contents, strict=True) if data is not None
+        ]
 
     def _index_for(self, states: Collection[JobState], labels: Mapping[str, str]) -> str:
         if labels:

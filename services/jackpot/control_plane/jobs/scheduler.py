@@ -18,7 +18,7 @@ from jackpot.config import parse_job
 from jackpot.control_plane.jobs.job_store import JobStore
 from jackpot.control_plane.jobs.records import JobRecord, Progress, is_job_id, now
 from jackpot.control_plane.jobs.states import JobState
-from jackpot.control_plane.launch.launcher_choice import Launchers
+from jackpot.control_plane.launch.launcher_choice import LauncherChoice
 from jackpot.control_plane.sessions.scaling import request_scale
 from jackpot.control_plane.sessions.session_process import Session
 from jackpot.errors import JackpotError, JobNotFoundError, JobStateError
@@ -76,14 +76,14 @@ class Scheduler:
         store: the jobs.
         runs: parent of the run directories; each bears its job's id.
         policy: slots and losses.
-        launchers: where jobs run.
+        launcher_choice: where jobs run.
     """
 
-    def __init__(self, store: JobStore, runs: Path, policy: SchedulingPolicy, launchers: Launchers) -> None:
+    def __init__(self, store: JobStore, runs: Path, policy: SchedulingPolicy, launcher_choice: LauncherChoice) -> None:
         self._store = store
         self._runs = runs
         self._policy = policy
-        self._launchers = launchers
+        self._launcher_choice = launcher_choice
         self._server = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._watched: dict[str, _Watch] = {}
         self._wake = asyncio.Event()
@@ -208,7 +208,7 @@ class Scheduler:
         await self._store.delete(job_id)
         try:
             if objects is not None:
-                await asyncio.to_thread(lambda: objects.delete([found.key for found in objects.list()]))
+                await asyncio.to_thread(lambda: objects.delete([info.key for info in objects.list()]))
         finally:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
@@ -257,7 +257,7 @@ class Scheduler:
         try:
             directory = await self._prepare_directory(record)
             self._watched[record.id] = _Watch(
-                Session.start(directory, record.session, self._launchers.to_env()), directory
+                Session.start(directory, record.session, self._launcher_choice.to_env()), directory
             )
         except (JackpotError, OSError, ValueError) as error:
             await self._store.transition(
@@ -311,7 +311,7 @@ class Scheduler:
             await self._lost(record, progress, "stopped from outside")
         else:
             # A session that was not ours ended with the server that it belonged to, and what it followed did not.
-            goes_on = self._launchers.jobs_outlive_sessions and not watch.session.ours
+            goes_on = self._launcher_choice.jobs_outlive_sessions and not watch.session.ours
             await self._lost(record, progress, "its processes vanished", goes_on=goes_on)
 
     async def _lost(self, record: JobRecord, progress: Progress, how: str, *, goes_on: bool = False) -> None:

@@ -19,7 +19,7 @@ BUILTIN = "builtin:"
 
 
 @dataclass(frozen=True, slots=True)
-class Launchers:
+class LauncherChoice:
     """Makes a launcher for each session of a job.
 
     Args:
@@ -77,7 +77,7 @@ class Launchers:
         return {name: str(value) for name, value in given.items() if value is not None}
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> Launchers:
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> LauncherChoice:
         """What the server has told a session."""
         variables = os.environ if environ is None else environ
         cluster = variables.get(CLUSTER_VARIABLE)

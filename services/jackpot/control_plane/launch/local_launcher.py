@@ -58,17 +58,17 @@ class LocalLauncher:
     Args:
         run: the run directory, held by the caller.
         job: the job as resolved.
-        surroundings: what the operator decides for all jobs; None reads it from this process's environment.
+        operator_settings: what the operator decides for all jobs; None reads it from this process's environment.
 
     Raises:
-        ConfigError: the surroundings cannot be.
+        ConfigError: an operator's setting cannot be.
     """
 
-    def __init__(self, run: RunDirectory, job: JobSpec, surroundings: OperatorSettings | None = None) -> None:
+    def __init__(self, run: RunDirectory, job: JobSpec, operator_settings: OperatorSettings | None = None) -> None:
         self._run = run
         self._job = job
-        self._surroundings = surroundings or OperatorSettings.from_env()
-        external = job.bus.url or self._surroundings.bus_url
+        self._operator_settings = operator_settings or OperatorSettings.from_env()
+        external = job.bus.url or self._operator_settings.bus_url
         self._server = EmbeddedServer(run.files.bus_server) if external is None else None
         self._server_watch = _ServerWatch(Deaths(job.run.max_restarts))
         self._plan: LocalPlan | None = None
@@ -96,7 +96,7 @@ class LocalLauncher:
             run_dir=self._run.path,
             sockets=open_socket_directory(self._run.path),
             bus_url_of=self._bus_url_of,
-            metrics_host=self._surroundings.metrics_host,
+            metrics_host=self._operator_settings.metrics_host,
         )
         self._processes = self._plan.processes()
         forget_targets(self._run.path)
@@ -160,7 +160,7 @@ class LocalLauncher:
     def _bus_url_of(self, role: str) -> str:
         if self._server is not None:
             return self._server.url
-        return self._job.bus.url or self._surroundings.bus_url_of(role) or ""
+        return self._job.bus.url or self._operator_settings.bus_url_of(role) or ""
 
     def _spawn(self, process: LocalProcess) -> None:
         threads = str(process.environment.threads)

@@ -42,13 +42,13 @@ def checkpoints(run_dir: Path) -> list[dict[str, Any]]:
         ObjectStoreError: they are in an object store, which refuses or is out of reach.
     """
     objects = objects_of_run(run_dir)
-    found, named = _in_directory(run_dir) if objects is None else _in_store(objects)
-    preferred = by_preference([checkpoint["name"] for checkpoint in found], named)[:1]
-    for checkpoint in found:
+    downloads, named = _in_directory(run_dir) if objects is None else _in_store(objects)
+    preferred = by_preference([checkpoint["name"] for checkpoint in downloads], named)[:1]
+    for checkpoint in downloads:
         checkpoint["latest"] = checkpoint["name"] in preferred
     if RunFiles(run_dir).export.is_dir():
-        found.append(_describe(run_dir, EXPORT, None) | {"latest": False})
-    return [checkpoint for checkpoint in found if checkpoint["roles"]]
+        downloads.append(_describe(run_dir, EXPORT, None) | {"latest": False})
+    return [checkpoint for checkpoint in downloads if checkpoint["roles"]]
 
 
 def _in_directory(run_dir: Path) -> tuple[list[dict[str, Any]], str | None]:
@@ -62,19 +62,19 @@ def _in_directory(run_dir: Path) -> tuple[list[dict[str, Any]], str | None]:
 def _in_store(objects: Objects) -> tuple[list[dict[str, Any]], str | None]:
     directories = ObjectDirectories(objects.below(CHECKPOINTS))
     named = directories.pointed(LATEST)
-    whole = [found for found in directories.found() if STEP_NAME.fullmatch(found.name)]
+    whole = [directory for directory in directories.found() if STEP_NAME.fullmatch(directory.name)]
     sizes = {
-        role: {found.name: found.bytes for found in ObjectDirectories(objects.below(WEIGHTS, role)).found()}
+        role: {directory.name: directory.bytes for directory in ObjectDirectories(objects.below(WEIGHTS, role)).found()}
         for role in (ROLES if whole else ())
     }
     described = [
         {
-            "name": found.name,
-            "step": int(found.name),
-            "roles": {role: versions[found.name] for role, versions in sizes.items() if found.name in versions},
-            "time": found.modified,
+            "name": directory.name,
+            "step": int(directory.name),
+            "roles": {role: versions[directory.name] for role, versions in sizes.items() if directory.name in versions},
+            "time": directory.modified,
         }
-        for found in whole
+        for directory in whole
     ]
     return described, named
 
@@ -142,9 +142,12 @@ class Archive:
 def _members(run_dir: Path, name: str, role: str) -> list[Member]:
     known = {checkpoint["name"]: checkpoint for checkpoint in checkpoints(run_dir)}
     if name == LATEST:
-        name = next((one for one, each in known.items() if each["latest"]), name)
+        name = next((known_name for known_name, description in known.items() if description["latest"]), name)
     if name not in known or role not in known[name]["roles"]:
-        there = ", ".join(f"{one} ({', '.join(each['roles'])})" for one, each in known.items()) or "none yet"
+        there = (
+            ", ".join(f"{known_name} ({', '.join(description['roles'])})" for known_name, description in known.items())
+            or "none yet"
+        )
         raise JobNotFoundError(f"there is no checkpoint {name[:40]!r} of the {role[:40]!r}; there are: {there}")
     if name == EXPORT:
         return [FileMember(path) for path in sorted(_model(run_dir, name, role).iterdir()) if path.is_file()]

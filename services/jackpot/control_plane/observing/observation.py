@@ -44,15 +44,15 @@ def series(run_dir: Path, names: Collection[str], max_points: int) -> dict[str, 
     ]
     telemetry = JsonLinesReader(files.telemetry).rows()
     started = telemetry[0].get("time", 0.0) if telemetry else 0.0
-    found: dict[str, dict[str, list[float | None]]] = {}
+    curves: dict[str, dict[str, list[float | None]]] = {}
     for rows, axis, offset in ((steps, "step", 0.0), (evaluations, "step", 0.0), (telemetry, "time", started)):
         columns = dict.fromkeys(name for row in rows for name in row if name not in ("step", "time"))
         for name in columns:
             if names and name not in names:
                 continue
             points = [(float(row[axis]) - offset, row[name]) for row in rows if name in row and axis in row]
-            found[name] = downsample(points, max_points)
-    return found
+            curves[name] = downsample(points, max_points)
+    return curves
 
 
 def downsample(points: Sequence[tuple[float, Any]], max_points: int) -> dict[str, list[float | None]]:

@@ -116,5 +116,5 @@ def scrape(address: str) -> dict[str, float]:
         return {}
     finally:
         connection.close()
-    found = (_SAMPLE_LINE.match(line) for line in text.splitlines())
-    return {match[1]: float(match[2]) for match in found if match and match[1] in RATES}
+    matches = (_SAMPLE_LINE.match(line) for line in text.splitlines())
+    return {match[1]: float(match[2]) for match in matches if match and match[1] in RATES}

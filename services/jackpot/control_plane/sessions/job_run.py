@@ -15,7 +15,7 @@ from rich.console import Console
 from jackpot.bus import Ledger
 from jackpot.config import JobSpec
 from jackpot.control_plane.launch.launcher import Launcher
-from jackpot.control_plane.launch.launcher_choice import Launchers
+from jackpot.control_plane.launch.launcher_choice import LauncherChoice
 from jackpot.control_plane.observing.bus_observer import BusObserver
 from jackpot.control_plane.observing.curves import draw_run
 from jackpot.control_plane.observing.live_view import Snapshot, View, open_view
@@ -50,7 +50,7 @@ def run_job(
     resumed: bool,
     view: View | None = None,
     on_started: Callable[[], None] | None = None,
-    launchers: Launchers = Launchers(),  # noqa: B008 - frozen
+    launcher_choice: LauncherChoice = LauncherChoice(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """Run a job in its directory until it has succeeded, failed or been stopped; the summary.
 
@@ -63,7 +63,7 @@ def run_job(
         resumed: whether this session continues an earlier one.
         view: shows the run instead of the console's own view.
         on_started: called once every process has been started.
-        launchers: where processes run; on this machine unless told otherwise.
+        launcher_choice: where processes run; on this machine unless told otherwise.
 
     Raises:
         JackpotError: another launcher holds the run, or its processes could not be started at all.
@@ -71,7 +71,7 @@ def run_job(
     with run.locked():
         started = time.monotonic()
         with TrackerFeed(run, job):
-            outcome = asyncio.run(_session(run, job, view or open_view(console), launchers, on_started))
+            outcome = asyncio.run(_session(run, job, view or open_view(console), launcher_choice, on_started))
         summary = build_summary(
             run,
             state=outcome.state,
@@ -90,10 +90,10 @@ def run_job(
 
 
 async def _session(
-    run: RunDirectory, job: JobSpec, view: View, launchers: Launchers, on_started: Callable[[], None] | None
+    run: RunDirectory, job: JobSpec, view: View, launcher_choice: LauncherChoice, on_started: Callable[[], None] | None
 ) -> _Outcome:
     outcome = _Outcome()
-    launcher = launchers.launcher(run, job)
+    launcher = launcher_choice.launcher(run, job)
     observer = BusObserver(run.job_id, job.bus, payload_place(job, run.job_id, run.path))
     try:
         with _stop_signals() as stop:
@@ -183,8 +183,8 @@ async def _unless_stopped(work: Coroutine[Any, Any, Result], stop: asyncio.Event
             return task.result()
         return None
     finally:
-        for one in (task, stopped):
-            one.cancel()
+        for pending in (task, stopped):
+            pending.cancel()
         await asyncio.gather(task, stopped, return_exceptions=True)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jackpot.control_plane.launch.launcher_choice import Launchers
+from jackpot.control_plane.launch.launcher_choice import LauncherChoice
 from jackpot.control_plane.observing.live_view import PlainLines
 from jackpot.control_plane.observing.recorder import Recorder
 from jackpot.control_plane.sessions.job_run import run_job
@@ -60,9 +60,9 @@ def _heed_requests(path: Path) -> None:
 
 
 def _run(run: RunDirectory, session: int, on_started: Callable[[], None]) -> tuple[str, str | None]:
-    launchers = Launchers.from_env()
+    launcher_choice = LauncherChoice.from_env()
     job = run.load_job()
-    launchers.check_job(job)
+    launcher_choice.check_job(job)
     job = prepare_job(job)
     run.files.write_job(job)
     console = Console(width=160)
@@ -74,7 +74,7 @@ def _run(run: RunDirectory, session: int, on_started: Callable[[], None]) -> tup
             resumed=session > 1,
             view=recorder,
             on_started=on_started,
-            launchers=launchers,
+            launcher_choice=launcher_choice,
         )
     return summary["state"], summary.get("error")
 

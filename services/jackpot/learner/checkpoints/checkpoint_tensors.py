@@ -25,8 +25,8 @@ def tensors_of(learnables: Mapping[Role, Learnable]) -> dict[str, Tensor]:
     """Weights and moments under names that do not depend on the number of ranks."""
     tensors: dict[str, Tensor] = {}
     for role, learnable in learnables.items():
-        own, _ = own_tensors(learnable.model)
-        tensors |= {f"{role}/weights/{name}": tensor.detach() for name, tensor in own.items()}
+        parameters, _ = own_tensors(learnable.model)
+        tensors |= {f"{role}/weights/{name}": tensor.detach() for name, tensor in parameters.items()}
         for name, parameter in learnable.model.named_parameters():
             for key, value in learnable.optimizer.state.get(parameter, {}).items():
                 tensors[f"{role}/optimizer/{name}/{key}"] = torch.as_tensor(value).detach()

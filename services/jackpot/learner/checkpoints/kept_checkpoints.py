@@ -126,11 +126,11 @@ class KeptCheckpoints:
 
     def _names(self) -> list[str]:
         """The checkpoints that are there whole, oldest first."""
-        found = self._local()
+        local = self._local()
         if self._stored is None:
-            return found
+            return local
         names = [name for name in self._stored.names() if STEP_NAME.fullmatch(name)]
-        for name in found:
+        for name in local:
             if name not in names:  # never finished: no group counts as trained by it
                 self._remove(name)
         return names

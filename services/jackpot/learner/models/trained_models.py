@@ -16,7 +16,7 @@ from jackpot.compute.ranks.sharding import DTYPES, release, shard, whole_tensors
 from jackpot.config import JobSpec
 from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.checkpoints.checkpoint_tensors import Learnable
-from jackpot.learner.lambda_control import Controls
+from jackpot.learner.lambda_control import LambdaControl
 from jackpot.learner.models.compile_and_checkpoint import compile_and_checkpoint
 from jackpot.learner.models.mixed_precision import MixedPrecisionCopy, in_dtype
 from jackpot.learner.models.optimizer import build_optimizer
@@ -74,13 +74,13 @@ class TrainedModels:
         # After the trials of the layout, which would be compiled, too.
         for _, model in self._passing():
             release(model)
-            assert ranks.mesh is None or all(isinstance(one, DTensor) for one in model.parameters())
+            assert ranks.mesh is None or all(isinstance(parameter, DTensor) for parameter in model.parameters())
             compile_and_checkpoint(model, job.learner)
         self.learnables: dict[Role, Learnable] = {
             role: Learnable(model, build_optimizer(model, self._peak_lr[role], job.learner))
             for role, model in masters.items()
         }
-        self.controls = Controls(job.algorithm)
+        self.controls = LambdaControl(job.algorithm)
 
     def _passing(self) -> list[tuple[Role, PreTrainedModel]]:
         """The models that batches pass through, and whose they are: what learns, and the initial policy."""

@@ -96,8 +96,8 @@ class ReplicaClient:
             EngineError: the update is not what was announced.
             JackpotError: a replica did not get it.
         """
-        found = list(zip(update_info["names"], update_info["dtype_names"], update_info["shapes"], strict=True))
-        if [(name, dtype, list(shape)) for name, dtype, shape in self._layout] != found:
+        layout = list(zip(update_info["names"], update_info["dtype_names"], update_info["shapes"], strict=True))
+        if [(name, dtype, list(shape)) for name, dtype, shape in self._layout] != layout:
             raise EngineError("what is to be broadcast is not what was announced to the replicas.")
         self._stage(update=rollout_pb2.TransferUpdate())
 

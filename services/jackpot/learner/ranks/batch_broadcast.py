@@ -55,7 +55,7 @@ class StepManifest:
         """The manifest of :func:`manifest_to_bytes`."""
         return cls(*_unpack(payload))
 
-    def own_groups(self, updates: int, rank: int, size: int) -> list[str]:
+    def groups_of_rank(self, updates: int, rank: int, size: int) -> list[str]:
         """The groups that a rank passes through the models, or a part of which it does; at least one.
 
         Args:
@@ -67,7 +67,7 @@ class StepManifest:
         lengths = self.tensors["slices"][:, 0].tolist()
         bounds = [*starts, len(lengths)]
         per_part = len(starts) // updates
-        own: list[str] = []
+        group_ids: list[str] = []
         for first in range(0, per_part * updates, per_part):
             offset, end = bounds[first], bounds[first + per_part]
             part_starts = [start - offset for start in starts[first : first + per_part]]
@@ -76,8 +76,8 @@ class StepManifest:
             for index, start in enumerate(part_starts):
                 stop = bounds[first + index + 1] - offset
                 if rows & set(range(start, stop)):
-                    own.append(self.named["group_ids"][first + index])
-        return own
+                    group_ids.append(self.named["group_ids"][first + index])
+        return group_ids
 
     def fill(self, groups: Mapping[str, ScoredGroup], max_sequence_tokens: int | None) -> Batch:
         """The batch with the tokens of these groups; those of others are 0.
@@ -100,17 +100,17 @@ class StepManifest:
             rows = range(bounds[index], bounds[index + 1])
             for row, trajectory in zip(rows, scored.group.trajectories, strict=True):
                 inputs[row] = np.concatenate([scored.group.prompt_token_ids, trajectory.token_ids]).astype(np.int64)
-            own = token_arrays([scored], np.zeros(scored.group.num_tokens))
-            arrays = arrays or _empty(own, int(ends[-1]))
+            group_arrays = token_arrays([scored], np.zeros(scored.group.num_tokens))
+            arrays = arrays or _empty(group_arrays, int(ends[-1]))
             for name, array in arrays.items():
                 if array is not None:
-                    array[int(starts[rows[0]]) : int(ends[rows[-1]])] = getattr(own, name)
+                    array[int(starts[rows[0]]) : int(ends[rows[-1]])] = getattr(group_arrays, name)
         counts = ends - starts
         by_sequence = {
             "sequence_index": torch.arange(len(slices)).repeat_interleave(counts),
             "advantages": self.tensors["sequence_advantages"].repeat_interleave(counts),
         }
-        assert arrays is not None, "a rank always has a group of its own, see own_groups"
+        assert arrays is not None, "a rank always has a group of its own, see groups_of_rank"
         values: dict[str, Any] = arrays | by_sequence
         return _batch(self.named, self.tensors, inputs, TokenArrays(**values))
 
@@ -136,8 +136,8 @@ def _pack(batch: Batch, tensors: Mapping[str, Tensor | None]) -> bytes:
         "oldest_versions": batch.oldest_versions,
         "exact_kl": batch.exact_kl,
     }
-    own = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
-    content = save({name: t.contiguous() for name, t in {**tensors, **own}.items() if t is not None})
+    group_tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+    content = save({name: t.contiguous() for name, t in {**tensors, **group_tensors}.items() if t is not None})
     head = json.dumps(named).encode()
     return _HEAD.pack(len(head)) + head + content
 

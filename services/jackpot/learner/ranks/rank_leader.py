@@ -116,7 +116,7 @@ def follow(trainer: Trainer, store: CheckpointStore, ranks: Ranks, source: Group
 def _own_part(manifest: bytes, job: JobSpec, ranks: Ranks, source: GroupSource) -> Batch:
     """The batch with this rank's groups; all of it, where one of the ranks could not read its own."""
     outline = StepManifest.parse(manifest)
-    wanted = outline.own_groups(job.learner.updates_per_batch, ranks.rank, ranks.size)
+    wanted = outline.groups_of_rank(job.learner.updates_per_batch, ranks.rank, ranks.size)
     groups = source(wanted)
     if ranks.agree(all(group_id in groups for group_id in wanted)):
         return outline.fill(groups, job.learner.max_sequence_tokens)

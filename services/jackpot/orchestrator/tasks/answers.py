@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 
 def tagged_answer(completion: str, tag: str) -> str | None:
     """The text inside the last ``<tag>…</tag>`` of a completion, stripped; None where there is none."""
-    found = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", completion, flags=re.DOTALL)
-    return found[-1].strip() if found else None
+    answers = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", completion, flags=re.DOTALL)
+    return answers[-1].strip() if answers else None
 
 
 def final_answer(solution: str) -> str:
@@ -39,8 +39,8 @@ def math_verify(answer: str, completion: str) -> float:
     gold = parse(text, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None)
     if not gold:
         raise ValueError(f"the answer {answer!r} holds no mathematical expression")
-    found = parse(completion, parsing_timeout=None)
-    return float(bool(verify(gold, found, timeout_seconds=None)))
+    parsed = parse(completion, parsing_timeout=None)
+    return float(bool(verify(gold, parsed, timeout_seconds=None)))
 
 
 REWARDS: Mapping[str, Callable[[str, str], float]] = {"exact_match": exact_match, "math_verify": math_verify}

@@ -63,8 +63,8 @@ class JsonlTask:
         return self._eval[:count]
 
     def reward(self, item: Item, completion: str) -> float:
-        found = completion if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
-        return 0.0 if found is None else self._reward(item.metadata["answer"], found)
+        answer = completion if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
+        return 0.0 if answer is None else self._reward(item.metadata["answer"], answer)
 
 
 def _hold_out(items: Sequence[TaskItem], fraction: float, seed: int) -> list[TaskItem]:

@@ -71,8 +71,8 @@ class ReasoningGymTask:
 
     def reward(self, item: Item, completion: str) -> float:
         offset, index = item.metadata["offset"], item.metadata["index"]
-        found = completion.strip() if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
-        return float(self._source.dataset(offset).score_answer(found, self._source.entry(offset, index)))
+        answer = completion.strip() if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
+        return float(self._source.dataset(offset).score_answer(answer, self._source.entry(offset, index)))
 
     def _draw(self, index: int, *, held_out: bool, offset: int) -> TaskItem:
         # A question of the wrong side gives way to the same index of the next range of seeds. Where the questions

@@ -53,13 +53,13 @@ def _construct(factory: Any, config: TaskConfig, seed: int) -> Task:
 
 
 def _installed(name: str) -> Callable[..., Any]:
-    found = {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
-    if name not in found:
-        known = [*sorted(found), "jsonl", "reasoning_gym:<dataset>", "python:<module>:<attribute>"]
+    entry_points = {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    if name not in entry_points:
+        known = [*sorted(entry_points), "jsonl", "reasoning_gym:<dataset>", "python:<module>:<attribute>"]
         near = difflib.get_close_matches(name, known, n=3)
         remedy = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {', '.join(known)}."
         raise ConfigError("task.name", name, "unknown task", remedy)
-    return _load(name, found[name].module, found[name].attr)
+    return _load(name, entry_points[name].module, entry_points[name].attr)
 
 
 def _python_attribute(name: str) -> Callable[..., Any]:

@@ -73,7 +73,7 @@ class DecodeBatch:
         ended = state.record(drawn)
         self._steps += 1
         # The one question to the device in a step.
-        done = [place for place, one in enumerate(ended.tolist()) if one]
+        done = [place for place, has_ended in enumerate(ended.tolist()) if has_ended]
         if not done:
             return []
         pairs = list(zip((self.rows[place] for place in done), self._harvest(state, done), strict=True))

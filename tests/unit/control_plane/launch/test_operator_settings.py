@@ -5,14 +5,14 @@ from jackpot.errors import ConfigError
 
 
 def test_by_default_each_job_has_a_bus_of_its_own_and_metrics_stay_on_loopback() -> None:
-    surroundings = OperatorSettings.from_env({})
-    assert surroundings == OperatorSettings(None, "") and surroundings.bus_url_of("scorer") is None
+    operator_settings = OperatorSettings.from_env({})
+    assert operator_settings == OperatorSettings(None, "") and operator_settings.bus_url_of("scorer") is None
 
 
 def test_every_role_connects_under_its_own_name() -> None:
-    surroundings = OperatorSettings.from_env({"JACKPOT_BUS_URL": "redis://{role}:pw@valkey:6379/0"})
-    assert surroundings.bus_url_of("scorer") == "redis://scorer:pw@valkey:6379/0"
-    assert surroundings.bus_url_of("control-plane") == "redis://control-plane:pw@valkey:6379/0"
+    operator_settings = OperatorSettings.from_env({"JACKPOT_BUS_URL": "redis://{role}:pw@valkey:6379/0"})
+    assert operator_settings.bus_url_of("scorer") == "redis://scorer:pw@valkey:6379/0"
+    assert operator_settings.bus_url_of("control-plane") == "redis://control-plane:pw@valkey:6379/0"
 
 
 def test_over_tls_the_files_of_the_directory_are_used() -> None:

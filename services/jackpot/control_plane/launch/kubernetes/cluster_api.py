@@ -85,12 +85,12 @@ class ClusterApi:
         Raises:
             JackpotError: the API server cannot be asked.
         """
-        found: Object | None = None
+        jobset: Object | None = None
         with _told(f"the JobSet {name} cannot be read", unless=404):
-            found = await self._jobsets.get_namespaced_custom_object(
+            jobset = await self._jobsets.get_namespaced_custom_object(
                 GROUP, VERSION, self._namespace, PLURAL, name, _request_timeout=TIMEOUT_SECONDS
             )
-        return found
+        return jobset
 
     async def delete(self, name: str) -> None:
         """Begin to delete a JobSet; it is gone once all its pods are. One that is gone already stays so.
@@ -117,10 +117,10 @@ class ClusterApi:
                 self._namespace, label_selector=selector, _request_timeout=TIMEOUT_SECONDS
             )
         return {
-            int(one.metadata.labels[INSTANCE_LABEL]): one.metadata.name
-            for one in listing.items
-            if one.metadata.deletion_timestamp is None
-            and any(owner.uid == owner_uid for owner in one.metadata.owner_references or [])
+            int(job.metadata.labels[INSTANCE_LABEL]): job.metadata.name
+            for job in listing.items
+            if job.metadata.deletion_timestamp is None
+            and any(owner.uid == owner_uid for owner in job.metadata.owner_references or [])
         }
 
     async def create_job(self, manifest: Any) -> None:
@@ -204,7 +204,7 @@ class ClusterApi:
             LOG.warning("events cannot be listed: %s", error)
             return []
         plain: list[Object] = self._api.sanitize_for_serialization(listing.items)
-        return [one for one in plain if str(one["involvedObject"].get("name", "")).startswith(name)]
+        return [event for event in plain if str(event["involvedObject"].get("name", "")).startswith(name)]
 
     async def log(self, pod: str, container: str, since_seconds: int | None) -> AsyncIterator[bytes]:
         """Lines of a container's log, as they are written, until it ends or the connection does."""

@@ -87,19 +87,19 @@ class KubernetesLauncher:
         Raises:
             JackpotError: the API server does not do it, or a replica's Job of before is still going away: ask again.
         """
-        job_id, own = self._run.job_id, self._job.rollout.replicas
-        found = await self._api.get(self._name)
-        if found is None or found["metadata"].get("deletionTimestamp"):
+        job_id, configured = self._run.job_id, self._job.rollout.replicas
+        running = await self._api.get(self._name)
+        if running is None or running["metadata"].get("deletionTimestamp"):
             raise JackpotError(f"the JobSet {self._name} is not there")
-        uid = found["metadata"]["uid"]
-        await self._api.resize_job(rollout_job_name(job_id), min(own, rollout_replicas))
+        uid = running["metadata"]["uid"]
+        await self._api.resize_job(rollout_job_name(job_id), min(configured, rollout_replicas))
         joined = await self._api.joined(job_id, uid)
         for instance, name in joined.items():
             if instance >= rollout_replicas:
                 await self._api.delete_job(name)
-        for instance in range(rollout_replicas, max([own, *(one + 1 for one in joined)])):
+        for instance in range(rollout_replicas, max([configured, *(extra + 1 for extra in joined)])):
             forget_target(self._run.path, f"rollout-{instance}")
-        for instance in range(own, rollout_replicas):
+        for instance in range(configured, rollout_replicas):
             if instance not in joined:
                 await self._api.create_job(joining_rollout(job_id, self._job, self._cluster, instance, uid))
 
@@ -122,11 +122,11 @@ class KubernetesLauncher:
         manifest = jobset(self._run.job_id, self._job, self._cluster)
         deadline = time.monotonic() + GONE_SECONDS
         while not await self._api.create(manifest):
-            found = await self._api.get(self._name)
-            if found is None:
+            existing = await self._api.get(self._name)
+            if existing is None:
                 continue
-            if not found["metadata"].get("deletionTimestamp"):
-                if Status.of(found).phase is not Phase.FAILED:
+            if not existing["metadata"].get("deletionTimestamp"):
+                if Status.of(existing).phase is not Phase.FAILED:
                     return  # taken over as it stands
                 await self._api.delete(self._name)
             if time.monotonic() > deadline:
@@ -155,11 +155,11 @@ class KubernetesLauncher:
                 await asyncio.sleep(1.0)
 
     async def _watch(self) -> None:
-        async for found in self._api.follow(self._run.job_id):
-            if found is None:
+        async for running in self._api.follow(self._run.job_id):
+            if running is None:
                 self._missing = self._missing or self._seen is not None
             else:
-                self._seen, self._missing = found, bool(found["metadata"].get("deletionTimestamp"))
+                self._seen, self._missing = running, bool(running["metadata"].get("deletionTimestamp"))
 
     def _status(self) -> Status | None:
         return None if self._seen is None else Status.of(self._seen)

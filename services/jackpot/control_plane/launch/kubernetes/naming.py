@@ -43,5 +43,5 @@ def host(job_id: str, role: str, index: int = 0) -> str:
 
 def labels(job_id: str, role: str | None, extra: Mapping[str, str]) -> dict[str, str]:
     """Labels of a job's objects; ``role`` is None for the JobSet itself."""
-    own = {"app.kubernetes.io/name": "jackpot", JOB_LABEL: job_id}
-    return {**extra, **own, **({"app.kubernetes.io/component": role} if role else {})}
+    fixed = {"app.kubernetes.io/name": "jackpot", JOB_LABEL: job_id}
+    return {**extra, **fixed, **({"app.kubernetes.io/component": role} if role else {})}

@@ -59,7 +59,9 @@ def pod_template(
         "volumes": _volumes(settings, cluster),
     }
     optional = {
-        "imagePullSecrets": [one if isinstance(one, dict) else {"name": one} for one in cluster.image_pull_secrets],
+        "imagePullSecrets": [
+            secret if isinstance(secret, dict) else {"name": secret} for secret in cluster.image_pull_secrets
+        ],
         "nodeSelector": settings.node_selector,
         "tolerations": settings.tolerations,
         "affinity": settings.affinity,
@@ -142,24 +144,24 @@ def _environment(
     objects = cluster.object_store.env if cluster.object_store is not None else {}
     if cluster.hf_token_secret is not None:
         del fixed["HF_HUB_OFFLINE"]
-    found: list[Manifest] = [
+    entries: list[Manifest] = [
         {"name": name, "value": value} for name, value in {**fixed, **variables, **objects, **settings.env}.items()
     ]
     if instance is not None:
-        found += [
+        entries += [
             {"name": "JACKPOT_INSTANCE", "value": str(instance)},
             {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
             {"name": "JACKPOT_ADVERTISE_ADDRESS", "value": f"$(POD_IP):{GRPC_PORT}"},
         ]
     elif role in ("rollout", "scorer"):
         index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
-        found.append({"name": "JACKPOT_INSTANCE", "valueFrom": {"fieldRef": index}})
+        entries.append({"name": "JACKPOT_INSTANCE", "valueFrom": {"fieldRef": index}})
     if role in ("orchestrator", "scorer", "learner"):
         secret = cluster.redis.role_url_secrets.get(role, cluster.redis.url_secret)  # type: ignore[call-overload]
-        found.append(_secret("JACKPOT_REDIS_URL", secret.name, secret.key))
+        entries.append(_secret("JACKPOT_REDIS_URL", secret.name, secret.key))
     if cluster.hf_token_secret is not None:
-        found.append(_secret("HF_TOKEN", cluster.hf_token_secret.name, cluster.hf_token_secret.key))
-    return found
+        entries.append(_secret("HF_TOKEN", cluster.hf_token_secret.name, cluster.hf_token_secret.key))
+    return entries
 
 
 def _secret(variable: str, name: str, key: str) -> Manifest:

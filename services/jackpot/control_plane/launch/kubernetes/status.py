@@ -38,7 +38,7 @@ class Status:
     def of(cls, jobset: Mapping[str, Any]) -> Status:
         """Read a JobSet as the API server returns it."""
         status = jobset.get("status") or {}
-        conditions = {one["type"]: one for one in status.get("conditions") or () if one.get("status") == "True"}
+        conditions = {each["type"]: each for each in status.get("conditions") or () if each.get("status") == "True"}
         for name, phase in _BY_CONDITION:
             if name in conditions:
                 condition = conditions[name]
@@ -46,7 +46,7 @@ class Status:
                 return cls(phase, told if phase is Phase.FAILED else "")
         if (jobset.get("spec") or {}).get("suspend") and not status.get("replicatedJobsStatus"):
             return cls(Phase.WAITING)
-        roles = {one["name"]: one for one in status.get("replicatedJobsStatus") or ()}
+        roles = {role["name"]: role for role in status.get("replicatedJobsStatus") or ()}
         up = any(roles.get(role, {}).get("ready", 0) for role in _DECISIVE) or any(
             roles.get(role, {}).get("succeeded", 0) for role in _DECISIVE
         )
