@@ -29,6 +29,8 @@ from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import BusLostError, DeadlineError, EngineError, JobFailedError
 from jackpot.orchestrator.service import serve
 from jackpot.process.service_process import STOPPED_EARLY
+from jackpot.storage.batch_manifests import Manifest, ManifestLog
+from jackpot.storage.run_directory import RunFiles
 from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import DEFERRED, Group, GroupKey, ScoredGroup, TokenScores
 
@@ -121,11 +123,8 @@ class World:
         number, updates = len(self.trained), self.job.learner.updates_per_batch
         self.staleness += [number * updates - group.group.oldest_version for group in batch]
         group_ids = [group.group_id for group in batch]
-        path = self.run_dir / "manifests" / f"{number:08d}.json"
-        path.parent.mkdir(exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps({"batch": number, "start_step": number * updates, "group_ids": group_ids}))
-        aside.rename(path)
+        manifests = ManifestLog(RunFiles(self.run_dir).manifests)
+        manifests.write(Manifest(number, number * updates, tuple(group_ids)))
         self.trained.append(group_ids)
         self.publish((number + 1) * updates)
         await self.commit(bus, number)
