@@ -360,6 +360,23 @@ async def test_a_restarted_scorer_gets_back_what_it_held(job: Job) -> None:
                 await after.publish_scored(delivery, make_scored(delivery.value))
 
 
+async def test_what_waited_in_one_process_while_another_took_it_over_is_not_handed_out_there(job: Job) -> None:
+    async with job.connect("a", lease_seconds=60) as before:
+        first, second = await job.publish(before, 0, 1)
+        assert ids(await before.take_groups(2, 1.0)) == [first, second]
+    async with job.connect("a", lease_seconds=60) as restarted, job.connect("b") as quick:
+        (alone,) = await restarted.take_groups(2, 1.0)  # the second, tried before as well, waits behind it
+        (stolen,) = await quick.take_groups(2, 10.0)
+        assert alone.group_id == stolen.group_id == first
+        await restarted.publish_scored(alone, make_scored(alone.value))
+        assert await restarted.take_groups(2, 0.05) == []
+        with pytest.raises(LeaseLostError):
+            await quick.publish_scored(stolen, make_scored(stolen.value))
+        (taken,) = await quick.take_groups(2, 1.0)
+        assert taken.group_id == second
+        await quick.publish_scored(taken, make_scored(taken.value))
+
+
 async def test_an_expired_lease_goes_to_another_scorer_and_the_first_is_fenced(job: Job) -> None:
     async with job.connect("a") as slow, job.connect("b") as quick:
         (group_id,) = await job.publish(slow, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +152,32 @@ async def test_a_group_older_than_allowed_is_dropped_as_stale(
     assert await bus.terminal_states([stale.group_id]) == {stale.group_id: "dropped:stale"}
     ((_, record),) = await bus.read_terminal("", 10)
     assert record.detail == "3 versions old when it was scored, 1 are allowed"
+
+
+async def test_a_group_that_newer_weights_make_stale_just_before_its_forward_pass_is_dropped(
+    world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
+) -> None:
+    """The version is checked before the groups are scored; what counts is the one that scored them."""
+    world.publish_actor(1)
+    stale, fresh = (
+        sample_group(world, job_id=job_id, slot=slot, versions=(version,)) for slot, version in ((0, 0), (1, 1))
+    )
+    async with working(world, valkey_url, job_id, world.job(orchestrator={"max_staleness": 1})) as engine:
+        score = engine.score
+
+        async def score_with_newer_weights(groups: Sequence[Group]) -> list[ScoredGroup]:
+            world.publish_policy(2)
+            await engine.refresh()
+            return await score(groups)
+
+        engine.score = score_with_newer_weights  # type: ignore[method-assign]
+        await publish(bus, stale)
+        await until(lambda: bus.terminal_states([stale.group_id]), "the stale group to be dropped")
+        engine.score = score  # type: ignore[method-assign]
+        await publish(bus, fresh)
+        assert set(await scored_groups(bus, 1)) == {fresh.group_id}
+    ((_, record),) = await bus.read_terminal("", 10)
+    assert (record.reason, record.detail) == ("stale", "2 versions old when it was scored, 1 are allowed")
 
 
 async def test_a_group_whose_actor_version_is_gone_is_dropped_as_stale(

@@ -32,6 +32,16 @@ def test_tis_truncates_and_reports_both() -> None:
     assert not weights.value.requires_grad
 
 
+def test_tis_reports_ratios_below_the_floor_as_clipped() -> None:
+    """Their weight is e^−20, which is not their ratio, though no cap is near."""
+    logs = torch.tensor([-MAX_LOG_RATIO - 1.0, -MAX_LOG_RATIO, 0.0])
+    weights = tis_weights(logs, torch.zeros(3), cap=2.0)
+    torch.testing.assert_close(weights.value, torch.tensor([-MAX_LOG_RATIO, -MAX_LOG_RATIO, 0.0]).exp())
+    assert weights.clipped.tolist() == [True, False, False]
+    whole = tis_weights(logs, torch.zeros(3), cap=2.0, sequence_index=torch.tensor([0, 0, 1]))
+    assert whole.clipped.tolist() == [True, True, False]
+
+
 # Two completions, of three tokens and of two; s = 4, 0.25, 2 and 0.5, 8: products 2 and 4.
 REFERENCE = torch.tensor([0.8, 0.1, 0.4, 0.1, 0.8]).log()
 ACTOR = torch.tensor([0.2, 0.4, 0.2, 0.2, 0.1]).log()

@@ -76,6 +76,23 @@ async def test_a_caller_that_is_cancelled_disturbs_no_other() -> None:
         await leaving
 
 
+async def test_a_loop_that_ends_leaves_no_call_waiting() -> None:
+    doubling = Doubling()
+    doubling.may.clear()
+    together = Together(doubling)
+    before = asyncio.all_tasks()
+    calls = [asyncio.ensure_future(together(number)) for number in range(MOST_CALLS + 1)]
+    while not doubling.rounds:
+        await asyncio.sleep(0)
+    (rounds,) = asyncio.all_tasks() - before - set(calls)
+    rounds.cancel()  # as the end of the loop does; the last call is not even in the round under way
+    async with asyncio.timeout(30):
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+    doubling.may.set()
+    assert await together(5) == 10
+
+
 async def test_an_error_comes_once_all_calls_have_ended() -> None:
     ended: list[int] = []
 

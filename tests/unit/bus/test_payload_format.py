@@ -247,6 +247,19 @@ def test_writers_refuse_scores_that_break_a_rule(fields: dict[str, Any], message
         encode_scored(dataclasses.replace(SCORED, scores=scores))
 
 
+def test_readers_refuse_masks_that_are_neither_0_nor_1() -> None:
+    fields = fields_of(encode_scored(SCORED))
+    mask = fields["scores"][1]["mask"]
+    for byte in (1, 2, 255):
+        fields["scores"][1]["mask"] = mask[:-1] + bytes([byte])
+        data = sealed(msgpack.packb(fields), kind=2)
+        if byte == 1:
+            assert decode_scored(data).scores[1].mask[-1]
+        else:
+            with pytest.raises(PayloadError, match="a mask with values other than 0 and 1"):
+                decode_scored(data)
+
+
 def test_scores_and_trajectories_must_match_in_number() -> None:
     with pytest.raises(PayloadError, match="differ in number"):
         encode_scored(dataclasses.replace(SCORED, scores=SCORED.scores[:1]))

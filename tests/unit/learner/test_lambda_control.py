@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -95,6 +97,27 @@ def test_a_training_step_steers_both(make_job: MakeJob, make_trainer: MakeTraine
     found = acceptance_at(batch.tokens.reference_logprobs, batch.tokens.actor_logprobs, trainer.controls.obrs_lambda)
     assert found == pytest.approx(0.7, abs=1e-6)
     assert (row["policy/lr"], row["actor/lr"]) == (job.learner.lr / 4, job.learner.lr / 2)
+
+
+def test_near_the_kl_target_the_actor_learns_more_slowly_and_at_the_target_not_at_all(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    batch = build_batch(make_groups(make_job()), make_job().algorithm.advantage)
+    kl = make_trainer(make_job()).train_batch(batch, first_step=0)[0]["kl/policy_actor"]
+    # The rate is full at twice the target and falls with the logarithm: half of it at √2 times the target.
+    for target, pace in ((kl / 2, 1.0), (kl / math.sqrt(2), 0.5), (2 * kl, 0.0)):
+        job = make_job(f"algorithm.distillation.kl_target={target}")
+        trainer = make_trainer(job)
+        first = trainer.train_batch(batch, first_step=0)[0]
+        assert first["actor/lr"] == job.learner.lr  # nothing is measured yet
+        before = [parameter.clone() for parameter in trainer.models["actor"].parameters()]
+        second = trainer.train_batch(batch, first_step=1)[0]
+        assert second["policy/lr"] == job.learner.lr
+        # The same forward pass gives the same KL but for the order of float32 sums, 1e-6 of it.
+        assert second["actor/lr"] == pytest.approx(pace * job.learner.lr, rel=1e-5, abs=1e-5 * job.learner.lr)
+        after = trainer.models["actor"].parameters()
+        stayed = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        assert stayed == (pace == 0.0)
 
 
 def test_with_the_policy_as_target_one_lambda_scores_all(

@@ -131,6 +131,42 @@ async def test_a_failed_attempt_goes_to_another_replica_under_the_same_id(socket
     assert all(r.group_id == "same" for replica in replicas for r in replica.requests)
 
 
+async def test_a_replica_that_has_not_failed_the_group_comes_before_an_idle_one_that_has(sockets):
+    """The first fails the group and is ready again by the time the second fails it; the third is busy, but new."""
+    first, second, busy = replicas = [ScriptedRollout() for _ in range(3)]
+    go_on = asyncio.Event()
+    async with serving(sockets, *replicas) as addresses, pool_of(addresses) as pool:
+
+        async def wait(request):
+            await go_on.wait()
+
+        async def fail_once_all_are_ready(request):
+            async with asyncio.timeout(30):
+                while pool.num_ready < 3:
+                    await asyncio.sleep(0.01)
+            raise EngineError("second")
+
+        await all_ready(pool)
+        busy.before = wait
+        others = [asyncio.create_task(pool.generate(request(f"other {index}"))) for index in range(3)]
+        await asyncio.gather(*others[:2])  # one each: only the third's is still under way
+        first.before, second.before = failing(EngineError("first")), fail_once_all_are_ready
+        calling = asyncio.create_task(pool.generate(request("g")))
+        async with asyncio.timeout(60):
+            while sum(r.group_id == "g" for replica in replicas for r in replica.requests) < 3:
+                await asyncio.sleep(0.01)
+        go_on.set()
+        assert len(await calling) == 2
+        await others[2]
+    assert [[r.group_id for r in replica.requests].count("g") for replica in replicas] == [1, 1, 1]
+
+
+async def all_ready(pool) -> None:
+    async with asyncio.timeout(30):
+        while pool.num_ready < pool.num_wanted:
+            await asyncio.sleep(0.01)
+
+
 async def test_after_all_attempts_every_failure_is_named(sockets):
     replica = ScriptedRollout()
     replica.before = failing(EngineError("first"), EngineError("second"), EngineError("third"))

@@ -64,6 +64,26 @@ async def test_the_next_batch_is_there_when_it_is_asked_for(
     assert collector.deliveries == []
 
 
+async def test_what_is_delivered_again_of_a_batch_already_trained_waits_for_its_commit_alone(
+    job: JobSpec, bus: TrajectoryBus, valkey_url: str, make_groups: Callable[..., list[ScoredGroup]], tmp_path: Path
+) -> None:
+    """As after a crash between the training of batch 0 and its checkpoint: it is trained from its manifest."""
+    job_id, groups = tmp_path.name.replace("_", "-")[:40], make_groups(job)
+    old = [await put(bus, job_id, groups, slot) for slot in (0, 1)]
+    assert len(await bus.take_scored(2, 1.0)) == 2
+    again = await TrajectoryBus.connect(valkey_url, job_id, job.bus, "learner-0", tmp_path)
+    await again.open()
+    new = [await put(bus, job_id, groups, slot) for slot in (2, 3)]
+    collector = BatchCollector(job, again)
+    second = await collector.collect(1, lambda: False)
+    assert second is not None
+    assert [group.group_id for group in second.groups] == new
+    assert [delivery.group_id for delivery in collector.deliveries] == [*old, *new]  # all leases are renewed
+    collector.committed(1)
+    assert [delivery.group_id for delivery in collector.deliveries] == new
+    await again.close()
+
+
 async def test_waits_end_with_the_deadline_with_a_stop_or_with_a_failure_elsewhere(
     job: JobSpec, bus: TrajectoryBus
 ) -> None:
