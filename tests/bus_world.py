@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from patience import PATIENCE_SECONDS
 from redis.asyncio import Redis
 
 from jackpot.bus import Delivery, Ledger, TrajectoryBus
@@ -88,11 +90,12 @@ def bus_settings(store: str, **settings: Any) -> BusConfig:
     return BusConfig.model_validate({"payload_store": store, "lease_seconds": 0.3, "max_bytes": 1 << 20, **settings})
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
-    """Wait until the condition holds; fails after ``seconds``."""
-    async with asyncio.timeout(seconds):
-        while not await condition():
-            await asyncio.sleep(0.01)
+async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Wait until the condition holds; fails, naming what was awaited, if it takes too long."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not await condition():
+        assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS:g} s for {what}"
+        await asyncio.sleep(0.01)
 
 
 async def assert_closed(bus: TrajectoryBus, url: str, job_id: str, payload_dir: Path, dispatched: set[str]) -> Ledger:

@@ -17,22 +17,7 @@ if not any(Path("/dev").glob("nvidia[0-9]*")) and importlib.util.find_spec("vllm
 # Otherwise Triton 3.9 warns that the default will change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-HERE = Path(__file__).parent
 MakeModel = Callable[..., Path]
-
-# Real processes on a machine shared with others: a deadline may pass for want of a core. Such a test has a second
-# chance, which pytest reports; tests of pure functions have none.
-SECOND_CHANCE = ("integration", "faults", "browser", "deploy", "with_vllm")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests that start real processes for one rerun."""
-    if not config.pluginmanager.hasplugin("rerunfailures"):
-        return
-    for item in items:
-        if item.path.is_relative_to(HERE) and item.path.relative_to(HERE).parts[0] in SECOND_CHANCE:
-            item.add_marker(pytest.mark.flaky(reruns=1))
-
 
 # Characters of the tiny tokenizer, after <s>, </s> and <pad>.
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz+-*/= .,?:"

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import yaml
+from patience import PATIENCE_SECONDS
 
-DEADLINE_SECONDS = 150.0
 JACKPOT = [sys.executable, "-c", "from jackpot.cli import main; main()"]
 
 
@@ -57,10 +57,10 @@ class Run:
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for a condition; fails loudly if the run ends before or the deadline passes."""
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():
             assert self.process.poll() is None, f"the run ended before {what}:\n{self.output()}"
-            assert time.monotonic() < deadline, f"waited {DEADLINE_SECONDS} s for {what}; at step {self.step}"
+            assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS} s for {what}; at step {self.step}"
             time.sleep(0.02)
 
     def child(self, name: str) -> psutil.Process | None:
@@ -73,14 +73,20 @@ class Run:
                 continue
         return None
 
-    def kill_child(self, name: str) -> None:
-        """kill -9 one process."""
-        self.wait_until(lambda: self.child(name) is not None, f"{name} to be up")
-        child = self.child(name)
-        assert child is not None
-        child.send_signal(signal.SIGKILL)
+    def kill_child(self, name: str) -> int:
+        """kill -9 one process; which one it was."""
+        children: list[psutil.Process] = []
 
-    def finish(self, timeout_seconds: float = DEADLINE_SECONDS) -> tuple[int, str, str]:
+        def is_up() -> bool:
+            child = self.child(name)
+            children.extend([child] if child is not None else [])
+            return bool(children)
+
+        self.wait_until(is_up, f"{name} to be up")
+        children[0].send_signal(signal.SIGKILL)
+        return children[0].pid
+
+    def finish(self, timeout_seconds: float = PATIENCE_SECONDS) -> tuple[int, str, str]:
         """Wait for the end: (exit code, stdout, stderr)."""
         stdout, stderr = self.process.communicate(timeout=timeout_seconds)
         return self.process.returncode, stdout, stderr

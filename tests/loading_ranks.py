@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE_SECONDS
 from ranks_world import TORCHRUN
 
 
@@ -23,7 +24,7 @@ def load_on(directory: Path, models: Sequence[tuple[Path, str]], size: int) -> l
     (directory / "models.json").write_text(json.dumps([[str(path), dtype] for path, dtype in models]))
     command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(size), __file__, str(directory)]
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((directory / f"report-{rank}.json").read_text()) for rank in range(size)]
 

@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[1]
 DASHBOARDS = ROOT / "helm" / "jackpot" / "dashboards"
 RULES = ROOT / "helm" / "jackpot" / "rules"
-DEADLINE_SECONDS = 60.0
 
 
 def binary(name: str) -> str:
@@ -87,7 +87,7 @@ class Prometheus:
     def query(self, expr: str, moment: float | None = None) -> list[tuple[Mapping[str, str], float]]:
         """Labels and value of each series that an expression has now, or at a Unix time."""
         params = {"query": expr} | ({} if moment is None else {"time": str(moment)})
-        answer = httpx.get(f"{self.url}/api/v1/query", params=params, timeout=20).json()
+        answer = httpx.get(f"{self.url}/api/v1/query", params=params, timeout=PATIENCE_SECONDS).json()
         assert answer["status"] == "success", f"{expr}: {answer}"
         data = answer["data"]
         if data["resultType"] == "scalar":
@@ -97,7 +97,7 @@ class Prometheus:
     def wait_for(
         self,
         expr: str,
-        deadline_seconds: float = DEADLINE_SECONDS,
+        deadline_seconds: float = PATIENCE_SECONDS,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> list[tuple[Mapping[str, str], float]]:
         """The answer to an expression once there is one; fails loudly."""
@@ -149,7 +149,7 @@ def prometheus(
         )
     try:
         server = Prometheus(f"http://127.0.0.1:{port}", process, log)
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not _ready(server.url):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
@@ -168,6 +168,6 @@ def free_port() -> int:
 
 def _ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/-/ready", timeout=5).status_code == 200
+        return httpx.get(f"{url}/-/ready", timeout=PATIENCE_SECONDS).status_code == 200
     except httpx.TransportError:
         return False

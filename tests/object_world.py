@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-DEADLINE_SECONDS = 60.0
+from patience import PATIENCE_SECONDS
+
 _SERVER = """
 import sys
 from moto.server import ThreadedMotoServer
@@ -139,7 +140,7 @@ def object_world() -> Iterator[ObjectWorld]:
     world = None
     try:
         assert process.stdout is not None
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not (line := process.stdout.readline()).strip().isdecimal():
             assert line and time.monotonic() < deadline, "the S3 server does not start"
         world = ObjectWorld(int(line))

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE_SECONDS
+
 from jackpot.config import JobSpec
 from jackpot.storage.run_directory import load_service_job
 
@@ -44,7 +46,7 @@ def run_ranks(
         (directory / "groups" / group.group_id).write_bytes(encode_scored(group))
     command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(size), __file__, str(directory)]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "JACKPOT_RUN_DIR": str(directory), "JACKPOT_JOB_ID": "job"}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
 
 
 def main(directory: Path) -> int:

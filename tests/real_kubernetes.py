@@ -21,9 +21,9 @@ import yaml
 from chart_world import NAMESPACE, Object, of_kind, render
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from patience import PATIENCE_SECONDS
 
 BINARY = "JACKPOT_TEST_KUBE_APISERVER"
-READY_SECONDS = 60.0
 ADMIN, LAUNCHER = "admin-token", "launcher-token"
 JOBSETS = f"/apis/jobset.x-k8s.io/v1alpha2/namespaces/{NAMESPACE}/jobsets"
 JOBS = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
@@ -70,7 +70,7 @@ class ApiServer:
         self.kubeconfig.write_text(yaml.safe_dump(_kubeconfig(self.url)), encoding="utf-8")
         # Its certificate is one that it made for itself just now.
         self._http = httpx.Client(
-            base_url=self.url, verify=False, timeout=20, headers={"Authorization": f"Bearer {ADMIN}"}
+            base_url=self.url, verify=False, timeout=PATIENCE_SECONDS, headers={"Authorization": f"Bearer {ADMIN}"}
         )
 
     def ready(self) -> bool:
@@ -188,10 +188,10 @@ def real_api_server(directory: Path, launcher_account: str) -> Iterator[ApiServe
 
 
 def _wait_until(condition: Any, what: str, directory: Path) -> None:
-    deadline = time.monotonic() + READY_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         logs = "".join(path.read_text(errors="replace")[-2000:] for path in directory.glob("*.log"))
-        assert time.monotonic() < deadline, f"waited {READY_SECONDS:g} s for {what}:\n{logs}"
+        assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS:g} s for {what}:\n{logs}"
         time.sleep(0.1)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from patience import PATIENCE_SECONDS
 
 from jackpot.compute.model_weights import save_weights
 from jackpot.compute.models import load_causal_lm
@@ -23,8 +24,6 @@ from jackpot.rpc.channel import open_channel, wait_ready
 from jackpot.storage.durable_files import replace_synced
 from jackpot.storage.weights import WeightStore
 from jackpot.v1 import rollout_pb2
-
-READY_SECONDS = 60.0
 
 
 class RolloutWorld:
@@ -88,7 +87,7 @@ class RolloutWorld:
         """Return once the server answers health checks."""
         channel = open_channel(self.address(name))
         try:
-            await wait_ready(channel, service, READY_SECONDS)
+            await wait_ready(channel, service, PATIENCE_SECONDS)
         finally:
             await channel.close()
 
@@ -96,7 +95,7 @@ class RolloutWorld:
 def stop(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM. Fails if the exit is not clean."""
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=PATIENCE_SECONDS) == 0
 
 
 def publish_damaged(
@@ -113,19 +112,34 @@ def publish_damaged(
     replace_synced(root / role / "LATEST", f"{version}\n", root / role / "LATEST.new")
 
 
-async def refusal(stub: Any, version: int, patience: float = 30.0) -> str:
-    """What a client is told that waits for a version that the server refuses: what the server holds instead."""
-    deadline = time.monotonic() + patience
+async def refusal(stub: Any, version: int, expected: str = "refused") -> str:
+    """What a client hears that waits for a version that the server does not have: what the server holds instead.
+
+    Asked again, and with more time, until it is as expected: on a busy machine the server may not have looked yet, or
+    the client's own clock may run out before the server's answer is there.
+    """
+    deadline, seconds = time.monotonic() + PATIENCE_SECONDS, 0.5
     while True:
         try:
-            await stub.Generate(generate_request(min_version=version), timeout=1.0)
+            await stub.Generate(generate_request(min_version=version), timeout=seconds)
         except grpc.aio.AioRpcError as error:
             assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             details = str(error.details())
-            if "refused" in details or time.monotonic() > deadline:  # not yet: on a busy machine it has not looked
+            if expected in details or time.monotonic() > deadline:
                 return details
         else:
-            raise AssertionError("a damaged version was served")
+            raise AssertionError("a version that it cannot have was served")
+        seconds = min(2 * seconds, 10.0)
+
+
+async def generating(stub: Any, **sampling: Any) -> Any:
+    """A call under way: its tokens are being sampled."""
+    while True:
+        call = stub.Generate(generate_request(5, **sampling), timeout=PATIENCE_SECONDS)
+        while not call.done():  # or this process slept through it: another one, then
+            status = rollout_pb2.RolloutServiceGetStatusRequest()
+            if (await stub.GetStatus(status, timeout=PATIENCE_SECONDS)).num_running:
+                return call
 
 
 def generate_request(

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from patience import PATIENCE_SECONDS
 from ranks_world import TORCHRUN
 
 from jackpot.bus.payload_format import decode_group, decode_scored, encode_group, encode_scored
@@ -33,7 +34,7 @@ def score_on_ranks(
         write(directory / f"groups-{index}.bin", [encode_group(group) for group in groups])
     command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(size), __file__, str(directory)]
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return {
         (job, batch): [decode_scored(data) for data in read(directory / f"scored-{job}-{batch}.bin")]

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from patience import PATIENCE_SECONDS
 from prometheus_client import CollectorRegistry
 from tolerances import model_rounding
 from transformers import (
@@ -260,7 +261,7 @@ def _normalizer(
     return head, max(0.0, min(1 - seen_probs.sum(), bound)), mass
 
 
-async def until(condition: Callable[[], Awaitable[Any]], what: str, timeout_seconds: float = 20.0) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], what: str, timeout_seconds: float = PATIENCE_SECONDS) -> Any:
     """The first true answer of ``condition``; fails loudly if there is none in time."""
     deadline = time.monotonic() + timeout_seconds
     while not (answer := await condition()):

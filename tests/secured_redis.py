@@ -21,13 +21,13 @@ from pathlib import Path
 
 import redis
 from certificates import Authority
+from patience import PATIENCE_SECONDS
 
 from jackpot.bus.server import find_server_binary
 
 ROOT = Path(__file__).parents[1]
 ROLES = ("control-plane", "orchestrator", "scorer", "learner")
 ADMIN = "test-admin"
-START_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def native_server() -> Path | None:
         shutil.which("redis-server"),
     ):
         if candidate:
-            linked = subprocess.run(["ldd", candidate], capture_output=True, text=True, timeout=10).stdout
+            linked = subprocess.run(["ldd", candidate], capture_output=True, text=True, timeout=PATIENCE_SECONDS).stdout
             if "libssl" in linked:
                 return Path(candidate)
     return None
@@ -169,7 +169,7 @@ def _nothing() -> Iterator[None]:
 
 
 def _wait(found: SecuredRedis, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             with redis.Redis.from_url(found.full_url(ADMIN)) as admin:

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import yaml
 from job_world import JACKPOT, write_job
+from patience import PATIENCE_SECONDS
 
 from jackpot.client import Client
 from jackpot.control_plane.api.app import create_app
@@ -24,7 +25,6 @@ from jackpot.control_plane.backend import Backend
 from jackpot.control_plane.jobs.scheduler import SchedulingPolicy
 from jackpot.control_plane.settings import ServeSettings
 
-DEADLINE_SECONDS = 100.0
 TINY_JOB: dict[str, Any] = {
     "name": "tiny",
     "policy": {"model": "builtin:complement/policy"},
@@ -72,7 +72,9 @@ class Server:
 
     def _find(self) -> None:
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], 60)[0], "the server does not say where it listens"
+        assert select.select([self.process.stdout], [], [], PATIENCE_SECONDS)[0], (
+            "the server does not say where it listens"
+        )
         line = self.process.stdout.readline()
         assert line.startswith("jackpot serves at http"), line + self.log()
         self.url = line.split()[3]
@@ -81,7 +83,7 @@ class Server:
 
     def _ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
+            return httpx.get(f"{self.url}/readyz", timeout=PATIENCE_SECONDS).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -96,9 +98,9 @@ class Server:
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for a condition; fails loudly."""
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():
-            assert time.monotonic() < deadline, f"waited {DEADLINE_SECONDS} s for {what}\n{self.log()}"
+            assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS} s for {what}\n{self.log()}"
             time.sleep(0.05)
 
     def log(self) -> str:
@@ -121,7 +123,7 @@ class Server:
         try:
             if self.process.returncode is None:  # not killed by the test already
                 self.process.send_signal(signal.SIGTERM)
-                self.process.wait(20)
+                self.process.wait(PATIENCE_SECONDS)
         finally:
             if self.process.stdout is not None and not self.process.stdout.closed:
                 self.process.kill()
@@ -153,7 +155,7 @@ def tiny_job(
     return job
 
 
-def jackpot(*arguments: str, url: str, timeout: float = DEADLINE_SECONDS) -> subprocess.CompletedProcess[str]:
+def jackpot(*arguments: str, url: str, timeout: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
     """Run a `jackpot` command against a server."""
     return subprocess.run(
         [*JACKPOT, *arguments],

@@ -10,12 +10,11 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from patience import PATIENCE_SECONDS
+
 from jackpot.config import ModelConfig, RolloutConfig
 from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits
 from jackpot.trajectory import Trajectory
-
-# From the start of a process to its being ready, on two cores.
-START_SECONDS = 45.0
 
 Result = TypeVar("Result")
 
@@ -34,7 +33,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self.loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
 
-    def run(self, work: Callable[[], Coroutine[Any, Any, Result]], timeout: float = 100) -> Result:
+    def run(self, work: Callable[[], Coroutine[Any, Any, Result]], timeout: float = PATIENCE_SECONDS) -> Result:
         """The result of work done there."""
         return asyncio.run_coroutine_threadsafe(work(), self.loop).result(timeout)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from server_world import Server, running_server, tiny_job
 
 from jackpot.control_plane.tokens import Scope, TokenFile
@@ -22,10 +23,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(TEST_SECONDS),
 ]
-DEADLINE_MS = 90_000
-
 MakeModel = Callable[..., Path]
 
 
@@ -53,7 +52,7 @@ def screenshots(tmp_path: Path) -> Path:
 def open_page(browser: Any, url: str, **settings: Any) -> Any:
     """A page that fails the test on a script error, and on anything loaded from elsewhere."""
     page = browser.new_context(**settings).new_page()
-    page.set_default_timeout(DEADLINE_MS)
+    page.set_default_timeout(1000 * PATIENCE_SECONDS)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("console", lambda message: page.errors.append(message.text) if "Content Security" in message.text else None)

@@ -18,6 +18,9 @@ import pytest
 from certificates import Authority
 from chart_world import Object, named, pods, render, start_bus
 from job_world import JACKPOT
+from patience import PATIENCE_SECONDS, TEST_SECONDS
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 # Everything else is as in the pod. A cluster is looked for only when a job starts.
 LEFT_OUT = ("--port=",)
@@ -77,12 +80,12 @@ class Pod:
     def stop(self) -> None:
         os.killpg(self.process.pid, signal.SIGTERM)
         try:
-            self.process.communicate(timeout=30)
+            self.process.communicate(timeout=PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.communicate(timeout=30)
+            self.process.communicate(timeout=PATIENCE_SECONDS)
         self.bus.terminate()
-        self.bus.communicate(timeout=30)
+        self.bus.communicate(timeout=PATIENCE_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ def test_the_charts_own_test_passes(pod: Pod) -> None:
         env={"URL": pod.url, "PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -130,7 +133,7 @@ def test_probes_come_by_address_and_prometheus_with_its_token(pod: Pod) -> None:
 def test_the_command_line_reaches_it_as_the_notes_say(pod: Pod) -> None:
     environ = os.environ | {"JACKPOT_URL": pod.url, "JACKPOT_CA": pod.ca, "JACKPOT_TOKEN": pod.secret["admin-token"]}
     done = subprocess.run(
-        [*JACKPOT, "jobs", "--json"], env=environ, capture_output=True, text=True, timeout=60, check=False
+        [*JACKPOT, "jobs", "--json"], env=environ, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -154,7 +157,7 @@ def test_a_renewed_certificate_is_served_without_a_restart(pod: Pod) -> None:
     Authority("renewed").issue(directory, "localhost")  # also the authority: whoever trusts it sees the new one
     assert directory.joinpath("tls.crt").read_bytes() != old
     context = ssl.create_default_context(cafile=pod.ca)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             assert httpx.get(f"{pod.url}/healthz", verify=context).status_code == 200

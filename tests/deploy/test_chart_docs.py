@@ -13,6 +13,7 @@ import typer
 import yaml
 from chart_world import CHART, ROOT, Object, containers, helm, of_kind, parse, pods, render_text, tool
 from kubernetes_validate import validate
+from patience import PATIENCE_SECONDS
 
 from jackpot.cli import app
 from jackpot.config import load_job
@@ -146,7 +147,11 @@ def test_helm_commands_use_flags_that_helm_has() -> None:
 def test_kubectl_commands_use_verbs_and_flags_that_kubectl_has() -> None:
     def told(*words: str) -> str:
         done = subprocess.run(
-            [str(tool("kubectl")), *words], capture_output=True, text=True, timeout=60, env={"HOME": "/nonexistent"}
+            [str(tool("kubectl")), *words],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            env={"HOME": "/nonexistent"},
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

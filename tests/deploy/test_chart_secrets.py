@@ -16,6 +16,7 @@ import pytest
 import yaml
 from bus_world import make_group, make_scored
 from chart_world import CHART, ROOT, Object, named, parse, render, render_text, start_bus
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from redis import exceptions
 from redis.asyncio import Redis
 
@@ -23,6 +24,8 @@ from jackpot.bus import TrajectoryBus
 from jackpot.config import BusConfig
 from jackpot.control_plane.jobs.redis_job_store import RedisJobStore
 from jackpot.control_plane.tokens import Scope, TokenFile
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 OWNED = {"annotations": {"meta.helm.sh/release-name": "jp", "meta.helm.sh/release-namespace": "ml"}}
 JOB_ID = "demo-1123-094051-1a2b3c4d"
@@ -172,7 +175,7 @@ async def test_each_role_can_do_its_work_on_the_bundled_server_and_no_more(tmp_p
     made = content(named(objects, "Secret", "jp-jackpot-redis"))
     process, socket = start_bus(tuple(objects), tmp_path)
     async with AsyncExitStack() as stack:
-        stack.callback(process.communicate, timeout=20)
+        stack.callback(process.communicate, timeout=PATIENCE_SECONDS)
         stack.callback(process.terminate)
         store = RedisJobStore(user_url(socket, made, "control-plane"))
         await store.check_server()

@@ -22,13 +22,15 @@ import psutil
 import pytest
 import redis
 import yaml
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from server_world import tiny_job
 
 from jackpot.bus.server import find_server_binary
 
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
+
 ROOT = Path(__file__).parents[2]
 PASSWORD = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
-DEADLINE_SECONDS = 150.0
 CPU_SERVICES = {"valkey", "platform", "prometheus", "grafana"}
 
 
@@ -37,7 +39,7 @@ def compose(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
     binary = Path(sysconfig.get_path("scripts")) / "docker-compose"
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | variables
     command = [binary, "--env-file", os.devnull, "-f", ROOT / "docker-compose.yml", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, env=environment)
 
 
 def resolved(profile: str) -> dict[str, Any]:
@@ -165,13 +167,12 @@ def no_session_left(data: Path) -> Iterator[None]:
 
 
 def until(condition: Callable[[], bool], what: str, log: Path) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, f"waited {DEADLINE_SECONDS} s for {what}\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS} s for {what}\n{log.read_text()[-3000:]}"
         time.sleep(0.05)
 
 
-@pytest.mark.timeout(400)
 def test_its_commands_bring_up_a_platform_that_trains_a_job(
     services: dict[str, dict[str, Any]], tmp_path: Path, make_model: Callable[..., Path]
 ) -> None:
@@ -217,7 +218,7 @@ def test_its_commands_bring_up_a_platform_that_trains_a_job(
 
         def ready() -> bool:
             with suppress(httpx.TransportError):
-                return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+                return httpx.get(f"{url}/readyz", timeout=PATIENCE_SECONDS).status_code == 200
             return False
 
         until(ready, "the platform", log)
@@ -227,9 +228,11 @@ def test_its_commands_bring_up_a_platform_that_trains_a_job(
             env=environment_of("platform", **users),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
         )
-        client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {created.stdout.strip()}"}, timeout=20)
+        client = httpx.Client(
+            base_url=url, headers={"Authorization": f"Bearer {created.stdout.strip()}"}, timeout=PATIENCE_SECONDS
+        )
         prometheus = {"Authorization": f"Bearer {(run / 'token').read_text().strip()}"}
         with client:
             job = tiny_job(

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from patience import PATIENCE_SECONDS, TEST_SECONDS
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -40,7 +43,7 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 def test_hadolint_finds_nothing() -> None:
     hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
-    result = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert result.returncode == 0, result.stdout
 
 
@@ -185,6 +188,10 @@ def test_a_role_without_torch_needs_nothing_that_its_image_lacks(extra: str, pac
     assert "pytest" in blocked and "redis" not in blocked
     arguments = json.dumps([blocked, packages])
     result = subprocess.run(
-        [sys.executable, "-c", BLOCKING, arguments], capture_output=True, text=True, timeout=100, cwd=ROOT / "services"
+        [sys.executable, "-c", BLOCKING, arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        cwd=ROOT / "services",
     )
     assert result.returncode == 0, result.stderr[-2000:]

@@ -11,6 +11,7 @@ import pytest
 import redis
 from bus_world import make_group, make_scored
 from certificates import Authority
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from secured_redis import ROLES, SecuredRedis, secured_redis
 
 from jackpot.bus import TrajectoryBus
@@ -22,6 +23,8 @@ from jackpot.control_plane.jobs.states import JobState
 from jackpot.control_plane.observing.bus_observer import BusObserver
 from jackpot.errors import BusError
 from jackpot.trajectory import deferred
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 JOB_ID = "tiny-1123-140645-b1bc4f0d"
 
@@ -82,7 +85,7 @@ async def test_roles_do_all_that_they_ever_do(server: SecuredRedis, tmp_path: Pa
     await scorer.fail(others[0], "scoring_failed")
     await scorer.release(others[1:2])
     await scorer.drop(others[2].group_id, "scoring_failed")
-    deadline = asyncio.get_running_loop().time() + 20
+    deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
     scored = 1
     while scored < 4:  # the rest, given back or left behind by a consumer whose lease ran out
         for delivery in await taking_over.take_groups(4, 0.5):

@@ -18,6 +18,7 @@ import pytest
 from certificates import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from job_world import write_job
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from secured_redis import SecuredRedis, secured_redis
 
 from jackpot.config import load_job
@@ -25,11 +26,11 @@ from jackpot.config.environment import ServiceEnvironment
 from jackpot.control_plane.sessions.preparation import prepare_job
 from jackpot.storage.run_directory import RunDirectory, new_job_id
 
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
+
 PEER = "jackpot-worker"
-DEADLINE_SECONDS = 250.0
 
 
-@pytest.mark.timeout(400)
 def test_a_job_trains_with_tls_everywhere(tmp_path: Path, make_model: Callable[..., Path]) -> None:
     authority = Authority()
     tls_dir = authority.issue(tmp_path / "tls", PEER)
@@ -88,7 +89,7 @@ def started(name: str, service: str, directory: Path, **settings: object) -> Ite
 
 
 def wait_until_done(processes: dict[str, subprocess.Popen[bytes]], directory: Path) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while any(processes[name].poll() is None for name in ("learner", "orchestrator")):
         ended = {name: process.returncode for name, process in processes.items() if process.poll() not in (None, 0)}
         in_time = time.monotonic() < deadline
@@ -104,14 +105,14 @@ def check_health(addresses: list[str]) -> None:
     for address in addresses:
         with grpc.insecure_channel(address) as channel:
             request = health_pb2.HealthCheckRequest(service="readiness")
-            status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status
+            status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=PATIENCE_SECONDS).status
         assert status == health_pb2.HealthCheckResponse.SERVING
 
 
 def check_plaintext_is_refused(*addresses: str) -> None:
     for address in addresses:
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
-            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_SECONDS)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 

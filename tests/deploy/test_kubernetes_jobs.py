@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 from kubernetes_world import CLUSTER, Cluster, running_cluster
+from patience import TEST_SECONDS
 from server_world import Server, jackpot, running_server, tiny_job
 
 from jackpot.bus.server import EmbeddedServer
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 MakeModel = Callable[..., Path]
 
@@ -52,7 +55,6 @@ def jobset_is_up(cluster: Cluster, count: int = 1) -> Callable[[], bool]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_job_trains_as_a_jobset_while_the_server_is_killed_and_a_pod_dies(
     tmp_path: Path, make_model: MakeModel, options: tuple[str, ...], store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +89,6 @@ def test_a_job_trains_as_a_jobset_while_the_server_is_killed_and_a_pod_dies(
     assert cluster.jobsets == {}, "a finished job leaves nothing behind"
 
 
-@pytest.mark.timeout(200)
 def test_a_job_is_cancelled_while_it_waits_for_admission_and_resumed(
     tmp_path: Path, make_model: MakeModel, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +118,6 @@ def test_a_job_is_cancelled_while_it_waits_for_admission_and_resumed(
     assert cluster.jobsets == {}
 
 
-@pytest.mark.timeout(200)
 def test_of_two_servers_one_leads_and_the_other_takes_over(
     tmp_path: Path, make_model: MakeModel, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +164,6 @@ def kill_all(server: Server) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_rollout_replicas_join_and_leave_a_running_jobset(
     tmp_path: Path, make_model: MakeModel, options: tuple[str, ...], store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

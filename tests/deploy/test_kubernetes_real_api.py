@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from chart_world import NAMESPACE, of_kind, render
 from kubernetes_world import CLUSTER
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from real_kubernetes import JOBS, JOBSETS, ApiServer, real_api_server
 
 from jackpot.config import JobSpec, parse_job
@@ -20,11 +21,10 @@ from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
 from jackpot.errors import JackpotError
 from jackpot.storage.run_directory import RunDirectory
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(TEST_SECONDS)]
 
 JOB_ID = "chain-sum-1123-1"
 NAME = f"j-{JOB_ID}"
-DEADLINE_SECONDS = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +75,14 @@ async def controllers(server: ApiServer) -> AsyncIterator[None]:
 
 
 async def until(condition: Callable[[], Any], what: str) -> None:
-    async with asyncio.timeout(DEADLINE_SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():
             await asyncio.sleep(0.1)
 
 
 async def scaled_in_the_end(launcher: KubernetesLauncher, replicas: int) -> None:
     """As a session does: what is refused is asked for again."""
-    async with asyncio.timeout(DEADLINE_SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             try:
                 return await launcher.scale(replicas)
@@ -132,7 +132,7 @@ async def test_a_job_is_made_scaled_and_removed_with_the_rights_of_the_chart(
 
         done = {"conditions": [{"type": "Completed", "status": "True", "reason": "AllJobsCompleted", "message": ""}]}
         server.patch(f"{JOBSETS}/{NAME}/status", {"status": done})
-        async with asyncio.timeout(DEADLINE_SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not (await launcher.check()).finished:
                 await asyncio.sleep(0.1)
         await launcher.stop()

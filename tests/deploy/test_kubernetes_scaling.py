@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from kubernetes_world import CLUSTER, Cluster, running_cluster
+from patience import TEST_SECONDS
 
 from jackpot.config import parse_job
 from jackpot.control_plane.launch.kubernetes.jobset import jobset
@@ -14,6 +15,8 @@ from jackpot.control_plane.launch.kubernetes.launcher import KubernetesLauncher
 from jackpot.control_plane.launch.kubernetes.settings import ClusterSettings
 from jackpot.errors import JackpotError
 from jackpot.storage.run_directory import RunDirectory
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 JOB_ID = "chain-sum-1123-1"
 NAME = f"j-{JOB_ID}"

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import yaml
 from monitoring_world import RULES, binary, free_port, prometheus
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from prometheus_client import CollectorRegistry
 
 from jackpot.control_plane.jobs.states import JobState
 from jackpot.control_plane.service_metrics import ServiceMetrics
 from jackpot.telemetry import Metrics, recording, serve_metrics
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 TESTS = sorted((Path(__file__).parent / "rules").glob("*.test.yaml"))
 JOB = "sick"
@@ -27,14 +30,20 @@ def alert_rules() -> list[dict[str, Any]]:
 
 def test_promtool_accepts_the_rules() -> None:
     files = [str(path) for path in sorted(RULES.glob("*.yaml"))]
-    done = subprocess.run([binary("promtool"), "check", "rules", *files], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [binary("promtool"), "check", "rules", *files], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
 def test_alerts_fire_when_they_should_and_not_else(path: Path) -> None:
     done = subprocess.run(
-        [binary("promtool"), "test", "rules", path.name], cwd=path.parent, capture_output=True, text=True, timeout=60
+        [binary("promtool"), "test", "rules", path.name],
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

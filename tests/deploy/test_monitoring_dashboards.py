@@ -13,6 +13,7 @@ import promql_parser
 import pytest
 import yaml
 from monitoring_world import DASHBOARDS, ROOT, RULES, PanelQuery, panels, queries
+from patience import PATIENCE_SECONDS
 
 from jackpot.control_plane.service_metrics import CATALOGUE as CONTROL_PLANE
 from jackpot.telemetry import CATALOGUE, MetricSpec
@@ -41,7 +42,9 @@ def load(name: str) -> dict[str, Any]:
 
 
 def test_the_committed_dashboards_are_what_the_code_generates(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, str(ROOT / "deploy/grafana/generate.py"), str(tmp_path)], check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, str(ROOT / "deploy/grafana/generate.py"), str(tmp_path)], check=True, timeout=PATIENCE_SECONDS
+    )
     assert {path.stem for path in DASHBOARDS.glob("*.json")} == set(NAMES)
     for name in NAMES:
         generated = (tmp_path / f"{name}.json").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import MakeModel
 from monitoring_world import Prometheus, is_filled, prometheus, queries
+from patience import TEST_SECONDS
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from server_world import running_server, tiny_job
 
@@ -17,9 +18,8 @@ from jackpot.telemetry import ACTIVITIES, CATALOGUE, GpuCollector, serve_metrics
 from jackpot.telemetry.catalogue import MetricSpec
 
 WINDOW = "20s"
-JOB_SECONDS = 200.0  # for a job to start and train a few steps; a dozen are enough on an idle machine
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 ROWS_OF_GPUS = ("Are the GPUs busy?", "Is vLLM well used?")
 PANELS_OF_GPUS = ("GPUs' busy fraction",)
@@ -54,7 +54,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> 
                 f'rate(jackpot_activity_seconds_total{{job_id="{job_id}",service="orchestrator"}}[{WINDOW}]) > 0',
             )
             for expr in ready:
-                watcher.wait_for(expr, JOB_SECONDS)
+                watcher.wait_for(expr)
             # Two more looks at everything, so that each rate has its points.
             step = watcher.query(f'jackpot_step{{job_id="{job_id}"}}')[0][1]
             watcher.wait_for(f'jackpot_step{{job_id="{job_id}"}} > {step + 2}')

@@ -21,6 +21,7 @@ import pytest
 import zstandard
 from bus_world import STORES, Job, bus_settings, ids, make_scored
 from cutting_proxy import cutting_proxy
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from redis.asyncio import Redis
 
 from jackpot.bus import Ledger, TrajectoryBus
@@ -30,6 +31,8 @@ from jackpot.bus.payloads import FilePayloads
 from jackpot.bus.server import EmbeddedServer
 from jackpot.errors import BusError, BusLostError, LeaseLostError
 from jackpot.trajectory import deferred
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 NUM_GROUPS = 30
 
@@ -87,8 +90,9 @@ class Line:
     async def run(self) -> None:
         async with (
             self.job.connect("orchestrator") as a,
-            self.job.connect("0") as b,
-            self.job.connect("1") as c,
+            # On a busy machine leases lapse by themselves; how often that may happen is not what is tested here.
+            self.job.connect("0", max_attempts=1000) as b,
+            self.job.connect("1", max_attempts=1000) as c,
             self.job.connect("0") as d,
         ):
             scorers = [asyncio.create_task(self._score(bus)) for bus in (b, c)]
@@ -142,16 +146,16 @@ async def test_the_server_is_killed_and_restarted_under_load(
     line = Line(Job(own_server.url, store, tmp_path))
     running = asyncio.create_task(line.run())
     for kill_at in (3, 10, 17, 24):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while line.progress < kill_at and not running.done():
                 await asyncio.sleep(0.001)
         assert own_server.pid is not None
         os.kill(own_server.pid, signal.SIGKILL)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while own_server.poll() is None:
                 await asyncio.sleep(0.001)
         await own_server.start()
-    await asyncio.wait_for(running, 30)
+    await asyncio.wait_for(running, PATIENCE_SECONDS)
     await line.assert_all_trained()
     assert sorted(set(line.trained)) == sorted(group.group_id for group in line.groups)
 
@@ -162,7 +166,7 @@ async def test_cut_replies_duplicate_and_lose_nothing(job: Job, short_directory:
     async with cutting_proxy(server_url, short_directory / "s", cut_every) as proxy:
         job.url = proxy.url
         line = Line(job, num_groups=16)
-        await asyncio.wait_for(line.run(), 60)
+        await asyncio.wait_for(line.run(), PATIENCE_SECONDS)
         assert proxy.num_cuts > 10
     job.url = server_url
     async with Redis.from_url(server_url) as redis:
@@ -229,12 +233,12 @@ async def test_a_flushed_server_is_noticed_by_everyone_and_begun_anew(
         await job.publish(bus, 2, 3)
         await bus.take_scored(2, 1.0)
         await bus.commit_trained({done: 1})
-        blocked = asyncio.create_task(other.take_scored(1, 5.0))
+        blocked = asyncio.create_task(other.take_scored(1, PATIENCE_SECONDS))
         await asyncio.sleep(0)
         async with Redis.from_url(job.url) as redis:
             await redis.flushall()
         with pytest.raises(BusLostError):
-            await asyncio.wait_for(blocked, 4.0)
+            await blocked
         with pytest.raises(BusLostError):
             await bus.dispatched()
         assert await bus.open() is True
@@ -403,7 +407,7 @@ async def test_two_scorers_race_for_expired_leases_and_each_group_counts_once(jo
                     except LeaseLostError:
                         lost += 1
 
-        await asyncio.wait_for(asyncio.gather(score(a), score(b)), 30)
+        await asyncio.wait_for(asyncio.gather(score(a), score(b)), PATIENCE_SECONDS)
         deliveries = await a.take_scored(20, 1.0)
         assert sorted(ids(deliveries)) == sorted(job.dispatched) == sorted(published)
         await a.commit_trained(dict.fromkeys(published, 1))
@@ -434,11 +438,11 @@ async def test_a_scorer_that_stalls_before_reading_does_not_drop_what_another_ha
     async with job.connect("quick") as quick:
         (group_id,) = await job.publish(quick, 0)
         taking = asyncio.create_task(stalled.take_groups(1, 0.1))
-        await asyncio.wait_for(store.reached.wait(), 5)
-        (delivery,) = await quick.take_groups(1, 5.0)
+        await asyncio.wait_for(store.reached.wait(), PATIENCE_SECONDS)
+        (delivery,) = await quick.take_groups(1, PATIENCE_SECONDS)
         await quick.publish_scored(delivery, make_scored(delivery.value))
         store.go_on.set()
-        assert await asyncio.wait_for(taking, 5) == []
+        assert await asyncio.wait_for(taking, PATIENCE_SECONDS) == []
         assert await quick.dispatched() == {group_id: "scored"}
         await quick.commit_trained({group_id: 1})
         await job.assert_closed(quick)
@@ -455,10 +459,10 @@ from jackpot.bus import TrajectoryBus
 async def main(url, job_id, store, payload_dir):
     bus = await TrajectoryBus.connect(url, job_id, bus_settings(store), "0", Path(payload_dir))
     await bus.open()
-    while True:
+    empty = 0  # one alone may be a group that ended there and then
+    while empty < 2:
         deliveries = await bus.take_groups(4, 0.5)
-        if not deliveries and not await bus.take_groups(1, 0.5):
-            return
+        empty = 0 if deliveries else empty + 1
         for delivery in deliveries:
             if delivery.value.slot == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -478,7 +482,7 @@ async def test_a_group_that_kills_its_scorers_ends_alone(valkey_url: str, tmp_pa
         statuses = []
         for _ in range(6):
             process = subprocess.Popen([*command, str(Path(__file__).parents[1])])
-            statuses.append(await asyncio.to_thread(process.wait, 30))
+            statuses.append(await asyncio.to_thread(process.wait, PATIENCE_SECONDS))
             if statuses[-1] == 0:
                 break
         assert statuses == [-signal.SIGKILL] * 3 + [0]

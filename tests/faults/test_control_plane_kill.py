@@ -11,13 +11,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from server_world import TINY_JOB, running_server, tiny_job
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 MakeModel = Callable[..., Path]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_killed_server_takes_its_running_job_over(tmp_path: Path, make_model: MakeModel) -> None:
     with running_server(tmp_path / "data") as server, server.client() as client:
         job_id = client.submit(tiny_job(tmp_path, make_model, steps=30, checkpoint_every=5)).id
@@ -33,7 +35,8 @@ def test_a_killed_server_takes_its_running_job_over(tmp_path: Path, make_model: 
         server.kill()
         server.start()
         assert session.is_running() and server.sessions() == [session]
-        follower.join(100)
+        follower.join(PATIENCE_SECONDS)
+        assert not follower.is_alive(), f"the job did not end in time\n{server.log()}"
         job = client.job(job_id)
         assert job.state == "succeeded", server.log()
         assert job.session == 1 and job.losses == 0  # taken over, not started again
@@ -44,7 +47,6 @@ def test_a_killed_server_takes_its_running_job_over(tmp_path: Path, make_model: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_job_that_was_lost_with_the_server_is_resumed_by_policy(tmp_path: Path, make_model: MakeModel) -> None:
     with running_server(tmp_path / "data") as server, server.client() as client:
         job_id = client.submit(tiny_job(tmp_path, make_model, steps=12, checkpoint_every=2)).id
@@ -71,7 +73,7 @@ def test_every_submit_that_was_answered_survives_a_kill_and_none_is_there_twice(
         killed = threading.Event()
 
         def submit(worker: int) -> None:
-            with httpx.Client(base_url=server.url, timeout=10) as http:
+            with httpx.Client(base_url=server.url, timeout=PATIENCE_SECONDS) as http:
                 for number in range(10_000):
                     key = f"{worker}-{number}"
                     try:
@@ -92,7 +94,7 @@ def test_every_submit_that_was_answered_survives_a_kill_and_none_is_there_twice(
         server.kill()
         killed.set()
         for worker in workers:
-            worker.join(30)
+            worker.join(PATIENCE_SECONDS)
         server.start()
         with server.client() as client:
             assert client.job(blocker["id"]).name == "first"

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from rollout_world import RolloutWorld, generate_request, refusal, stop
+import pytest
+from patience import PATIENCE_SECONDS, TEST_SECONDS
+from rollout_world import RolloutWorld, generate_request, generating, refusal, stop
 
 from jackpot.rpc.channel import open_channel
-from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
+from jackpot.v1 import rollout_pb2_grpc
 
-PATIENCE = 30.0
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 async def versions_of(stub: Any, group: int, min_version: int = 0) -> set[int]:
     """The versions that a group sampled now has."""
     response = await stub.Generate(
-        generate_request(group, min_version=min_version), timeout=PATIENCE, wait_for_ready=True
+        generate_request(group, min_version=min_version), timeout=PATIENCE_SECONDS, wait_for_ready=True
     )
     return {span.version for trajectory in response.trajectories for span in trajectory.version_spans}
 
@@ -45,11 +47,9 @@ async def test_damaged_weights_and_a_kill_leave_a_replica_that_catches_up(
         assert await versions_of(stub, 2) == {0}
 
         # Killed in the middle of a request, which fails as retryable.
-        running = stub.Generate(generate_request(3, n=64, max_tokens=120), timeout=PATIENCE)
-        while (await stub.GetStatus(rollout_pb2.RolloutServiceGetStatusRequest(), timeout=PATIENCE)).num_running == 0:
-            assert not running.done()
+        running = await generating(stub, n=64, max_tokens=120)
         process.kill()
-        process.wait(PATIENCE)
+        process.wait(PATIENCE_SECONDS)
         try:
             await running
             raise AssertionError("a killed server answered")

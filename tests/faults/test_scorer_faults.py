@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from redis.asyncio import Redis
 from scoring_world import World, make_world, sample_group, until
 
@@ -26,6 +27,8 @@ from jackpot.process.service_process import STOPPED_EARLY
 from jackpot.rpc.channel import open_channel, wait_ready
 from jackpot.scorer.worker import ScorerWorker
 from jackpot.trajectory import Group, GroupKey
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 JOB_ID = "job-1"
 
@@ -115,7 +118,7 @@ def processes(world: World, server: EmbeddedServer) -> Iterator[Processes]:
 async def test_a_scorer_of_a_job_that_needs_none_says_so_and_ends(world: World, processes: Processes) -> None:
     job = world.job(scorer={"reuse_reference": True})
     (world.run_dir / "job.json").write_text(job.model_dump_json())
-    assert await asyncio.to_thread(processes.start().wait, 40) == 2
+    assert await asyncio.to_thread(processes.start().wait, PATIENCE_SECONDS) == 2
     assert "error: scorer.reuse_reference = True: leaves the scores to the learner" in processes.log
     assert "Start none, or leave reuse_reference out." in processes.log
 
@@ -128,11 +131,11 @@ async def test_a_scorer_killed_while_scoring_is_restarted_and_scores_everything_
     published.rename(world.run_dir / "not-yet")
     first = processes.start()
     async with open_channel(processes.address) as channel:
-        await wait_ready(channel, "liveness", 40)
+        await wait_ready(channel, "liveness", PATIENCE_SECONDS)
         with pytest.raises(DeadlineError, match="NOT_SERVING"):
-            await wait_ready(channel, "readiness", 0.3)
+            await wait_ready(channel, "readiness", 2.0)
         (world.run_dir / "not-yet").rename(published)
-        await wait_ready(channel, "readiness", 20)
+        await wait_ready(channel, "readiness", PATIENCE_SECONDS)
 
     groups = copies(sample_group(world, lengths=(100,) * 8, prompt_length=20), range(30))
     async with connected(server, world.job(), world, "test") as bus:
@@ -156,19 +159,19 @@ async def test_a_scorer_killed_while_scoring_is_restarted_and_scores_everything_
                 times[delivery.group_id] = times.get(delivery.group_id, 0) + 1
             return len(times) >= len(groups)
 
-        await until(all_are_scored, "all groups to be scored", timeout_seconds=60)
+        await until(all_are_scored, "all groups to be scored")
         assert times == {group.group_id: 1 for group in groups}
         depths = await bus.depths()
         assert (depths.rollouts_waiting, depths.rollouts_pending, depths.scored_waiting) == (0, 0, 0)
         assert (await bus.ledger()).open == len(groups), "none was dropped"
 
     second.send_signal(signal.SIGTERM)
-    assert await asyncio.to_thread(second.wait, 30) == 0, processes.log
+    assert await asyncio.to_thread(second.wait, PATIENCE_SECONDS) == 0, processes.log
 
 
 async def test_settings_that_cannot_work_end_it_before_torch_loads(processes: Processes) -> None:
     missing = processes.start(JACKPOT_RUN_DIR="/nowhere")
-    assert await asyncio.to_thread(missing.wait, 20) == 2
+    assert await asyncio.to_thread(missing.wait, PATIENCE_SECONDS) == 2
     assert "error: JACKPOT_RUN_DIR = '/nowhere'" in processes.log
     assert "Traceback" not in processes.log
 
@@ -208,7 +211,7 @@ async def test_it_outlives_its_bus_being_killed_and_its_state_being_lost(world: 
         await until(lambda: all_scored(batches[2]), "groups published after the state was lost")
         assert not worker.done()
         stop.set()
-        await asyncio.wait_for(worker, 5.0)
+        await asyncio.wait_for(worker, PATIENCE_SECONDS)
     engine.close()
 
 
@@ -232,7 +235,7 @@ async def test_a_damaged_version_next_to_good_ones_does_not_stop_the_scoring(
         (delivery,) = await until(lambda: bus.take_scored(4, 0.5), "scores by the next version")
         assert delivery.value.policy_version == 2
         stop.set()
-        await asyncio.wait_for(worker, 5.0)
+        await asyncio.wait_for(worker, PATIENCE_SECONDS)
     engine.close()
 
 
@@ -254,12 +257,12 @@ async def test_a_scorer_of_two_ranks_follows_the_weights_and_is_restarted_whole_
                 assert await scored(bus, 4) == {slot: 1 for slot in range(4, 8)}
 
                 os.kill(ranks_of(first)[1], signal.SIGKILL)
-                assert await asyncio.to_thread(first.wait, 40) == 128 + signal.SIGKILL, processes.log
+                assert await asyncio.to_thread(first.wait, PATIENCE_SECONDS) == 128 + signal.SIGKILL, processes.log
                 await publish(bus, copies(group, range(8, 11)))
                 second = processes.start()
                 assert await scored(bus, 3) == {slot: 1 for slot in range(8, 11)}
                 second.send_signal(signal.SIGTERM)
-                assert await asyncio.to_thread(second.wait, 30) == STOPPED_EARLY, processes.log
+                assert await asyncio.to_thread(second.wait, PATIENCE_SECONDS) == STOPPED_EARLY, processes.log
         finally:
             processes.stop()
 
@@ -273,7 +276,7 @@ async def scored(bus: TrajectoryBus, count: int) -> dict[int, int]:
             versions[delivery.value.group.prompt_index] = delivery.value.policy_version
         return len(versions) >= count
 
-    await until(all_are, f"{count} scored groups", timeout_seconds=60)
+    await until(all_are, f"{count} scored groups")
     return versions
 
 

@@ -13,12 +13,15 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from server_world import TINY_JOB, api
 
 from jackpot.control_plane.jobs.admission import Admission
 from jackpot.control_plane.jobs.states import JobState
 from jackpot.control_plane.tokens import Scope, TokenFile
 from jackpot.telemetry.scrape_targets import announce_target
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 YAML = {"Content-Type": "application/yaml"}
 JSON = {"Content-Type": "application/json"}
@@ -270,7 +273,7 @@ async def test_a_client_that_asks_too_often_is_told_when_to_come_back(tmp_path: 
 async def test_prometheus_is_told_where_the_processes_of_running_jobs_are(tmp_path: Path) -> None:
     async with api(tmp_path / "data") as (client, backend):
         backend.scheduler.stop()  # it would start sessions for what is said to be starting below
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not await backend.store.lead("the test", 60):
                 await asyncio.sleep(0.01)
         ids = [(await client.post("/v1/jobs", json=TINY_JOB)).json()["id"] for _ in range(3)]
@@ -312,7 +315,7 @@ async def test_without_its_store_the_server_says_so_and_recovers(tmp_path: Path)
         children = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
         (store,) = [p for p in children if p.cwd().startswith(str(tmp_path))]
         os.kill(store.pid, signal.SIGKILL)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while (answer := await client.get(f"/v1/jobs/{job['id']}")).status_code != 200:
                 problem(answer, 503, "store-unavailable")
                 await asyncio.sleep(0.1)

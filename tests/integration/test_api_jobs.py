@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from server_world import Server, jackpot, running_server, tiny_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jackpot.client import AsyncClient
 from jackpot.errors import ApiError
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 MakeModel = Callable[..., Path]
 
@@ -27,22 +29,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_job_is_followed_to_success_and_its_model_loads(
     server: Server, tmp_path: Path, make_model: MakeModel
 ) -> None:
     with server.client() as client:
         job = client.submit(tiny_job(tmp_path, make_model, scorer=True, steps=6), labels={"team": "a"}, priority=1)
-        arrived, events = [], []
-        for event in client.events(job.id):
-            arrived.append(time.time())
-            events.append(event)
+        events = list(client.events(job.id))
         states = [event.data["state"] for event in events if event.name == "state"]
         assert states[0] == "queued" and states[-1] == "succeeded", server.log()
         assert [event.data["step"] for event in events if event.name == "step"] == [1, 2, 3, 4, 5, 6]
         assert events[-1].name == "end"
-        lags = [at - event.data["time"] for at, event in zip(arrived, events, strict=True) if event.name == "step"]
-        assert max(lags) < 3.0  # at most 1 s on a machine that is not busy; the benchmark measures it
         # Back in the middle: what follows, and nothing twice.
         middle = next(index for index, event in enumerate(events) if event.data.get("step") == 3)
         rest = [event.data for event in client.events(job.id, events[middle].id)]
@@ -72,7 +68,6 @@ def test_a_job_is_followed_to_success_and_its_model_loads(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_running_job_is_cancelled_and_resumed_from_the_command_line(
     server: Server, tmp_path: Path, make_model: MakeModel
 ) -> None:
@@ -140,17 +135,16 @@ async def test_the_async_client_does_the_same(server: Server) -> None:
         with pytest.raises(ApiError) as refused:
             await client.submit({"polcy": {}})
         assert refused.value.status == 422 and "Did you mean 'policy'" in str(refused.value)
-        assert (await asyncio.wait_for(client.wait(found[0]), 30)).state.finished
+        assert (await asyncio.wait_for(client.wait(found[0]), PATIENCE_SECONDS)).state.finished
 
 
 def test_answers_do_not_wait_for_acknowledgements(server: Server) -> None:
-    with httpx.Client(base_url=server.url) as http:
-        quickest = min(http.get("/healthz").elapsed.total_seconds() for _ in range(30))
-    assert quickest < 0.03  # a connection without TCP_NODELAY takes 40 ms between head and body, each time
+    """A connection without TCP_NODELAY takes 40 ms between head and body, each time; else one of many is quicker."""
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_SECONDS) as http:
+        server.wait_until(lambda: http.get("/healthz").elapsed.total_seconds() < 0.03, "an answer within 30 ms")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_running_job_is_scaled_and_keeps_its_number_when_it_is_resumed(
     server: Server, tmp_path: Path, make_model: MakeModel
 ) -> None:

@@ -16,12 +16,13 @@ import httpx
 import pytest
 from certificates import Authority
 from job_world import JACKPOT
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 
 from jackpot import Client
 from jackpot.control_plane.tokens import Scope, TokenFile
 from jackpot.errors import ApiError
 
-DEADLINE_SECONDS = 60.0
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 @contextmanager
@@ -35,18 +36,18 @@ def serving(directory: Path, tls_dir: Path) -> Iterator[tuple[int, str]]:
         process = subprocess.Popen([*JACKPOT, "serve", *options], stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
-        assert select.select([process.stdout], [], [], DEADLINE_SECONDS)[0], (directory / "serve.log").read_text()
+        assert select.select([process.stdout], [], [], PATIENCE_SECONDS)[0], (directory / "serve.log").read_text()
         line = process.stdout.readline()
         assert line.startswith("jackpot serves at https://0.0.0.0:"), line + (directory / "serve.log").read_text()
         port = int(line.split()[3].rpartition(":")[2])
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not _listens(port):  # bound when it says so, listening a moment later
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, "the server does not listen"
             time.sleep(0.05)
         yield port, token
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_SECONDS)
         process.communicate()
 
 
@@ -67,7 +68,7 @@ def test_clients_that_know_the_authority_are_served_and_others_turn_away(tmp_pat
             [*JACKPOT, "jobs", "--json"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
             env=os.environ | {"JACKPOT_URL": url, "JACKPOT_TOKEN": token, "JACKPOT_CA": str(tls_dir / "ca.crt")},
         )
         assert (listed.returncode, listed.stdout.strip()) == (0, "[]"), listed.stderr
@@ -87,7 +88,7 @@ def test_clients_that_know_the_authority_are_served_and_others_turn_away(tmp_pat
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         old.load_verify_locations(tls_dir / "ca.crt")
         old.maximum_version = ssl.TLSVersion.TLSv1_2
-        raw = socket.create_connection(("127.0.0.1", port), 10)
+        raw = socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS)
         with raw, old.wrap_socket(raw, server_hostname="localhost") as wrapped:
             assert wrapped.version() == "TLSv1.2"  # the oldest
 
@@ -101,5 +102,5 @@ def test_a_certificate_that_cannot_work_is_refused_at_once(tmp_path: Path, wrong
         (tls_dir / "tls.key").write_bytes((Authority().issue(tmp_path / "other", "localhost") / "tls.key").read_bytes())
     files = ["--tls-cert", str(tls_dir / "tls.crt"), "--tls-key", str(tls_dir / "tls.key")]
     command = [*JACKPOT, "serve", "--port", "0", "--data-dir", str(tmp_path), *files]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert refused.returncode == 2 and "--tls-cert" in refused.stderr and "Traceback" not in refused.stderr

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from bus_world import bus_settings, eventually
+from patience import TEST_SECONDS
 from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -21,6 +22,8 @@ from redis.backoff import NoBackoff
 from jackpot.bus import TrajectoryBus
 from jackpot.bus.server import EmbeddedServer, find_server_binary
 from jackpot.errors import BusError, ConfigError
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ async def test_data_address_and_password_survive_a_kill(server: EmbeddedServer) 
         assert server.poll() is None
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
-        await eventually(lambda: _died(server))
+        await eventually(lambda: _died(server), "the server to be dead")
         assert server.poll() == -signal.SIGKILL
         await server.start()
         assert server.url == url
@@ -119,7 +122,7 @@ from jackpot.bus.server import EmbeddedServer
 server = EmbeddedServer(Path(sys.argv[1]))
 asyncio.run(server.start())
 print(server.pid, server.url, flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 

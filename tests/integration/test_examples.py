@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 from job_world import assert_ledger_adds_up, jackpot_run
+from patience import TEST_SECONDS
 
 from jackpot.config import load_job
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from patience import PATIENCE_SECONDS, TEST_SECONDS
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 COMMAND = [sys.executable, "-c", "from jackpot.cli import main; main()", "experiment"]
-DEADLINE_SECONDS = 100
 
 
 def write_study(directory: Path, make_model: Callable[..., Path], seeds: list[int], **changes: object) -> Path:
@@ -42,7 +44,7 @@ def write_study(directory: Path, make_model: Callable[..., Path], seeds: list[in
     return path
 
 
-def experiment(*arguments: object, seconds: float = DEADLINE_SECONDS) -> subprocess.CompletedProcess[str]:
+def experiment(*arguments: object, seconds: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
 
@@ -53,7 +55,7 @@ def test_a_study_that_is_killed_goes_on_where_it_was_and_reports_alike(
     study = write_study(tmp_path, make_model, [1, 2, 3])
     runs = tmp_path / "tiny" / "runs"
     process = subprocess.Popen([*COMMAND, str(study)], start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while len(list(runs.glob("*.json"))) < 2:
         assert process.poll() is None, "the study ended before it could be killed"
         assert time.monotonic() < deadline, "no two runs in time"
@@ -95,12 +97,12 @@ def test_one_that_is_interrupted_ends_without_a_trace(tmp_path: Path, make_model
         [*COMMAND, str(study), "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not list((tmp_path / "tiny" / "runs").glob("*.json")):
             assert process.poll() is None and time.monotonic() < deadline, "no run in time"
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
     finally:
         process.kill()
         process.communicate()
@@ -123,11 +125,10 @@ def test_one_run_that_fails_does_not_cost_the_others(tmp_path: Path, make_model:
     assert "| Jackpot | 1 |" in (tmp_path / "out.md").read_text()
 
 
-@pytest.mark.timeout(300)
 def test_runs_may_be_jobs_of_the_pipeline(tmp_path: Path, make_model: Callable[..., Path]) -> None:
     arms = {"Jackpot": {"settings": ["learner.steps=4"]}}
     study = write_study(tmp_path, make_model, [1], execution="pipeline", arms=arms, compare_to="Jackpot")
-    found = experiment(study, seconds=280)
+    found = experiment(study, seconds=TEST_SECONDS)
     assert found.returncode == 0, found.stderr
     (run,) = json.loads((tmp_path / "tiny" / "results.json").read_text())["runs"]
     assert [step for step, _ in run["evaluations"]] == [0, 4]

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from patience import TEST_SECONDS
 from server_world import running_server, tiny_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_commands_do_what_they_say(tmp_path: Path, make_model: Callable[..., Path]) -> None:
     text = README.read_text(encoding="utf-8")
@@ -36,7 +38,7 @@ def test_the_commands_do_what_they_say(tmp_path: Path, make_model: Callable[...,
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=350,
+            timeout=TEST_SECONDS,
             env=os.environ | {"no_proxy": "127.0.0.1"},
         )
         assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr + server.log()

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 from job_world import JACKPOT, assert_ledger_adds_up, assert_mirror_agrees, jackpot_run, write_job
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jackpot.control_plane.sessions.comparison import compare
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 MakeModel = Callable[..., Path]
 
@@ -95,7 +98,6 @@ def test_a_job_whose_learner_scores_runs_no_scorer(tmp_path: Path, make_model: M
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_corrections_are_compared_on_one_seed(tmp_path: Path, make_model: MakeModel) -> None:
     job_file = write_job(tmp_path, make_model, steps=2)
     text = io.StringIO()
@@ -121,7 +123,7 @@ def test_interrupting_the_warm_up_leaves_no_half_models(tmp_path: Path, monkeypa
     with jackpot_run(str(job_file), "--run-dir", str(tmp_path / "run"), directory=tmp_path / "run") as run:
         run.wait_until(lambda: any(models.glob(".complement-*")), "the warm-up to begin")
         run.process.send_signal(signal.SIGINT)
-        code, stdout, stderr = run.finish(30)
+        code, stdout, stderr = run.finish()
     assert code == 130 and stdout == "" and "Traceback" not in stderr
     assert [path.suffix for path in models.iterdir()] == [".lock"]
     assert not (tmp_path / "run").exists()
@@ -151,7 +153,7 @@ def test_bad_input_is_refused_before_any_process_starts(tmp_path: Path, make_mod
         [*JACKPOT, "run", str(job_file), *overrides, "--run-dir", str(tmp_path / "run")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
     assert finished.returncode == 2, finished.stderr
     assert field in finished.stderr and remedy in finished.stderr
@@ -169,9 +171,9 @@ def test_models_of_different_vocabularies_are_refused(tmp_path: Path, make_model
             text.replace(b'"a":', b'"\xc3\xa4":') if source.name == "tokenizer.json" else text
         )
     arguments = [*JACKPOT, "run", str(job_file), f"actor.model={other}", "--run-dir", str(tmp_path / "run")]
-    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert finished.returncode == 2
     assert "actor.model" in finished.stderr and "vocabulary" in finished.stderr
     (other / "tokenizer.json").unlink()
-    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    finished = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert finished.returncode == 2 and "holds no tokenizer.json" in finished.stderr

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from prometheus_client import CollectorRegistry
 from scoring_world import World, expected_scores, make_world, sample_group, score_rounding, until
 
@@ -27,6 +28,8 @@ from jackpot.scorer.worker import ScorerWorker
 from jackpot.telemetry import Metrics
 from jackpot.trajectory import Group, ScoredGroup
 from jackpot.v1 import scoring_pb2, scoring_pb2_grpc, weights_pb2
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 ARRAYS = ("target_logprobs", "acceptance_probs", "mask", "normalizer_head", "normalizer_tail", "topk_mass")
 
@@ -65,7 +68,7 @@ async def working(
         yield engine
     finally:
         stop.set()
-        await asyncio.wait_for(task, 5.0)
+        await asyncio.wait_for(task, PATIENCE_SECONDS)
         await bus.close()
         engine.close()
 
@@ -202,11 +205,11 @@ async def test_a_group_waits_for_its_version_and_others_do_not_wait_with_it(
     ready = sample_group(world, job_id=job_id, slot=1)
     await publish(bus, early, ready)
     # A lease that is shorter than the wait: only renewal keeps the group.
-    job = world.job(bus={"lease_seconds": 0.6})
+    job = world.job(bus={"lease_seconds": 1.5})
     async with working(world, valkey_url, job_id, job) as engine:
         (first,) = (await scored_groups(bus, 1)).values()
         assert (first.group_id, first.policy_version) == (ready.group_id, 0)
-        await asyncio.sleep(1.2)  # the lease's length, twice
+        await asyncio.sleep(3.0)  # the lease's length, twice
         assert (await bus.depths()).rollouts_pending == 1 and engine.version == 0
         world.publish_policy(1, obrs_lambda=0.7)
         (second,) = (await scored_groups(bus, 1)).values()
@@ -256,13 +259,17 @@ async def test_scores_of_a_group_that_another_worker_took_over_are_thrown_away(
     world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
 ) -> None:
     group = sample_group(world, job_id=job_id, dispatch_version=1)
-    await publish(bus, group)
     async with working(world, valkey_url, job_id, world.job()) as engine:
+        waits, wait_for_version = asyncio.Event(), engine.wait_for_version
 
-        async def taken() -> bool:
-            return (await bus.depths()).rollouts_pending == 1
+        async def note_and_wait(min_version: int, timeout_seconds: float) -> None:
+            waits.set()
+            await wait_for_version(min_version, timeout_seconds)
 
-        await until(taken, "the worker to hold the group")
+        engine.wait_for_version = note_and_wait  # type: ignore[method-assign]
+        await publish(bus, group)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await waits.wait()  # the worker has read the group; its entry alone being taken would not tell that
         await bus.drop(group.group_id, "lost", "ended behind the worker's back")
         world.publish_policy(1)
 
@@ -291,10 +298,10 @@ async def test_the_rpc_and_the_worker_say_the_same(
     service = asyncio.create_task(serve_groups(environment, job, stop, Metrics(job_id, CollectorRegistry())))
     group = sample_group(world, job_id=job_id, lengths=(6, 2, 9))
     async with open_channel(socket) as channel:
-        await wait_ready(channel, "jackpot.v1.ScoringService", 20)
+        await wait_ready(channel, "jackpot.v1.ScoringService", PATIENCE_SECONDS)
         stub = scoring_pb2_grpc.ScoringServiceStub(channel)
 
-        async def ask(method: Any, request: Any, seconds: float = 10) -> Any:
+        async def ask(method: Any, request: Any, seconds: float = PATIENCE_SECONDS) -> Any:
             return await call(method, request, seconds, awaited="the scorer")
 
         answer = await ask(stub.Score, scoring_pb2.ScoreRequest(group=group_to_proto(group)))
@@ -316,4 +323,4 @@ async def test_the_rpc_and_the_worker_say_the_same(
         with pytest.raises(RequestRefusedError, match=r"temperature 0\.0 is not positive"):
             await ask(stub.Score, scoring_pb2.ScoreRequest(group=message))
     stop.set()
-    assert await asyncio.wait_for(service, 5.0) == 0
+    assert await asyncio.wait_for(service, PATIENCE_SECONDS) == 0

@@ -6,13 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from job_world import assert_ledger_adds_up, assert_mirror_agrees, jackpot_run, write_job
 
 NUM_STEPS = 40
 
 
-@pytest.mark.timeout(300)
 def test_a_job_outlives_the_kill_of_its_vllm_process(tmp_path: Path, make_model: Callable[..., Path]) -> None:
     job_file = write_job(tmp_path, make_model, steps=NUM_STEPS, checkpoint_every=5)
     directory = tmp_path / "run"
@@ -41,7 +39,6 @@ def test_a_job_outlives_the_kill_of_its_vllm_process(tmp_path: Path, make_model:
     assert int(first.split("version=")[1].split()[0]) >= killed_at - 1
 
 
-@pytest.mark.timeout(300)
 def test_an_actor_that_is_the_policy_in_eight_bits_stays_close_to_it(
     tmp_path: Path, make_model: Callable[..., Path]
 ) -> None:
@@ -63,7 +60,6 @@ def test_an_actor_that_is_the_policy_in_eight_bits_stays_close_to_it(
     ).read_bytes()
 
 
-@pytest.mark.timeout(300)
 def test_a_job_whose_weights_are_broadcast(tmp_path: Path, make_model: Callable[..., Path]) -> None:
     steps = 12
     job_file = write_job(tmp_path, make_model, steps=steps, checkpoint_every=5)

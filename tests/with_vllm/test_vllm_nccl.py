@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 from rollout_world import RolloutWorld, generate_request
 
 from jackpot.compute.model_weights import copy_state
@@ -19,8 +20,6 @@ from jackpot.learner.publishing.replica_client import ReplicaClient
 from jackpot.rpc.channel import open_channel
 from jackpot.rpc.proto import trajectory_from_proto
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
-
-PATIENCE = 120.0
 
 
 def _is_gpu_build() -> bool:
@@ -33,7 +32,6 @@ def _is_gpu_build() -> bool:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices: NCCL goes from one to another")
 @pytest.mark.skipif(not _is_gpu_build(), reason="needs vLLM's GPU build: pip install 'jackpot[vllm]'")
-@pytest.mark.timeout(600)
 async def test_versions_arrive_by_nccl(
     tmp_path: Path, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +47,9 @@ async def test_versions_arrive_by_nccl(
         from jackpot.learner.publishing.vllm_sender import VllmSender
 
         device = torch.device("cuda", 0)
-        return VllmSender(client, transport="nccl", host=host, port=port, device=device, timeout_seconds=PATIENCE)
+        return VllmSender(
+            client, transport="nccl", host=host, port=port, device=device, timeout_seconds=PATIENCE_SECONDS
+        )
 
     address = world.address("actor")
     broadcaster = WeightBroadcaster(
@@ -57,7 +57,7 @@ async def test_versions_arrive_by_nccl(
         open_sender,
         transport="nccl",
         workers=1,
-        timeout_seconds=PATIENCE,
+        timeout_seconds=PATIENCE_SECONDS,
         count=outcomes.append,
     )
     channel = open_channel(address)
@@ -66,10 +66,10 @@ async def test_versions_arrive_by_nccl(
         for version in (1, 2, 3):
             model = load_causal_lm(world.model_dir(version), "float32", "cpu")
             assert await asyncio.to_thread(broadcaster.send, version, copy_state(model)) == "sent"
-            status = await stub.GetStatus(rollout_pb2.RolloutServiceGetStatusRequest(), timeout=PATIENCE)
+            status = await stub.GetStatus(rollout_pb2.RolloutServiceGetStatusRequest(), timeout=PATIENCE_SECONDS)
             assert status.version == version
             request = generate_request(version, max_tokens=20, temperature=1.0)
-            response = await stub.Generate(request, timeout=PATIENCE)
+            response = await stub.Generate(request, timeout=PATIENCE_SECONDS)
             prompt = np.frombuffer(request.prompt_token_ids, "<u4")
             for trajectory in (trajectory_from_proto(message) for message in response.trajectories):
                 assert [span.version for span in trajectory.version_spans] == [version]

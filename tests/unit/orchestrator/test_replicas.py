@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import scripted_rollout
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from scripted_rollout import ScriptedRollout, start_scripted
 
 from jackpot.errors import (
@@ -28,6 +29,8 @@ from jackpot.rpc.channel import open_channel
 from jackpot.rpc.proto import ids_to_bytes
 from jackpot.v1 import rollout_pb2
 
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
+
 
 @pytest.fixture
 def sockets():
@@ -36,7 +39,7 @@ def sockets():
 
 
 @asynccontextmanager
-async def pool_of(addresses, attempts=3, timeout_seconds=20.0) -> AsyncIterator[ReplicaPool]:
+async def pool_of(addresses, attempts=3, timeout_seconds=PATIENCE_SECONDS) -> AsyncIterator[ReplicaPool]:
     pool = ReplicaPool(open_channel, addresses, attempts, timeout_seconds)
     try:
         watching = asyncio.create_task(pool.watch())
@@ -103,7 +106,7 @@ async def test_the_least_loaded_replica_is_asked(sockets):
         for replica in replicas:
             replica.requests.clear()
         calls = [asyncio.create_task(pool.generate(request(str(index)))) for index in range(6)]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while sum(len(replica.requests) for replica in replicas) < 6:
                 await asyncio.sleep(0.01)
         assert [len(replica.requests) for replica in replicas] == [3, 3]
@@ -114,7 +117,7 @@ async def test_the_least_loaded_replica_is_asked(sockets):
 async def both_ready(pool, replicas, release) -> None:
     """Ask until both replicas have answered, so that the pool knows that both are there."""
     release.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not all(replica.requests for replica in replicas):
             await asyncio.gather(*(pool.generate(request("warm")) for _ in range(4)))
     release.clear()
@@ -141,7 +144,7 @@ async def test_a_replica_that_has_not_failed_the_group_comes_before_an_idle_one_
             await go_on.wait()
 
         async def fail_once_all_are_ready(request):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while pool.num_ready < 3:
                     await asyncio.sleep(0.01)
             raise EngineError("second")
@@ -152,7 +155,7 @@ async def test_a_replica_that_has_not_failed_the_group_comes_before_an_idle_one_
         await asyncio.gather(*others[:2])  # one each: only the third's is still under way
         first.before, second.before = failing(EngineError("first")), fail_once_all_are_ready
         calling = asyncio.create_task(pool.generate(request("g")))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while sum(r.group_id == "g" for replica in replicas for r in replica.requests) < 3:
                 await asyncio.sleep(0.01)
         go_on.set()
@@ -162,7 +165,7 @@ async def test_a_replica_that_has_not_failed_the_group_comes_before_an_idle_one_
 
 
 async def all_ready(pool) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while pool.num_ready < pool.num_wanted:
             await asyncio.sleep(0.01)
 
@@ -269,7 +272,7 @@ async def test_cancelling_cancels_the_call(sockets):
     replica.before = hang
     async with serving(sockets, replica) as addresses, pool_of(addresses) as pool:
         waiting = asyncio.create_task(pool.generate(request()))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not replica.requests:
                 await asyncio.sleep(0.01)
             waiting.cancel()

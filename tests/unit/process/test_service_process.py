@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.process.service_process import run_service
 
-DEADLINE_SECONDS = 15.0
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 JOB = '{"policy": {"model": "m"}, "actor": "policy", "task": {"name": "complement"}}'
 
@@ -75,7 +76,7 @@ def start(run_dir: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     yield start
     for process in started:
         process.kill()
-        process.communicate(timeout=DEADLINE_SECONDS)
+        process.communicate(timeout=PATIENCE_SECONDS)
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> str:
@@ -95,7 +96,7 @@ def test_a_signal_stops_the_service_cleanly(
         process, " ready "
     )
     process.send_signal(number)
-    _, rest = process.communicate(timeout=DEADLINE_SECONDS)
+    _, rest = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0
     assert f"stopping on {number.name}" in rest
     assert rest.splitlines()[-1].endswith("finished exit_code=0")
@@ -103,7 +104,7 @@ def test_a_signal_stops_the_service_cleanly(
 
 def test_the_exit_code_is_what_main_returns(start: Callable[..., subprocess.Popen[str]]) -> None:
     process = start("done", JACKPOT_INSTANCE="7")
-    process.communicate(timeout=DEADLINE_SECONDS)
+    process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 7
 
 
@@ -121,7 +122,7 @@ def test_known_errors_are_one_line_and_an_exit_code(
     start: Callable[..., subprocess.Popen[str]], main: str, variables: dict[str, str], code: int, message: str
 ) -> None:
     process = start(main, **variables)
-    _, text = process.communicate(timeout=DEADLINE_SECONDS)
+    _, text = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == code
     assert [line for line in text.splitlines() if line.startswith(message)], text
     assert "Traceback" not in text
@@ -133,14 +134,14 @@ def test_a_job_that_cannot_work_is_named_before_main_runs(
 ) -> None:
     (run_dir / "job.json").write_text(JOB.replace('"actor": "policy"', '"actor": "police"'))
     process = start("breaks")
-    _, text = process.communicate(timeout=DEADLINE_SECONDS)
+    _, text = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 2
     assert text.startswith("error: actor = 'police'")
 
 
 def test_unexpected_errors_leave_a_traceback_and_exit_1(start: Callable[..., subprocess.Popen[str]]) -> None:
     process = start("breaks")
-    _, text = process.communicate(timeout=DEADLINE_SECONDS)
+    _, text = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert "CRITICAL example/0 jackpot.process.service_process stopped by an unexpected error" in text
     assert "ZeroDivisionError: surprise" in text
@@ -149,7 +150,7 @@ def test_unexpected_errors_leave_a_traceback_and_exit_1(start: Callable[..., sub
 def test_metrics_are_served_while_the_service_runs(start: Callable[..., subprocess.Popen[str]], free_port: int) -> None:
     process = start("until_stopped", JACKPOT_METRICS_ADDRESS=f"127.0.0.1:{free_port}")
     wait_for_line(process, " ready ")
-    with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics", timeout=PATIENCE_SECONDS) as response:
         assert b"python_info" in response.read()
 
 
@@ -178,8 +179,8 @@ def test_a_service_stops_when_the_one_that_started_it_is_killed(run_dir: Path) -
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     parent.kill()
-    parent.communicate(timeout=DEADLINE_SECONDS)
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    parent.communicate(timeout=PATIENCE_SECONDS)
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while is_running(child):
         assert time.monotonic() < deadline, "the orphan did not stop"
         time.sleep(0.02)

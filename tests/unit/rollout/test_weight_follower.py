@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 from rollout_world import publish_damaged
 
 from jackpot.compute.model_weights import save_weights
@@ -18,7 +19,7 @@ from jackpot.rollout.engine import RolloutEngine
 from jackpot.rollout.weight_follower import WeightFollower
 from jackpot.storage.weights import WeightStore
 
-PATIENCE = 10.0
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 @pytest.fixture
@@ -84,9 +85,9 @@ async def test_new_versions_are_taken_up_as_they_appear(make_world: Callable[...
     world = make_world()
     async with world.following():
         world.publish(0)
-        assert await world.follower.wait_for(0, PATIENCE) == 0
+        assert await world.follower.wait_for(0, PATIENCE_SECONDS) == 0
         world.publish(4)
-        assert await world.follower.wait_for(1, PATIENCE) == 4
+        assert await world.follower.wait_for(1, PATIENCE_SECONDS) == 4
     assert world.loaded == [0, 4]
 
 
@@ -96,21 +97,21 @@ async def test_waiting_has_the_store_looked_at_at_once(make_world: Callable[...,
         await asyncio.sleep(0)
         world.publish(2)
         assert await world.follower.newest() == 2
-        assert await world.follower.wait_for(2, PATIENCE) == 2
+        assert await world.follower.wait_for(2, PATIENCE_SECONDS) == 2
 
 
 async def test_on_demand_only_versions_that_somebody_waits_for_are_loaded(make_world: Callable[..., World]) -> None:
     world = make_world(on_demand=True)
     async with world.following():
         world.publish(0)
-        assert await world.follower.wait_for(0, PATIENCE) == 0
-        waiting = asyncio.create_task(world.follower.wait_for(5, PATIENCE))
+        assert await world.follower.wait_for(0, PATIENCE_SECONDS) == 0
+        waiting = asyncio.create_task(world.follower.wait_for(5, PATIENCE_SECONDS))
         await asyncio.sleep(0)
         for version in (5, 6, 7):  # the first is waited for from before it is there
             world.publish(version)
             assert await waiting == 5
             await asyncio.sleep(0.05)  # ten times what it takes to look again
-        assert await world.follower.wait_for(6, PATIENCE) == 7
+        assert await world.follower.wait_for(6, PATIENCE_SECONDS) == 7
     assert world.loaded == [0, 5, 7]
 
 
@@ -123,7 +124,7 @@ async def test_waiting_in_vain_says_for_what(make_world: Callable[..., World]) -
         ):
             await world.follower.wait_for(0, 0.05)
         world.publish(1)
-        await world.follower.wait_for(1, PATIENCE)
+        await world.follower.wait_for(1, PATIENCE_SECONDS)
         with pytest.raises(DeadlineError, match=r"version 2 of the actor's weights \(version 1 is held\)"):
             await world.follower.wait_for(2, 0.05)
 
@@ -134,14 +135,14 @@ async def test_a_damaged_version_is_refused_once_and_skipped(
     world = make_world()
     async with world.following():
         world.publish(1)
-        await world.follower.wait_for(1, PATIENCE)
+        await world.follower.wait_for(1, PATIENCE_SECONDS)
         world.publish(2, intact=False)
         await until(lambda: world.refused == [2], "version 2 to be refused")  # type: ignore[misc]
         with pytest.raises(DeadlineError, match=r"\(version 1 is held; refused: \[2\]\)"):
             await world.follower.wait_for(2, 0.1)
         assert world.engine.version == 1
         world.publish(3)
-        assert await world.follower.wait_for(2, PATIENCE) == 3
+        assert await world.follower.wait_for(2, PATIENCE_SECONDS) == 3
     assert world.refused == [2]
     assert world.loaded == [1, 3]
     (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
@@ -155,7 +156,7 @@ async def test_a_version_of_another_model_is_refused(
     world = make_world()
     async with world.following():
         world.publish(1)
-        await world.follower.wait_for(1, PATIENCE)
+        await world.follower.wait_for(1, PATIENCE_SECONDS)
         world.publish(2, hidden_size=16)
         await until(lambda: world.refused == [2], "version 2 to be refused")  # type: ignore[misc]
     assert world.engine.version == 1
@@ -167,7 +168,7 @@ async def test_a_newcomer_takes_the_newest_intact_version(make_world: Callable[.
     world.publish(6)
     world.publish(7, intact=False)
     async with world.following():
-        assert await world.follower.wait_for(0, PATIENCE) == 6
+        assert await world.follower.wait_for(0, PATIENCE_SECONDS) == 6
     assert world.refused == [7]
 
 
@@ -180,5 +181,5 @@ async def test_a_lost_version_is_waited_out(make_world: Callable[..., World]) ->
         with pytest.raises(DeadlineError):
             await world.follower.wait_for(2, 0.05)
         world.publish(3)
-        assert await world.follower.wait_for(2, PATIENCE) == 3
+        assert await world.follower.wait_for(2, PATIENCE_SECONDS) == 3
     assert world.refused == []

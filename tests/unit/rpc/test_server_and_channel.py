@@ -7,6 +7,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from patience import PATIENCE_SECONDS
 from prometheus_client import CollectorRegistry
 
 from jackpot.errors import (
@@ -157,7 +158,7 @@ async def test_errors_travel_as_status_codes_and_come_back_as_errors(
     assert message in str(caught.value)
     labels = {"job_id": "job-1", "grpc_service": SERVICE, "grpc_method": "Score", "grpc_code": code}
     # The server counts a call once it has answered: the client may be here before.
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while registry.get_sample_value("jackpot_rpc_requests_total", labels) is None:
             await asyncio.sleep(0.005)
     assert registry.get_sample_value("jackpot_rpc_requests_total", labels) == 1
@@ -205,7 +206,7 @@ async def test_health_tells_liveness_readiness_and_services_apart(server: RpcSer
     stub = health_pb2_grpc.HealthStub(channel)
 
     async def status(service: str) -> str:
-        response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+        response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=PATIENCE_SECONDS)
         return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
     names = ("liveness", "readiness", SERVICE, "")
@@ -252,7 +253,7 @@ async def test_a_channel_finds_a_restarted_server_again(tmp_path: Path) -> None:
 async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     requests = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-    async for response in stub.ServerReflectionInfo(requests, timeout=5):
+    async for response in stub.ServerReflectionInfo(requests, timeout=PATIENCE_SECONDS):
         names = {service.name for service in response.list_services_response.service}
         assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
 

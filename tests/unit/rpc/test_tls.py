@@ -14,6 +14,7 @@ import grpc
 import pytest
 from certificates import HOUR, Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from patience import PATIENCE_SECONDS
 
 from jackpot.errors import ConfigError, DeadlineError, EngineError, RequestRefusedError
 from jackpot.rpc.channel import call, open_channel, wait_ready
@@ -254,7 +255,9 @@ async def test_probes_without_tls_have_a_port_that_knows_health_alone(tmp_path: 
             stub = health_pb2_grpc.HealthStub(channel)
 
             async def status(service: str) -> int:
-                return (await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)).status
+                return (
+                    await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=PATIENCE_SECONDS)
+                ).status
 
             assert await status("liveness") == health_pb2.HealthCheckResponse.SERVING
             assert await status("readiness") == health_pb2.HealthCheckResponse.SERVING
@@ -263,7 +266,7 @@ async def test_probes_without_tls_have_a_port_that_knows_health_alone(tmp_path: 
             assert await status("liveness") == health_pb2.HealthCheckResponse.SERVING
             for method in (f"/{SERVICE}/Score", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await channel.unary_unary(method)(b"", timeout=5)
+                    await channel.unary_unary(method)(b"", timeout=PATIENCE_SECONDS)
                 assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

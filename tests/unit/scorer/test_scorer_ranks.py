@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from patience import TEST_SECONDS
 from scoring_ranks import make_newest, score_on_ranks
 from scoring_world import World, make_world, sample_group, score_rounding
 
@@ -16,6 +17,8 @@ from jackpot.config import JobSpec, parse_job
 from jackpot.errors import ConfigError, WeightCorruptError
 from jackpot.scorer.ranked_scorer import ALONE, join_ranked_scorer
 from jackpot.trajectory import EXACT_KL, Group, ScoredGroup
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 FIGURES = ("target_logprobs", "acceptance_probs", "normalizer_head", "normalizer_tail", "topk_mass")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_SECONDS
 
 from jackpot.errors import DeadlineError, WeightCorruptError, WeightError, WeightMissingError
 from jackpot.storage.weights import WeightStore, wait_for_version
@@ -180,7 +181,7 @@ def test_a_writer_killed_in_the_middle_leaves_no_version(store: WeightStore, tmp
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "WeightStore(pathlib.Path(sys.argv[1])).publish('policy', 1, write, {})\n"
     )
-    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=30).returncode == -9
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=PATIENCE_SECONDS).returncode == -9
     latest = store.latest("policy")
     assert latest is not None and latest.version == 0
     assert store.versions("policy") == [0]
@@ -217,7 +218,7 @@ def test_readers_racing_with_publish_and_prune_see_whole_versions_or_a_missing_o
         store.prune("policy", keep=1)
     done.set()
     for thread in readers:
-        thread.join(timeout=10)
+        thread.join(timeout=PATIENCE_SECONDS)
     assert failures == []
     assert read and all(0 <= version < 60 for version in read)
     assert store.versions("policy") == [59]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE_SECONDS
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -134,7 +135,7 @@ def test_the_endpoint_speaks_prometheus_with_our_names_and_label(registry: Colle
     metrics.observe_step({"step": 1, **dict.fromkeys(STEP_COLUMNS, 1.0)})
     metrics.observe_bus(Depths())
     port = serve_metrics("127.0.0.1:0", registry)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_SECONDS) as response:
         families = list(text_string_to_metric_families(response.read().decode()))
     samples = [sample for family in families for sample in family.samples]
     assert len(samples) > len(STEP_COLUMNS)
@@ -150,7 +151,7 @@ def test_names_are_the_same_whoever_asks(registry: CollectorRegistry) -> None:
     port = serve_metrics("127.0.0.1:0", registry)
     for accept in ("application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5", "*/*"):
         request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": accept})
-        with urllib.request.urlopen(request, timeout=5) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as response:
             assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
         assert lines == ["vllm:generation_tokens_total 3.0"]

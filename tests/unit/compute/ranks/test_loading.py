@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from loading_ranks import load_on
+from patience import TEST_SECONDS
 from safetensors.torch import load_file, save_file
 from tolerances import model_rounding
 from torch import Tensor
@@ -26,6 +27,8 @@ from jackpot.compute.ranks.group import Ranks
 from jackpot.compute.ranks.loading import load_on_ranks
 from jackpot.compute.ranks.sharding import HELD, rows_of
 from jackpot.errors import ConfigError
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 SIZE = 2  # of which the 49 token ids are no multiple
 MakeModel = Callable[..., Path]

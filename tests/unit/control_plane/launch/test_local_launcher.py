@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import PATIENCE_SECONDS, TEST_SECONDS
 
 from jackpot.config import JobSpec, parse_job
 from jackpot.control_plane.launch.launcher import LaunchStatus
@@ -20,7 +21,7 @@ from jackpot.control_plane.launch.local_processes import LocalPlan
 from jackpot.errors import BusError
 from jackpot.storage.run_directory import RunDirectory
 
-DEADLINE_SECONDS = 60.0
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 def job_of(**sections: object) -> JobSpec:
@@ -36,7 +37,7 @@ def run_without_a_job(path: Path, job: JobSpec) -> RunDirectory:
 
 
 async def check_until(launcher: LocalLauncher, condition: Callable[[LaunchStatus], bool]) -> LaunchStatus:
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition(status := await launcher.check()):
         assert time.monotonic() < deadline, status
         await asyncio.sleep(0.02)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import TEST_SECONDS
 from ranks_world import run_ranks
 from safetensors.torch import load_file
 
@@ -18,6 +19,8 @@ from jackpot.scoring.batch import Batch, build_batch
 from jackpot.trajectory import ScoredGroup
 
 from ..conftest import MakeGroups, MakeJob, MakeTrainer
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 STEPS = 3
 
