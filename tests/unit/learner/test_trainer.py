@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -239,6 +241,22 @@ def test_a_frozen_actor_stays_as_it_is_while_the_policy_moves(
     }
     assert moved == {"policy": True, "actor": False}
     assert "kl/policy_actor" not in row and row["policy/grad_norm"] > 0
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    job = make_job()
+    trainer = make_trainer(job)
+    batch = build_batch(make_groups(job), job.algorithm.advantage)
+    advantages = torch.full_like(batch.tokens.advantages, float("nan"))
+    before = {role: [p.clone() for p in model.parameters()] for role, model in trainer.models.items()}
+    row = trainer.train_batch(replace(batch, tokens=replace(batch.tokens, advantages=advantages)), first_step=0)[0]
+    assert math.isnan(row["policy/grad_norm"]) and math.isnan(row["actor/grad_norm"])
+    for role, model in trainer.models.items():
+        assert all(torch.equal(old, new) for old, new in zip(before[role], model.parameters(), strict=True))
+    row = trainer.train_batch(batch, first_step=1)[0]
+    assert math.isfinite(row["policy/grad_norm"]) and math.isfinite(row["policy/loss"])
 
 
 def test_several_updates_per_batch_are_several_steps(

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 from scoring_world import World, make_actor, make_world, sample_group, until
 
 from jackpot.errors import ConfigError, DeadlineError, ScoringError
 from jackpot.scorer.engine import ScoringEngine
+from jackpot.scorer.service import make_engine
 from jackpot.scorer.target import PendingWeights
+from jackpot.telemetry import Metrics
 
 
 @pytest.fixture
@@ -66,6 +69,23 @@ async def test_followed_weights_change_the_scores_between_two_batches(world: Wor
     following.cancel()
     assert (old.policy_version, new.policy_version) == (0, 1)
     assert abs(old.scores[0].target_logprobs - new.scores[0].target_logprobs).max() > 0.1
+
+
+async def test_a_damaged_version_is_counted_once_and_an_intact_one_never(world: World) -> None:
+    registry = CollectorRegistry()
+    engine = make_engine(world.environment(), world.job(), Metrics("job-1", registry))
+
+    def refused() -> float:
+        return registry.get_sample_value("jackpot_weights_refused_total", {"job_id": "job-1", "role": "policy"}) or 0.0
+
+    for _ in range(2):
+        await engine.refresh()
+        assert (engine.version, refused()) == (0, 0.0)
+    world.publish_policy(1)
+    world.damage_policy(1)
+    await engine.refresh()
+    assert (engine.version, refused()) == (0, 1.0)
+    engine.close()
 
 
 async def test_the_event_loop_stays_live_while_scoring(world: World, engine: ScoringEngine) -> None:

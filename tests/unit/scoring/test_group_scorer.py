@@ -183,6 +183,14 @@ def test_diverged_weights_do_not_pass_as_scores(world: World, tmp_path: Path) ->
         scorer.score_groups([sample_group(world)])
 
 
+def test_scores_made_with_a_lambda_that_is_no_number_do_not_pass(world: World) -> None:
+    """The log-probabilities are as they should be; what OBRS makes of them is not."""
+    scorer = scorer_for(world, jackpot("tail"))
+    scorer._target.obrs_lambda = float("nan")
+    with pytest.raises(ScoringError, match="policy version 0 are not finite"):
+        scorer.score_groups([sample_group(world)])
+
+
 def test_an_actor_version_that_is_gone_is_named(world: World) -> None:
     group = sample_group(world)
     span = replace(group.trajectories[0].version_spans[0], version=7)
