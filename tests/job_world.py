@@ -86,6 +86,18 @@ class Run:
         children[0].send_signal(signal.SIGKILL)
         return children[0].pid
 
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """The job trains no step meanwhile: its learner is stopped. So it cannot end before the test is ready."""
+        self.wait_until(lambda: self.child("learner") is not None, "the learner to be up")
+        learner = self.child("learner")
+        assert learner is not None
+        learner.suspend()
+        try:
+            yield
+        finally:
+            learner.resume()
+
     def finish(self, timeout_seconds: float = PATIENCE_SECONDS) -> tuple[int, str, str]:
         """Wait for the end: (exit code, stdout, stderr)."""
         stdout, stderr = self.process.communicate(timeout=timeout_seconds)

@@ -134,6 +134,17 @@ class Server:
 
 
 @contextmanager
+def standing_still(session: psutil.Process) -> Iterator[None]:
+    """A session's job trains no step meanwhile: its learner is stopped. So it cannot end before the test is ready."""
+    (learner,) = [child for child in session.children(recursive=True) if "jackpot.learner" in child.cmdline()]
+    learner.suspend()
+    try:
+        yield
+    finally:
+        learner.resume()
+
+
+@contextmanager
 def running_server(data_dir: Path, *options: str) -> Iterator[Server]:
     """A `jackpot serve` process."""
     data_dir.mkdir(parents=True, exist_ok=True)

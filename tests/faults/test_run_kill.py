@@ -69,22 +69,22 @@ def test_where_no_scorer_runs_a_killed_orchestrator_loses_and_doubles_nothing(
 
 
 def test_a_run_killed_as_a_whole_is_resumed_from_its_checkpoint(tmp_path: Path, make_model: MakeModel) -> None:
-    job_file = write_job(tmp_path, make_model, steps=30, checkpoint_every=5)
+    job_file = write_job(tmp_path, make_model, steps=60, checkpoint_every=5)
     directory = tmp_path / "run"
     with jackpot_run(str(job_file), "--run-dir", str(directory), directory=directory) as run:
         run.wait_for_step(12)
         kill_group(run.process)
         run.process.wait()
     checkpoint = max(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
-    assert 10 <= checkpoint < 30
+    assert 10 <= checkpoint < 60
 
     with jackpot_run("--resume", str(directory), "--json", directory=directory) as run:
         code, stdout, stderr = run.finish()
     assert code == 0, stderr
     summary = json.loads(stdout.splitlines()[-1])
     assert summary["resumed_from_step"] == checkpoint
-    assert summary["steps"] == 30
-    assert_ledger_adds_up(summary, trained=60)
+    assert summary["steps"] == 60
+    assert_ledger_adds_up(summary, trained=120)
     assert_mirror_agrees(run)
 
     again = subprocess.run(

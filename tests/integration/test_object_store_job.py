@@ -40,7 +40,7 @@ def checkpoints(world: ObjectWorld, directory: Path) -> list[int]:
 def test_a_job_outlives_its_store_being_down_and_its_machine_being_lost(
     tmp_path: Path, make_model: MakeModel, world: ObjectWorld
 ) -> None:
-    job_file = write_job(tmp_path, make_model, steps=10, checkpoint_every=2, keep_checkpoints=2)
+    job_file = write_job(tmp_path, make_model, steps=30, checkpoint_every=2, keep_checkpoints=2)
     directory = tmp_path / "run"
     settings = [f"weights.store={world.url}", "bus.payload_store=s3"]
     arguments = [str(job_file), *settings, "--run-dir", str(directory)]
@@ -59,16 +59,16 @@ def test_a_job_outlives_its_store_being_down_and_its_machine_being_lost(
         code, stdout, stderr = run.finish()
     assert code == 0, stderr + run.output()
     summary = json.loads(stdout.splitlines()[-1])
-    assert summary["resumed_from_step"] == newest and summary["steps"] == 10
-    assert_ledger_adds_up(summary, trained=20)
+    assert summary["resumed_from_step"] == newest and summary["steps"] == 30
+    assert_ledger_adds_up(summary, trained=60)
     assert_mirror_agrees(run)
     assert summary["restarts"] == 0
     kept = checkpoints(world, directory)
-    assert kept[-2:] == [8, 10] and len(kept) <= 3  # and the best
+    assert kept[-2:] == [28, 30] and len(kept) <= 3  # and the best
     weights = {key.split("/")[4] for key in world.keys(f"runs/{job_id(directory)}/weights/policy/0")}
     assert {f"{step:08d}" for step in kept} <= weights and len(weights) <= 8 + 3
     local = [path.name for path in (directory / "scratch" / "checkpoints").iterdir()]
-    assert local == ["00000010"]
+    assert local == ["00000030"]
     assert not world.keys(f"runs/{job_id(directory)}/payloads/")
 
 

@@ -26,23 +26,27 @@ def test_replicas_join_die_and_leave_while_the_job_trains(tmp_path: Path, make_m
     directory = tmp_path / "run"
     with jackpot_run(str(job_file), "--run-dir", str(directory), directory=directory) as run:
         run.wait_for_step(2)
-        assert scale(directory, 3).returncode == 0
-        for name in ("rollout-1", "rollout-2"):
-            log = directory / "logs" / f"{name}.log"
-            run.wait_until(lambda log=log: log.exists() and " ready" in log.read_text(), f"{name} to be ready")
+        with run.standing_still():
+            assert scale(directory, 3).returncode == 0
+            for name in ("rollout-1", "rollout-2"):
+                log = directory / "logs" / f"{name}.log"
+                run.wait_until(lambda log=log: log.exists() and " ready" in log.read_text(), f"{name} to be ready")
         assert sorted(path.stem for path in (directory / "rollouts").glob("[0-9]*.json")) == ["1", "2"]
-        killed = run.kill_child("rollout-2")
-        # Not its absence in between, which may be over before anybody looks.
-        run.wait_until(
-            lambda: (child := run.child("rollout-2")) is not None and child.pid != killed,
-            "rollout-2 to be started again",
-        )
-        assert scale(directory, 1).returncode == 0
-        run.wait_until(
-            lambda: run.child("rollout-1") is None and run.child("rollout-2") is None, "two replicas to leave"
-        )
-        run.wait_until(lambda: not list((directory / "rollouts").glob("[0-9]*.json")), "their traces to go")
-        run.wait_until(lambda: not (directory / "metrics" / "rollout-2.json").exists(), "its metrics' address to go")
+        with run.standing_still():
+            killed = run.kill_child("rollout-2")
+            # Not its absence in between, which may be over before anybody looks.
+            run.wait_until(
+                lambda: (child := run.child("rollout-2")) is not None and child.pid != killed,
+                "rollout-2 to be started again",
+            )
+            assert scale(directory, 1).returncode == 0
+            run.wait_until(
+                lambda: run.child("rollout-1") is None and run.child("rollout-2") is None, "two replicas to leave"
+            )
+            run.wait_until(lambda: not list((directory / "rollouts").glob("[0-9]*.json")), "their traces to go")
+            run.wait_until(
+                lambda: not (directory / "metrics" / "rollout-2.json").exists(), "its metrics' address to go"
+            )
         code, _, stderr = run.finish()
     assert code == 0, stderr
     assert run.summary["state"] == "succeeded" and run.summary["restarts_by_process"] == {"rollout-2": 1}
