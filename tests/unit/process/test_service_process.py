@@ -114,7 +114,7 @@ def test_the_exit_code_is_what_main_returns(start: Callable[..., subprocess.Pope
         ("engine_fails", {}, 1, "error: no engine at redis://u:***@h:1"),
         ("misconfigured", {}, 2, "error: rollout.engine = 'vllm': is not installed. Install it."),
         ("done", {"JACKPOT_JOB_ID": "No Id"}, 2, "error: JACKPOT_JOB_ID = 'No Id': string should match"),
-        ("done", {"JACKPOT_RUN_DIR": "/nonexistent"}, 2, "error: JACKPOT_RUN_DIR = '/nonexistent': job.json cannot"),
+        ("done", {"JACKPOT_RUN_DIR": "/nonexistent"}, 2, "error: JACKPOT_RUN_DIR = '/nonexistent': has no job.json"),
         ("done", {"JACKPOT_METRICS_ADDRESS": "here"}, 2, "error: JACKPOT_METRICS_ADDRESS = 'here': is not host:port"),
     ],
 )
