@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from jackpot.algorithm.corrections.jackpot import NormalizerName
 from jackpot.algorithm.normalizer import (
     Candidates,
-    NormalizerName,
     estimate_normalizer,
     full_normalizer,
     mean_acceptance,

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-NormalizerName = Literal["tail", "union_tail", "union_kappa", "full"]
+from jackpot.algorithm.corrections.jackpot import NormalizerName
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

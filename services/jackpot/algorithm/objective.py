@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from jackpot.algorithm.correction import tis_weights
+from jackpot.algorithm.corrections.tis import tis_weights
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from jackpot.algorithm.corrections import CORRECTIONS
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands of this module."""
@@ -20,9 +22,7 @@ def replay(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. algorithm.correction.c1=2")
     ] = None,
-    correction: Annotated[
-        str | None, typer.Option(help="none, is, tis, icepop, mis or jackpot; default: the run's own.")
-    ] = None,
+    correction: Annotated[str | None, typer.Option(help=f"{', '.join(CORRECTIONS)}; default: the run's own.")] = None,
     lambdas: Annotated[
         list[float] | None, typer.Option("--lambda", help="A λ to try; repeatable. Default: 0.25, 0.5, 1, 2, 4.")
     ] = None,

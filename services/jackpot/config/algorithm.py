@@ -2,199 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from jackpot.config.section import NonNegativeFloat, Number, PositiveFloat, PositiveInt, Section
+from jackpot.algorithm.advantages import ADVANTAGES, Advantage
+from jackpot.algorithm.advantages.grpo import GrpoAdvantage
+from jackpot.algorithm.corrections import CORRECTIONS, Correction
+from jackpot.algorithm.corrections.jackpot import JackpotCorrection
+from jackpot.algorithm.registry import union_by_name
+from jackpot.section import NonNegativeFloat, Number, PositiveFloat, PositiveInt, Section
 
+if TYPE_CHECKING:  # what a type checker sees of the unions, whose members only the packages know
+    CorrectionConfig = Correction
+    AdvantageConfig = Advantage
+else:
+    CorrectionConfig = union_by_name(CORRECTIONS, default="jackpot")
+    AdvantageConfig = union_by_name(ADVANTAGES, default="grpo")
 
-class NoCorrection(Section):
-    """F(s) = 1: train as if the trajectories were the policy's own."""
-
-    name: Literal["none"] = "none"
-
-
-Level = Literal["token", "sequence"]
-
-
-class IsCorrection(Section):
-    """Importance sampling without a bound: F(s) = s (AReaL). Unbiased, and its variance has no limit."""
-
-    name: Literal["is"] = "is"
-    level: Level = "token"
-    """``token`` takes s = p_ref/p_inf of each token; ``sequence`` the product of s over the completion at each of its
-    tokens, which is unbiased for the whole completion but as good as useless beyond short ones."""
-
-
-class TisCorrection(Section):
-    """Truncated importance sampling: F(s) = min(s, C) (Flash-RL, LlamaRL)."""
-
-    name: Literal["tis"] = "tis"
-    cap: PositiveFloat = 2.0
-    """C. 2 is Flash-RL's value and verl's ``rollout_is_threshold``; TRL calls it the importance sampling cap."""
-    level: Level = "token"
-    """``token`` truncates s of each token; ``sequence`` the product of s over the completion."""
-
-
-class IcepopCorrection(Section):
-    """IcePop: F(s) = s where s lies in [low, high], else 0. Tokens outside carry no gradient but stay in the mean."""
-
-    name: Literal["icepop"] = "icepop"
-    low: NonNegativeFloat = 0.5
-    """α. 0.5 is IcePop's published value. 0 leaves only the upper bound (TRL's ``token_mask``)."""
-    high: PositiveFloat = 5.0
-    """β. 5 is IcePop's published value."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _low_and_high_in_one(cls, data: Any) -> Any:
-        """``threshold: "0.5_5.0"``, as verl writes it, is short for low and high."""
-        if not isinstance(data, dict) or "threshold" not in data:
-            return data
-        low, underscore, high = str(data["threshold"]).partition("_")
-        if not underscore or "low" in data or "high" in data:
-            raise ValueError(
-                f"threshold = {data['threshold']!r} is not of the form low_high, or stands beside low or high. "
-                "Write threshold: '0.5_5.0', or low and high"
-            )
-        rest = {key: value for key, value in data.items() if key != "threshold"}
-        try:
-            return rest | {"low": float(low), "high": float(high)}
-        except ValueError:
-            raise ValueError(f"threshold = {data['threshold']!r} is not two numbers. Write e.g. '0.5_5.0'") from None
-
-    @model_validator(mode="after")
-    def _ordered(self) -> IcepopCorrection:
-        if self.low >= self.high:
-            raise ValueError(f"low = {self.low:g} is not below high = {self.high:g}. Write the smaller one as low")
-        return self
-
-
-class MisCorrection(Section):
-    """Masked importance sampling of whole completions: F = Π s where Π s ≤ C, else 0 (TRL's ``sequence_mask``)."""
-
-    name: Literal["mis"] = "mis"
-    cap: PositiveFloat = 2.0
-    """C. 2, as for ``tis``, so that the two differ in one thing."""
-    low: NonNegativeFloat = 0.0
-    """Completions whose Π s is smaller count nothing either. 0 keeps them: they are bounded as they are."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> MisCorrection:
-        if self.low >= self.cap:
-            raise ValueError(f"low = {self.low:g} is not below cap = {self.cap:g}. Lower low")
-        return self
-
-
-class JackpotCorrection(Section):
-    """Optimal budgeted rejection sampling (paper §3 and §4)."""
-
-    name: Literal["jackpot"] = "jackpot"
-    obrs_lambda: PositiveFloat | None = 1.0
-    """λ: larger rejects more and aligns more. At 1 a token is rejected just as far as the actor over-represents it.
-    null with ``acceptance_rate``."""
-    acceptance_rate: Annotated[float, Field(gt=0, le=1), Number] | None = None
-    """Instead of λ: the share of tokens to accept. λ is then found for it on every batch, from 1 as a start, and
-    published with the weights. 0.9 spends a tenth of the tokens on alignment."""
-    lambda_smoothing: Annotated[float, Field(ge=0, lt=1), Number] = 0.5
-    """Weight of the past in log λ while ``acceptance_rate`` steers it: a batch's λ is noisy, and the mismatch drifts
-    within a few steps."""
-    lambda_min: PositiveFloat = 1e-3
-    """Least λ that ``acceptance_rate`` may lead to: practically, everything is accepted."""
-    lambda_max: PositiveFloat = 1e3
-    """Greatest λ that ``acceptance_rate`` may lead to."""
-    c1: PositiveFloat = 3.0
-    """Upper clip of the weight Z·max(λ, p_t/p_inf). 3 cuts one or two tokens in a thousand in our studies, whose
-    accuracies do not separate it from 1 or from none (docs/experiments)."""
-    c2: PositiveFloat = 3.0
-    """Upper clip of p_ref/p_t; only used with target = policy."""
-    target: Literal["reference", "policy"] = "reference"
-    """What OBRS aligns to. ``policy`` is for many optimizer steps per rollout batch; it keeps top-k on the bus."""
-    mask: Literal["bernoulli", "expected"] = "bernoulli"
-    """``bernoulli`` draws acceptance; ``expected`` multiplies by its probability: same mean, less noise. The default
-    is the paper's: 32 pairs of runs do not separate the two, though they lean to the other (docs/experiments)."""
-    normalizer: Literal["tail", "union_tail", "union_kappa", "full"] = "tail"
-    """Estimator of Z. ``tail`` needs nothing but the actor's returned top-k. The other three run the actor's forward
-    pass in the scorer; ``full`` looks at the whole vocabulary (tests, small models)."""
-    top_k: Annotated[int, Field(ge=1, le=1024), Number] = 20
-    """How many of the target's most probable tokens enter the estimate (paper §4.4)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lambda_or_acceptance_rate(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("acceptance_rate") is None:
-            return data
-        if data.get("obrs_lambda") is not None:
-            raise ValueError(
-                f"obrs_lambda = {data['obrs_lambda']!r} and acceptance_rate = {data['acceptance_rate']!r} exclude each "
-                "other, since the rate decides λ. Remove one of them, or set obrs_lambda to null"
-            )
-        return data | {"obrs_lambda": None}
-
-    @model_validator(mode="after")
-    def _lambda_is_known(self) -> JackpotCorrection:
-        if self.obrs_lambda is None and self.acceptance_rate is None:
-            raise ValueError("obrs_lambda = null needs an acceptance_rate. Set either of them")
-        if not self.lambda_min < 1 < self.lambda_max:
-            raise ValueError("lambda_min and lambda_max must lie on either side of 1. Widen them")
-        return self
-
-    @property
-    def initial_lambda(self) -> float:
-        """λ of the first batch."""
-        return 1.0 if self.obrs_lambda is None else self.obrs_lambda
-
-    @model_validator(mode="after")
-    def _target_policy_has_no_actor_forward(self) -> JackpotCorrection:
-        if self.target == "policy" and self.normalizer in ("union_tail", "full"):
-            raise ValueError(
-                f"normalizer = {self.normalizer!r} needs the actor's forward pass beside the target's, which "
-                "target = 'policy' does not have. Use normalizer 'tail' or 'union_kappa', or target 'reference'"
-            )
-        return self
-
-
-def _name_alone(value: Any) -> Any:
-    """``correction: tis`` is short for ``correction: {name: tis}``; without a name it is the default, jackpot."""
-    if isinstance(value, str):
-        return {"name": value}
-    return {"name": "jackpot", **value} if isinstance(value, dict) else value
-
-
-CorrectionName = Literal["none", "is", "tis", "icepop", "mis", "jackpot"]
-CORRECTION_NAMES: tuple[str, ...] = get_args(CorrectionName)
-_Corrections = Annotated[
-    NoCorrection | IsCorrection | TisCorrection | IcepopCorrection | MisCorrection | JackpotCorrection,
-    Field(discriminator="name"),
-]
-CorrectionConfig = Annotated[
-    _Corrections,
-    BeforeValidator(_name_alone, json_schema_input_type=CorrectionName | _Corrections),
-]
-
-
-class AdvantageConfig(Section):
-    """Advantages: how much better a completion was than could be expected."""
-
-    name: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = "grpo"
-    """``grpo``: (reward − group mean) / group standard deviation, the paper's. ``dr_grpo``: reward − group mean.
-    ``rloo``: reward − mean of the group's other rewards. ``reinforce_plus_plus``: rewards whitened over the batch's
-    tokens, without groups. ``reinforce_plus_plus_baseline``: reward − group mean, whitened likewise."""
-    normalize_std: bool = True
-    """Only for ``grpo``: false leaves the differences as they are, which is ``dr_grpo``."""
-    filter_zero_variance: bool = False
-    """Drop groups whose rewards are all equal before scoring (DAPO's dynamic sampling); they are counted as
-    ``zero_variance`` and their slots go to the next prompts. Off, because such groups do distil the actor, and because
-    a task that is solved, or hopeless, has no others: the run would wait for its batch in vain."""
-
-    @model_validator(mode="after")
-    def _std_is_grpos(self) -> AdvantageConfig:
-        if self.name != "grpo" and not self.normalize_std:
-            raise ValueError(
-                f"normalize_std = false means nothing to {self.name!r}. Leave it out, or use the name 'dr_grpo'"
-            )
-        return self
+NAMED_SECTIONS = {"correction": frozenset(CORRECTIONS), "advantage": frozenset(ADVANTAGES)}
+"""Settings that may be written as a name alone, and the names that there are."""
 
 
 class KlPenaltyConfig(Section):
@@ -249,8 +76,7 @@ class AlgorithmConfig(Section):
     """The joint objective."""
 
     correction: CorrectionConfig = Field(default_factory=JackpotCorrection)
-    """How the mismatch between actor and policy is corrected: ``jackpot``, or a baseline: ``none``, ``is``, ``tis``,
-    ``icepop``, ``mis``."""
+    """How the mismatch between actor and policy is corrected: ``jackpot``, or a baseline."""
     denominator: Literal["accepted", "all"] = "accepted"
     """What the sum of token losses is divided by: accepted tokens estimate the expectation under the policy;
     all tokens shrink it by Z."""
@@ -264,7 +90,7 @@ class AlgorithmConfig(Section):
     """ε below: the ratio is clipped at 1 − ε. null removes the clip."""
     clip_high: PositiveFloat | None = 0.2
     """ε above: the ratio is clipped at 1 + ε. null removes the clip."""
-    advantage: AdvantageConfig = AdvantageConfig()
+    advantage: AdvantageConfig = Field(default_factory=GrpoAdvantage)
     """Advantage estimator."""
     kl_penalty: KlPenaltyConfig = KlPenaltyConfig()
     """Penalty on the distance from the initial policy."""

@@ -12,7 +12,6 @@ from jackpot.config.learner import LearnerConfig
 from jackpot.config.models import ActorConfig, ModelConfig
 from jackpot.config.run import AlarmsConfig, RunConfig, TrackingConfig
 from jackpot.config.sampling import EvaluationConfig, SamplingConfig, TaskConfig
-from jackpot.config.section import Number, Section
 from jackpot.config.service_sections import (
     BusConfig,
     OrchestratorConfig,
@@ -20,6 +19,7 @@ from jackpot.config.service_sections import (
     ScorerConfig,
     WeightStoreConfig,
 )
+from jackpot.section import Number, Section
 
 
 class JobSpec(Section):
@@ -98,16 +98,16 @@ class JobSpec(Section):
     def _reference_can_be_reused(self) -> JobSpec:
         if not self.scorer.reuse_reference:
             return self
-        correction = self.algorithm.correction
+        obrs = self.algorithm.correction.obrs
         problem = None
         if self.learner.updates_per_batch > 1:
             problem = (
                 f"learner.updates_per_batch = {self.learner.updates_per_batch}: later updates need an old reference"
             )
-        elif correction.name == "jackpot" and correction.target == "policy":
+        elif obrs and obrs.target == "policy":
             problem = "algorithm.correction.target = 'policy' never uses the scorer's scores"
-        elif correction.name == "jackpot" and correction.normalizer != "tail":
-            problem = f"algorithm.correction.normalizer = {correction.normalizer!r} needs the actor's forward pass"
+        elif obrs and obrs.needs_actor_forward:
+            problem = f"algorithm.correction.normalizer = {obrs.normalizer!r} needs the actor's forward pass"
         if problem is not None:
             raise ValueError(f"scorer.reuse_reference = true cannot be with {problem}. Leave reuse_reference out")
         return self

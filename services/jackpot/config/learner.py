@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from jackpot.config.section import (
+from jackpot.section import (
     Device,
     Fraction,
     NonNegativeFloat,

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from jackpot.config.algorithm import CORRECTION_NAMES
+from jackpot.config.algorithm import NAMED_SECTIONS
 from jackpot.config.job import JobSpec
 from jackpot.errors import ConfigError
 
@@ -63,9 +63,6 @@ _PlainLoader.add_implicit_resolver(
 
 # What PyYAML raises on bad input beside its own errors: !!int abc, unhashable keys, thousands of brackets.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, RecursionError)
-
-# Sections that may be written as a name alone.
-_NAMED_SECTIONS = frozenset({"correction"})
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
@@ -159,7 +156,7 @@ def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str
         node = data
         for parent in parents:
             child = node.get(parent)
-            shorthand = {"name": child} if parent in _NAMED_SECTIONS and isinstance(child, str) else {}
+            shorthand = {"name": child} if parent in NAMED_SECTIONS and isinstance(child, str) else {}
             node[parent] = dict(child) if isinstance(child, dict) else shorthand
             node = node[parent]
         node[leaf] = value
@@ -198,7 +195,7 @@ def _suggest(word: str, known: Sequence[str]) -> str:
 
 def _readable(location: Sequence[str]) -> str:
     # Pydantic puts the name of the union's branch into the path; users never wrote it.
-    branches = {"function-before", "ActorConfig", "literal['policy']", *CORRECTION_NAMES}
+    branches = {"function-before", "ActorConfig", "literal['policy']"}.union(*NAMED_SECTIONS.values())
     return ".".join(part for part in location if part not in branches and not part.startswith("function-"))
 
 

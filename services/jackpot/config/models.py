@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from jackpot.config.section import Dtype, Section
+from jackpot.section import Dtype, Section
 
 
 class ModelConfig(Section):

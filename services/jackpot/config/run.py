@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from jackpot.config.section import Fraction, NonNegativeInt, PositiveFloat, Section
+from jackpot.section import Fraction, NonNegativeInt, PositiveFloat, Section
 
 
 class AlarmsConfig(Section):

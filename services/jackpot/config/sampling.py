@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from jackpot.config.section import Float, Int, NonNegativeFloat, Number, PositiveFloat, PositiveInt, Section
+from jackpot.section import Float, Int, NonNegativeFloat, Number, PositiveFloat, PositiveInt, Section
 
 
 class TaskConfig(Section):

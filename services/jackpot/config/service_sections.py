@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from jackpot.config.section import (
+from jackpot.config.vllm import VllmConfig
+from jackpot.section import (
     Device,
     NonNegativeInt,
     Number,
@@ -16,7 +17,6 @@ from jackpot.config.section import (
     Section,
     refuse_shared_device,
 )
-from jackpot.config.vllm import VllmConfig
 
 
 class RolloutConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from jackpot.config.section import Number, PositiveInt, Section
+from jackpot.section import Number, PositiveInt, Section
 
 
 class VllmConfig(Section):

@@ -13,10 +13,10 @@ from pydantic_core import ErrorDetails
 
 from jackpot.config import InvalidJobError, JobSpec, parse_job
 from jackpot.config.loading import read_yaml
-from jackpot.config.section import Fraction, NonNegativeInt, Number, Section
 from jackpot.demo.recipe import COPIED_SIZES, RECIPES, ModelRecipe, Recipe
 from jackpot.demo.task import MAX_DIGITS, NUM_DIGITS
 from jackpot.errors import ConfigError
+from jackpot.section import Fraction, NonNegativeInt, Number, Section
 
 MAX_STUDY_BYTES = 1 << 20
 Name = Annotated[str, Field(pattern=r"^\w[\w .,+=()/:-]{0,60}$")]

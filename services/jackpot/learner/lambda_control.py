@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jackpot.algorithm.budget import smoothed_lambda, solve_lambda
 from jackpot.algorithm.kl_control import KlControlSettings, KlControlState, initial_state, update
-from jackpot.config import AlgorithmConfig, DistillationConfig, JackpotCorrection
+from jackpot.config import AlgorithmConfig, DistillationConfig
 
 
 class LambdaControl:
@@ -19,8 +19,7 @@ class LambdaControl:
     """
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
-        correction = algorithm.correction
-        self._obrs = correction if isinstance(correction, JackpotCorrection) else None
+        self._obrs = algorithm.correction.obrs
         self._kl_settings = kl_control_settings(algorithm.distillation)
         self._constant_weight = algorithm.distillation.weight
         self._kl: KlControlState | None = initial_state(self._kl_settings) if self._kl_settings else None

@@ -29,7 +29,7 @@ from jackpot.learner.schedule import learning_rate_factor
 from jackpot.scoring.batch import Batch
 from jackpot.scoring.passes import ModelPasses, model_inputs, token_places
 from jackpot.scoring.step_scores import learner_scores, score_step
-from jackpot.scoring.token_weights import TokenWeights, reference_target_weights
+from jackpot.scoring.token_weights import TokenWeights, token_weights
 
 LOG = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Trainer(TrainedModels):
         correction = self._job.algorithm.correction
         if learner_scores(self._job):
             return [None] * len(parts)
-        weights = reference_target_weights(batch.tokens, correction, self._ranks)
+        weights = token_weights(batch.tokens, correction, ranks=self._ranks)
         return weights.split([part.num_tokens for part in parts])
 
     def _actor_reference(self, batch: Batch, passes: Sequence[ModelPass]) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jackpot.compute.model_inputs import check_group
-from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.config import JobSpec
 from jackpot.errors import ConfigError
 from jackpot.trajectory import Group, ScoredGroup, deferred
 
@@ -27,7 +27,8 @@ class Deferral:
 
     def __init__(self, job: JobSpec) -> None:
         self._vocabulary = _vocabulary(job.policy.model)
-        self._with_topk = isinstance(job.algorithm.correction, JackpotCorrection)
+        obrs = job.algorithm.correction.obrs
+        self._with_topk = obrs is not None and obrs.needs_candidates
 
     def defer(self, group: Group, policy_version: int) -> ScoredGroup:
         """Pass a group on; the actor's top-k stays where the learner needs it for Z.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.config import JobSpec
 from jackpot.planning.hardware import Gpu, Utilization
 from jackpot.planning.model_shape import BYTES, ModelShape
 
@@ -225,11 +225,9 @@ def _gathered(shape: ModelShape) -> int:
 
 def bus_bytes(job: JobSpec, tokens: float) -> dict[str, float]:
     """Over the bus in a step, before compression: id and log-probability, and k candidates until they are scored."""
-    correction = job.algorithm.correction
+    obrs = job.algorithm.correction.obrs
     candidates = job.rollout.top_logprobs * (4 + 2)
-    keeps_candidates = isinstance(correction, JackpotCorrection) and (
-        correction.target == "policy" or job.scorer.reuse_reference
-    )
+    keeps_candidates = obrs is not None and (obrs.target == "policy" or job.scorer.reuse_reference)
     scores = 5 * 4 + 1 if job.scorer_replicas else 0  # five figures of float32 and a mask
     return {
         "to_score": tokens * (8 + candidates) if job.scorer_replicas else 0.0,

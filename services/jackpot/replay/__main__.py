@@ -13,6 +13,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from jackpot.algorithm.corrections import CORRECTIONS
 from jackpot.config import JobSpec, parse_job
 from jackpot.errors import JackpotError
 from jackpot.storage.run_directory import RunFiles
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def print_table(result: Replay, console: Console) -> None:
     """The figures as a table, a row for each λ."""
-    obrs = result.correction == "jackpot"
+    obrs = "obrs_lambda" in result.rows[0]
     there = {
         heading: next(name for name in names if name in result.rows[0])
         for heading, names in (COLUMNS if obrs else WITHOUT_REJECTION).items()
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jackpot replay", description=about)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. algorithm.correction.c1=2")
-    parser.add_argument("--correction", help="none, is, tis, icepop, mis or jackpot; default: the run's own")
+    parser.add_argument("--correction", help=f"{', '.join(CORRECTIONS)}; default: the run's own")
     parser.add_argument("--lambda", dest="lambdas", type=_positive, action="append", help="a λ to try; repeatable")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
     return parser

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
+from jackpot.algorithm.corrections.jackpot import JackpotCorrection
 from jackpot.bus.kept_trajectories import KeptTrajectories
-from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.config import JobSpec
 from jackpot.errors import ConfigError, WeightError
 from jackpot.learner.reports.step_metrics import mismatch_figures
 from jackpot.replay.stored_models import StoredModel, read_stored
 from jackpot.scoring.batch import Batch, build_batch
 from jackpot.scoring.score import LambdaReadings, Readings, accept_tokens, with_parts
-from jackpot.scoring.token_weights import reference_target_weights
+from jackpot.scoring.token_weights import token_weights
 from jackpot.trajectory import DEFERRED, ScoredGroup
 
 LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -63,15 +64,16 @@ def replay(run_dir: Path, job: JobSpec, lambdas: Sequence[float] = LAMBDAS) -> R
         problem = "holds trajectories without scores (scorer.reuse_reference)"
         raise ConfigError("RUN_DIR", str(run_dir), problem, "Run the job without it, for as many steps as you look at.")
     correction, notes = job.algorithm.correction, list[str]()
+    obrs = correction.obrs
     batch = replace(build_batch(groups, job.algorithm.advantage), exact_kl=None)
-    if not isinstance(correction, JackpotCorrection):
-        figures = mismatch_figures(batch, reference_target_weights(batch.tokens, correction))
+    if obrs is None:
+        figures = mismatch_figures(batch, token_weights(batch.tokens, correction))
         return Replay(correction.name, batches, batch.num_tokens, "none", notes, [figures])
-    if correction.target == "policy":
+    if obrs.target == "policy":
         notes.append("target = policy is replayed as target = reference: the trajectories are scored, not trained on")
     found = _read_models(run_dir, job, groups, lambdas, notes)
-    rows = [_row(batch, correction, each, job.seed, found.at(each) if found else None) for each in lambdas]
-    name = correction.normalizer if found else BATCH_MEAN
+    rows = [_row(batch, obrs, each, job.seed, found.at(each) if found else None) for each in lambdas]
+    name = obrs.normalizer if found else BATCH_MEAN
     return Replay(correction.name, batches, batch.num_tokens, name, notes, rows)
 
 
@@ -88,7 +90,7 @@ def _read_models(
 
 
 def _row(
-    batch: Batch, correction: JackpotCorrection, obrs_lambda: float, job_seed: int, found: LambdaReadings | None
+    batch: Batch, obrs: JackpotCorrection, obrs_lambda: float, job_seed: int, found: LambdaReadings | None
 ) -> dict[str, float]:
     """Figures of the batch as a scorer with another λ would have made it; by the very masks that it would have drawn,
     and the stored log p_t."""
@@ -98,10 +100,10 @@ def _row(
         head = torch.full_like(acceptance, float(acceptance.double().mean()))
         tokens = replace(tokens, normalizer_head=head, normalizer_tail=torch.zeros_like(head))
         # The head is the mean acceptance everywhere, and complete.
-        correction = correction.model_copy(update={"normalizer": "full"})
+        obrs = obrs.model_copy(update={"normalizer": "full"})
     else:
         tokens = with_parts(tokens, found.parts)
-    weights = reference_target_weights(tokens, correction)
+    weights = token_weights(tokens, obrs)
     row = {"obrs_lambda": obrs_lambda} | mismatch_figures(replace(batch, tokens=tokens), weights)
     if found is not None and found.exact is not None:
         row["rollout_corr/kl_before_exact"] = float(found.exact.kl_before.double().mean())

@@ -9,7 +9,7 @@ import torch
 from jackpot.compute.models import resolve_device, set_threads
 from jackpot.compute.ranks.group import SOLO, Ranks, join_ranks
 from jackpot.compute.ranks.orders import Orders
-from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.scorer.rank_leader import Follower, LeadScorer, LeadTarget
@@ -79,5 +79,5 @@ def join_ranked_scorer(environment: ServiceEnvironment, job: JobSpec) -> RankedS
 
 def initial_lambda(job: JobSpec) -> float:
     """λ of versions that carry none."""
-    correction = job.algorithm.correction
-    return correction.initial_lambda if isinstance(correction, JackpotCorrection) else 1.0
+    obrs = job.algorithm.correction.obrs
+    return obrs.initial_lambda if obrs else 1.0

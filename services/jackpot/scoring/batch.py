@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jackpot.algorithm.advantage import estimate_advantages
 from jackpot.compute.batching import AttentionCost, Siblings
 from jackpot.config import AdvantageConfig
 from jackpot.scoring.tokens import SequenceSlice, TokenArrays, sequences_of, token_arrays
@@ -89,12 +88,10 @@ def build_batch(
     rewards = np.array([t.reward for t in trajectories], dtype=np.float64)
     lengths = np.array([t.num_tokens for t in trajectories])
     sizes = torch.tensor([len(scored.group.trajectories) for scored in groups])
-    advantages = estimate_advantages(
-        advantage.name,
+    advantages = advantage.estimate(
         torch.from_numpy(rewards),
         torch.arange(len(groups)).repeat_interleave(sizes),
         torch.from_numpy(lengths),
-        normalize_std=advantage.normalize_std,
     )
     return Batch(
         sequences=sequences,

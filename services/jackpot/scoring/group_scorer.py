@@ -16,7 +16,7 @@ from jackpot.compute.pass_layout import layout_of
 from jackpot.compute.ranks.group import SOLO, Ranks
 from jackpot.compute.ranks.partition import balanced_shares, plan_share
 from jackpot.compute.ranks.sharding import release
-from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.config import JobSpec
 from jackpot.errors import ScoringError
 from jackpot.scoring.passes import ModelPasses, ScoringRule, siblings_by_prompt
 from jackpot.scoring.score import ExactFigures, Scores, score_tokens
@@ -34,10 +34,8 @@ def needs_actor(job: JobSpec) -> bool:
 
     With target = policy it does not: the learner makes the scores that count, and has no such pass either.
     """
-    correction = job.algorithm.correction
-    if not isinstance(correction, JackpotCorrection) or correction.target == "policy":
-        return False
-    return correction.normalizer != "tail"
+    obrs = job.algorithm.correction.obrs
+    return obrs is not None and obrs.target != "policy" and obrs.needs_actor_forward
 
 
 class Target(Protocol):
@@ -96,9 +94,8 @@ class GroupScorer:
         ranks: Ranks = SOLO,
         has_varlen: varlen.HasKernel = varlen.is_available,
     ) -> None:
-        correction = job.algorithm.correction
-        self._obrs = correction if isinstance(correction, JackpotCorrection) else None
-        self._with_topk = self._obrs is not None and self._obrs.normalizer != "full"
+        self._obrs = job.algorithm.correction.obrs
+        self._with_topk = self._obrs is not None and self._obrs.needs_candidates
         # Where the learner makes the scores that count.
         self._keeps_topk = self._obrs is not None and (self._obrs.target == "policy" or job.scorer.reuse_reference)
         self._job = job

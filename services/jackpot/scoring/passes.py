@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from jackpot.algorithm.corrections.jackpot import JackpotCorrection
 from jackpot.algorithm.vocabulary import VocabularyScores, token_logprobs
 from jackpot.compute.batching import AttentionCost, ModelPass, Siblings
 from jackpot.compute.forward import CompletionStates, completion_hidden
 from jackpot.compute.models import output_head
-from jackpot.config import JackpotCorrection, JobSpec
+from jackpot.config import JobSpec
 from jackpot.scoring.tokens import SequenceSlice
 
 
@@ -37,8 +38,7 @@ class ScoringRule:
     @classmethod
     def of_job(cls, job: JobSpec, temperature: float, *, whole_rows: bool = False) -> ScoringRule:
         """That of a job, for tokens that were sampled at ``temperature``. The full normalizer takes whole rows."""
-        correction = job.algorithm.correction
-        obrs = correction if isinstance(correction, JackpotCorrection) else None
+        obrs = job.algorithm.correction.obrs
         return cls(
             obrs=obrs,
             whole_rows=obrs is not None and (whole_rows or obrs.normalizer == "full"),

@@ -17,13 +17,13 @@ from jackpot.config import JobSpec
 from jackpot.scoring.batch import Batch
 from jackpot.scoring.passes import ModelPasses, ScoringRule
 from jackpot.scoring.score import score_tokens
-from jackpot.scoring.token_weights import TokenWeights, obrs_weights, reference_target_weights
+from jackpot.scoring.token_weights import TokenWeights, token_weights
 
 
 def learner_scores(job: JobSpec) -> bool:
     """Whether the scores that count are made here."""
-    correction = job.algorithm.correction
-    return job.scorer.reuse_reference or (correction.name == "jackpot" and correction.target == "policy")
+    obrs = job.algorithm.correction.obrs
+    return job.scorer.reuse_reference or (obrs is not None and obrs.target == "policy")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,8 +55,7 @@ def score_step(job: JobSpec, batch: Batch, policy: ModelPasses, obrs_lambda: flo
         release(policy.model)
     correction = job.algorithm.correction
     if job.scorer.reuse_reference:
-        weights = reference_target_weights(tokens.tokens, correction, ranks)
+        weights = token_weights(tokens.tokens, correction, ranks=ranks)
         return StepScores(replace(batch, tokens=tokens.tokens), weights, only)
-    assert correction.name == "jackpot"
-    reference = batch.tokens.reference_logprobs
-    return StepScores(batch, obrs_weights(tokens.tokens, correction, reference_logprobs=reference, ranks=ranks), only)
+    weights = token_weights(tokens.tokens, correction, batch.tokens.reference_logprobs, ranks)
+    return StepScores(batch, weights, only)

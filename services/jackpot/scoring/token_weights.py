@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from jackpot.algorithm.correction import (
-    Weights,
-    icepop_weights,
-    is_weights,
-    mis_weights,
-    no_weights,
-    tis_weights,
-)
-from jackpot.algorithm.normalizer import calibrate, mean_acceptance, normalizer_with
-from jackpot.algorithm.obrs import jackpot_weights
+from jackpot.algorithm.corrections import Correction, SampledTokens
+from jackpot.algorithm.corrections.jackpot import JackpotCorrection
+from jackpot.algorithm.normalizer import Normalizer, calibrate, mean_acceptance, normalizer_with
 from jackpot.compute.ranks.group import SOLO, Ranks
-from jackpot.config import (
-    CorrectionConfig,
-    IcepopCorrection,
-    IsCorrection,
-    JackpotCorrection,
-    MisCorrection,
-    TisCorrection,
-)
 from jackpot.scoring.tokens import TokenArrays
 
 
@@ -58,86 +43,46 @@ class TokenWeights:
         return [self.select(index) for index in positions]
 
 
-def reference_target_weights(tokens: TokenArrays, correction: CorrectionConfig, ranks: Ranks = SOLO) -> TokenWeights:
-    """Weights of a whole batch from what the scorer found; target = reference, or no OBRS at all.
-
-    Args:
-        tokens: the batch.
-        correction: which correction.
-        ranks: whose other members may lack tokens; those get no meaningful weights there.
-    """
-    if correction.name == "jackpot":
-        return obrs_weights(tokens, correction, reference_logprobs=None, ranks=ranks)
-    found = _plain_weights(tokens, correction)
-    ones = torch.ones_like(found.value)
-    return TokenWeights(
-        weight=found.value,
-        raw_weight=found.raw,
-        clipped_c1=found.clipped,
-        clipped_c2=torch.zeros_like(found.clipped),
-        mask=ones,
-        acceptance_probs=ones,
-        normalizer=ones,
-        topk_mass=tokens.topk_mass,
-        target_logprobs=tokens.reference_logprobs,
-        obrs_lambda=torch.zeros_like(ones),
-        bias_correction=1.0,
-    )
-
-
-def _plain_weights(tokens: TokenArrays, correction: CorrectionConfig) -> Weights:
-    """F of a correction without rejection. Masked tokens have weight 0 and stay in every denominator: s makes the
-    mean over all sampled tokens an expectation under the policy, and leaving tokens out would undo that."""
-    logprobs = tokens.reference_logprobs, tokens.actor_logprobs
-    match correction:
-        case IsCorrection():
-            return is_weights(*logprobs, sequence_index=_sequences(tokens, correction.level))
-        case TisCorrection():
-            return tis_weights(*logprobs, cap=correction.cap, sequence_index=_sequences(tokens, correction.level))
-        case IcepopCorrection():
-            return icepop_weights(*logprobs, low=correction.low, high=correction.high)
-        case MisCorrection():
-            return mis_weights(*logprobs, sequence_index=tokens.sequence_index, cap=correction.cap, low=correction.low)
-        case _:
-            return no_weights(*logprobs)
-
-
-def _sequences(tokens: TokenArrays, level: Literal["token", "sequence"]) -> Tensor | None:
-    return tokens.sequence_index if level == "sequence" else None
-
-
-def obrs_weights(
-    tokens: TokenArrays, correction: JackpotCorrection, reference_logprobs: Tensor | None, ranks: Ranks = SOLO
+def token_weights(
+    tokens: TokenArrays,
+    correction: Correction,
+    reference_logprobs: Tensor | None = None,
+    ranks: Ranks = SOLO,
 ) -> TokenWeights:
-    """Jackpot's weights, with the batch scalar of Z calibrated over exactly these tokens.
+    """Weights of a whole batch, with the batch scalar of Z calibrated over exactly these tokens.
 
     Args:
         tokens: acceptance, mask, λ and normalizer ingredients belong to the target; its log-probabilities stand in
             ``reference_logprobs`` of the arrays when the target is the reference.
-        correction: clips, mask and estimator.
+        correction: which correction; Z, mask and λ count only where it rejects.
         reference_logprobs: log p_ref when the target is the policy (``tokens.reference_logprobs`` then holds the
             target's), else None.
-        ranks: rank 0 has all of the batch's tokens and calibrates for the others, which may lack some.
+        ranks: rank 0 has all of the batch's tokens and calibrates for the others, which may lack some; those get no
+            meaningful weights there.
     """
-    head, tail, name = tokens.normalizer_head, tokens.normalizer_tail, correction.normalizer
-    scalar = torch.tensor(calibrate(head, tail, name, mean_acceptance(tokens.acceptance_probs)), dtype=torch.float64)
-    ranks.of_rank_0_(scalar)
-    normalizer = normalizer_with(head, tail, name, float(scalar))
-    found = jackpot_weights(
-        tokens.reference_logprobs,
-        tokens.actor_logprobs,
-        normalizer.value,
-        obrs_lambda=tokens.obrs_lambda,
-        c1=correction.c1,
-        reference_logprobs=reference_logprobs,
-        c2=None if reference_logprobs is None else correction.c2,
+    obrs = correction.obrs
+    if obrs is None:
+        ones = torch.ones_like(tokens.reference_logprobs)
+        tokens = replace(tokens, acceptance_probs=ones, mask=ones, obrs_lambda=torch.zeros_like(ones))
+        normalizer = Normalizer(value=ones, scalar=1.0, raw_scalar=1.0)
+    else:
+        normalizer = _normalizer(tokens, obrs, ranks)
+    found = correction.weights(
+        SampledTokens(
+            target_logprobs=tokens.reference_logprobs,
+            actor_logprobs=tokens.actor_logprobs,
+            sequence_index=tokens.sequence_index,
+            normalizer=normalizer.value,
+            obrs_lambda=tokens.obrs_lambda,
+            reference_logprobs=reference_logprobs,
+        )
     )
     return TokenWeights(
         weight=found.value,
         raw_weight=found.raw,
         clipped_c1=found.clipped,
-        clipped_c2=found.clipped_c2,
-        mask=tokens.acceptance_probs if correction.mask == "expected" else tokens.mask,
+        clipped_c2=torch.zeros_like(found.clipped) if found.clipped_c2 is None else found.clipped_c2,
+        mask=tokens.acceptance_probs if obrs is not None and obrs.mask == "expected" else tokens.mask,
         acceptance_probs=tokens.acceptance_probs,
         normalizer=normalizer.value,
         topk_mass=tokens.topk_mass,
@@ -145,3 +90,11 @@ def obrs_weights(
         obrs_lambda=tokens.obrs_lambda,
         bias_correction=normalizer.raw_scalar,
     )
+
+
+def _normalizer(tokens: TokenArrays, obrs: JackpotCorrection, ranks: Ranks) -> Normalizer:
+    """Z of each token, with rank 0's scalar."""
+    head, tail, name = tokens.normalizer_head, tokens.normalizer_tail, obrs.normalizer
+    scalar = torch.tensor(calibrate(head, tail, name, mean_acceptance(tokens.acceptance_probs)), dtype=torch.float64)
+    ranks.of_rank_0_(scalar)
+    return normalizer_with(head, tail, name, float(scalar))

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from jackpot.algorithm.corrections.jackpot import NormalizerName
 from jackpot.algorithm.normalizer import (
     Candidates,
-    NormalizerName,
     calibrate_kappa,
     calibrate_tau,
     estimate_normalizer,

@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from jackpot.algorithm.advantage import AdvantageName, estimate_advantages
-from jackpot.algorithm.correction import Weights, icepop_weights, is_weights, mis_weights, tis_weights
+from jackpot.algorithm.advantages import ADVANTAGES
+from jackpot.algorithm.corrections import Weights
+from jackpot.algorithm.corrections.icepop import icepop_weights
+from jackpot.algorithm.corrections.is_ import is_weights
+from jackpot.algorithm.corrections.mis import mis_weights
+from jackpot.algorithm.corrections.tis import tis_weights
 from jackpot.algorithm.objective import kl_penalty, token_shares
 
 LENGTHS = (1, 3, 7, 12)
@@ -98,7 +102,7 @@ def test_mis(verl: Any, arrays: tuple[Tensor, Tensor, Tensor], low: float, cap: 
     agree(ours, theirs(verl, arrays, "sequence", f"{low}_{cap}"))
 
 
-ADVANTAGES: list[tuple[AdvantageName, str, dict[str, Any]]] = [
+PEERS: list[tuple[str, str, dict[str, Any]]] = [
     ("grpo", "compute_grpo_outcome_advantage", {}),
     ("dr_grpo", "compute_grpo_outcome_advantage", {"norm_adv_by_std_in_grpo": False}),
     ("rloo", "compute_rloo_outcome_advantage", {}),
@@ -107,8 +111,8 @@ ADVANTAGES: list[tuple[AdvantageName, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "theirs_name", "settings"), ADVANTAGES, ids=[name for name, *_ in ADVANTAGES])
-def test_advantages(algorithms: Any, name: AdvantageName, theirs_name: str, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "theirs_name", "settings"), PEERS, ids=[name for name, *_ in PEERS])
+def test_advantages(algorithms: Any, name: str, theirs_name: str, settings: dict[str, Any]) -> None:
     lengths, groups = torch.tensor(LENGTHS), torch.tensor([0, 0, 1, 1])
     rewards = torch.tensor([1.0, 0.0, 0.3, 0.9])
     mask = padded(torch.ones(sum(LENGTHS)))
@@ -117,7 +121,7 @@ def test_advantages(algorithms: Any, name: AdvantageName, theirs_name: str, sett
     if name != "reinforce_plus_plus":
         settings = settings | {"index": groups.numpy()}
     expected, _ = getattr(algorithms, theirs_name)(token_level_rewards=token_rewards, response_mask=mask, **settings)
-    ours = estimate_advantages(name, rewards, groups, lengths)
+    ours = ADVANTAGES[name]().estimate(rewards, groups, lengths)
     torch.testing.assert_close(ours, expected[:, 0], rtol=1e-4, atol=1e-5)
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from jackpot.algorithm.corrections.jackpot import jackpot_weights
 from jackpot.algorithm.normalizer import full_normalizer
 from jackpot.algorithm.objective import policy_loss_sum, token_denominator
-from jackpot.algorithm.obrs import acceptance_probs, jackpot_weights
+from jackpot.algorithm.obrs import acceptance_probs
 
 ACTOR = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
 REFERENCE = torch.tensor([0.1, 0.3, 0.25, 0.35], dtype=torch.float64).log()

@@ -6,16 +6,20 @@ from typing import Any
 
 import pytest
 
+from jackpot.algorithm.advantages import ADVANTAGES
+from jackpot.algorithm.advantages.grpo import GrpoAdvantage
+from jackpot.algorithm.advantages.rloo import RlooAdvantage
+from jackpot.algorithm.corrections import CORRECTIONS
+from jackpot.algorithm.corrections.icepop import IcepopCorrection
+from jackpot.algorithm.corrections.is_ import IsCorrection
+from jackpot.algorithm.corrections.jackpot import JackpotCorrection
+from jackpot.algorithm.corrections.mis import MisCorrection
+from jackpot.algorithm.corrections.none import NoCorrection
+from jackpot.algorithm.corrections.tis import TisCorrection
 from jackpot.config import (
     ActorConfig,
-    IcepopCorrection,
     InvalidJobError,
-    IsCorrection,
-    JackpotCorrection,
     JobSpec,
-    MisCorrection,
-    NoCorrection,
-    TisCorrection,
     job_json_schema,
     load_job,
     parse_job,
@@ -88,7 +92,14 @@ def test_an_actor_of_its_own_makes_the_job_off_policy() -> None:
             "unknown name",
             "Did you mean 'jackpot'?",
         ),
-        ("algorithm.correction=ppo", "algorithm.correction.name", "ppo", "unknown name", "Known here: none, is, tis"),
+        (
+            "algorithm.correction=ppo",
+            "algorithm.correction.name",
+            "ppo",
+            "unknown name",
+            "Known here: icepop, is, jackpot",
+        ),
+        ("algorithm.advantage=grop", "algorithm.advantage.name", "grop", "unknown name", "Did you mean 'grpo'?"),
         ("actor=police", "actor", "police", "unknown actor", "Write 'policy', or a mapping with the actor's model."),
         # Shapes.
         ("learner=3", "learner", 3, "is not a mapping of settings", "Known here: activation_checkpointing"),
@@ -156,6 +167,21 @@ def test_overrides_are_read_as_yaml_and_win(job_file: Path) -> None:
     )
     assert (job.learner.lr, job.learner.betas, job.sampling.stop) == (1e-3, (0.8, 0.99), ("</s>",))
     assert (job.run.directory, job.name) == (None, "a-1")
+
+    found = problem_with("algorithm.advantage={name: rloo, normalize_std: false}")
+    assert (found.field, found.remedy) == (
+        "algorithm.advantage.normalize_std",
+        "Known here: filter_zero_variance, name.",
+    )
+
+
+def test_an_advantage_may_be_written_short_or_long() -> None:
+    assert parse_job(MINIMAL).algorithm.advantage == GrpoAdvantage()
+    assert parse_job(MINIMAL, ["algorithm.advantage=rloo"]).algorithm.advantage == RlooAdvantage()
+    unnamed = parse_job(MINIMAL, ["algorithm.advantage.filter_zero_variance=true"]).algorithm.advantage
+    assert unnamed == GrpoAdvantage(filter_zero_variance=True)
+    overrides = ["algorithm.advantage=rloo", "algorithm.advantage.filter_zero_variance=true"]
+    assert parse_job(MINIMAL, overrides).algorithm.advantage == RlooAdvantage(filter_zero_variance=True)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +305,9 @@ def test_the_schema_keeps_ranges_and_knows_the_short_form() -> None:
     assert (lr["type"], lr["exclusiveMinimum"], lr["default"]) == ("number", 0, 1e-6)
     group_size = schema["$defs"]["SamplingConfig"]["properties"]["group_size"]
     assert (group_size["type"], group_size["minimum"]) == ("integer", 1)
-    short = schema["$defs"]["AlgorithmConfig"]["properties"]["correction"]["anyOf"][0]
-    assert short["enum"] == ["none", "is", "tis", "icepop", "mis", "jackpot"]
+    algorithm = schema["$defs"]["AlgorithmConfig"]["properties"]
+    assert algorithm["correction"]["anyOf"][0]["enum"] == list(CORRECTIONS)
+    assert algorithm["advantage"]["anyOf"][0]["enum"] == list(ADVANTAGES)
 
 
 def test_lambda_and_acceptance_rate_exclude_each_other() -> None:
@@ -302,7 +329,6 @@ def test_an_acceptance_rate_survives_being_written_and_read() -> None:
 
 def test_settings_that_would_do_nothing_are_refused() -> None:
     assert "AdamW" in problem_with("algorithm.distillation.kl_target=0.1", "algorithm.actor_ppo=false").problem
-    assert "dr_grpo" in problem_with("algorithm.advantage={name: rloo, normalize_std: false}").remedy
     assert "not below" in problem_with("algorithm.correction={name: icepop, low: 3, high: 2}").problem
     assert "low_high" in problem_with("algorithm.correction={name: icepop, threshold: '2'}").problem
     bounds = problem_with("algorithm.distillation={kl_target: 0.1, weight: 0}")

@@ -12,7 +12,7 @@ from jackpot.algorithm.normalizer import mean_acceptance
 from jackpot.config import AlgorithmConfig
 from jackpot.learner.lambda_control import LambdaControl
 from jackpot.scoring.batch import build_batch
-from jackpot.scoring.token_weights import reference_target_weights
+from jackpot.scoring.token_weights import token_weights
 from jackpot.trajectory import ScoredGroup
 
 from .conftest import MakeGroups, MakeJob, MakeTrainer, rescored
@@ -68,7 +68,7 @@ def test_groups_scored_with_different_lambdas_keep_their_own(make_job: MakeJob, 
     groups: list[ScoredGroup] = make_groups(job)
     mixed = [rescored(job, group, 0.5 if index < 2 else 2.0) for index, group in enumerate(groups)]
     batch = build_batch(mixed, job.algorithm.advantage)
-    weights = reference_target_weights(batch.tokens, job.algorithm.correction)
+    weights = token_weights(batch.tokens, job.algorithm.correction)
 
     lambdas = torch.cat([torch.full((group.group.num_tokens,), group.obrs_lambda) for group in mixed])
     assert set(lambdas.tolist()) == {0.5, 2.0}

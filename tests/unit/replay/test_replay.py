@@ -21,7 +21,7 @@ from jackpot.replay.replay import LAMBDAS, replay
 from jackpot.scorer.target import ActorVersions, TargetPolicy
 from jackpot.scoring.batch import build_batch
 from jackpot.scoring.group_scorer import GroupScorer, needs_actor
-from jackpot.scoring.token_weights import reference_target_weights
+from jackpot.scoring.token_weights import token_weights
 from jackpot.trajectory import ScoredGroup
 
 TOP_K = 6
@@ -62,7 +62,7 @@ def test_every_lambda_gives_what_a_scorer_with_it_would_have_led_to(world: World
     for row in result.rows:
         job = job_of(world, normalizer, row["obrs_lambda"])
         batch = build_batch(scored(world, job), job.algorithm.advantage)
-        expected = mismatch_figures(batch, reference_target_weights(batch.tokens, job.algorithm.correction))
+        expected = mismatch_figures(batch, token_weights(batch.tokens, job.algorithm.correction))
         found = {name: row[name] for name in expected}
         assert found == pytest.approx(expected, rel=2e-3, abs=1e-4)
 

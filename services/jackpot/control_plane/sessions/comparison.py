@@ -10,23 +10,30 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jackpot.algorithm.corrections import CORRECTIONS
 from jackpot.config import JobSpec, load_job
 from jackpot.control_plane.observing.curves import draw_comparison
 from jackpot.control_plane.sessions.job_run import run_job
 from jackpot.control_plane.sessions.preparation import prepare_job
 from jackpot.storage.run_directory import RunDirectory, new_job_id
 
-METHODS: Mapping[str, Sequence[str]] = {
-    "on-policy": ("actor=policy", "algorithm.correction=none"),
-    "none": ("algorithm.correction=none",),
-    "tis": ("algorithm.correction=tis",),
-    "jackpot": ("algorithm.correction.name=jackpot",),
-}
-"""What differs between the runs, as overrides of the job file; everything else is the same."""
+
+def methods(own: str) -> dict[str, tuple[str, ...]]:
+    """What differs between the runs, as overrides of the job file; everything else is the same.
+
+    Args:
+        own: the correction that the job file asks for, which keeps its settings and comes last.
+    """
+    compared = [name for name, correction in CORRECTIONS.items() if correction.compared_in_demo and name != own]
+    return {
+        "on-policy": ("actor=policy", "algorithm.correction=none"),
+        **{name: (f"algorithm.correction={name}",) for name in compared},
+        own: (),
+    }
 
 
 def compare(job_file: Path, overrides: Sequence[str], directory: Path, console: Console) -> dict[str, Any]:
-    """Run every method; writes ``comparison.json`` and ``comparison.png`` and returns the former.
+    """Run every one of :func:`methods`; writes ``comparison.json`` and ``comparison.png`` and returns the former.
 
     Stops at the first run that does not succeed.
 
@@ -34,8 +41,9 @@ def compare(job_file: Path, overrides: Sequence[str], directory: Path, console: 
         ConfigError: the job cannot work.
         JackpotError: a run could not be started.
     """
+    own = load_job(job_file, overrides).algorithm.correction.name
     jobs: dict[str, JobSpec] = {
-        method: prepare_job(load_job(job_file, [*overrides, *changes])) for method, changes in METHODS.items()
+        method: prepare_job(load_job(job_file, [*overrides, *changes])) for method, changes in methods(own).items()
     }
     runs: dict[str, RunDirectory] = {}
     results: dict[str, dict[str, Any]] = {}

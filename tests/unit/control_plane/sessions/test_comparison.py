@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from jackpot.config import JobSpec, load_job
-from jackpot.control_plane.sessions.comparison import METHODS, comparison_table
+from jackpot.control_plane.sessions.comparison import comparison_table, methods
 
 
 def demo(*overrides: str) -> JobSpec:
@@ -18,7 +18,7 @@ def demo(*overrides: str) -> JobSpec:
 
 
 def test_the_runs_differ_in_the_correction_and_the_actor_alone() -> None:
-    jobs = {method: demo(*changes) for method, changes in METHODS.items()}
+    jobs = {method: demo(*changes) for method, changes in methods("jackpot").items()}
     assert list(jobs) == ["on-policy", "none", "tis", "jackpot"]
     assert [job.actor == "policy" for job in jobs.values()] == [True, False, False, False]
     assert [job.algorithm.correction.name for job in jobs.values()] == ["none", "none", "tis", "jackpot"]
@@ -32,8 +32,12 @@ def test_the_runs_differ_in_the_correction_and_the_actor_alone() -> None:
 
 
 def test_each_run_is_what_it_is_called_whatever_the_file_says() -> None:
-    overridden = [demo("algorithm.correction=tis", *METHODS[method]) for method in METHODS]
-    assert [job.algorithm.correction.name for job in overridden] == ["none", "none", "tis", "jackpot"]
+    settings = "algorithm.correction={name: mis, cap: 3}"
+    jobs = {method: demo(settings, *changes) for method, changes in methods("mis").items()}
+    assert {method: job.algorithm.correction.name for method, job in jobs.items()} == {
+        "on-policy": "none", "jackpot": "jackpot", "none": "none", "tis": "tis", "mis": "mis"
+    }  # fmt: skip
+    assert jobs["mis"] == demo(settings)
 
 
 def test_the_table_has_a_line_for_each_run_and_dashes_for_what_it_lacks() -> None:

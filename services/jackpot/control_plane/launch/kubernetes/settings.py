@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from jackpot.config.section import PositiveFloat, Section
 from jackpot.errors import ConfigError
+from jackpot.section import PositiveFloat, Section
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 

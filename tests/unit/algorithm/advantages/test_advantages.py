@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 
-from jackpot.algorithm.advantage import (
-    AdvantageName,
-    estimate_advantages,
-    group_advantages,
-    leave_one_out_advantages,
-    whitened,
-)
+from jackpot.algorithm.advantages import ADVANTAGES
+from jackpot.algorithm.advantages.grpo import group_advantages
+from jackpot.algorithm.advantages.reinforce_plus_plus import whitened
+from jackpot.algorithm.advantages.rloo import leave_one_out_advantages
 
 
 def test_normalized_by_the_sample_standard_deviation() -> None:
@@ -72,10 +67,10 @@ def test_whitening_weighs_by_tokens() -> None:
     assert whitened(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
-@pytest.mark.parametrize("name", get_args(AdvantageName))
-def test_no_estimator_sees_anything_in_equal_rewards(name: AdvantageName) -> None:
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_no_estimator_sees_anything_in_equal_rewards(name: str) -> None:
     groups, lengths = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([3, 1, 4, 1, 5])
-    advantages = estimate_advantages(name, torch.full((5,), 0.1, dtype=torch.float64), groups, lengths)
+    advantages = ADVANTAGES[name]().estimate(torch.full((5,), 0.1, dtype=torch.float64), groups, lengths)
     assert advantages.tolist() == [0.0] * 5
 
 
@@ -83,8 +78,8 @@ def test_estimators_by_name() -> None:
     rewards, groups = torch.tensor([1.0, 0.0, 5.0, 3.0]), torch.tensor([0, 0, 1, 1])
     lengths = torch.tensor([1, 1, 1, 1])
 
-    def of(name: AdvantageName) -> torch.Tensor:
-        return estimate_advantages(name, rewards, groups, lengths)
+    def of(name: str) -> torch.Tensor:
+        return ADVANTAGES[name]().estimate(rewards, groups, lengths)
 
     torch.testing.assert_close(of("dr_grpo"), torch.tensor([0.5, -0.5, 1.0, -1.0]))
     torch.testing.assert_close(of("rloo"), torch.tensor([1.0, -1.0, 2.0, -2.0]))

@@ -6,14 +6,12 @@ import math
 
 import torch
 
-from jackpot.algorithm.correction import (
-    MAX_LOG_RATIO,
-    icepop_weights,
-    is_weights,
-    mis_weights,
-    no_weights,
-    tis_weights,
-)
+from jackpot.algorithm.corrections.correction import MAX_LOG_RATIO
+from jackpot.algorithm.corrections.icepop import icepop_weights
+from jackpot.algorithm.corrections.is_ import is_weights
+from jackpot.algorithm.corrections.mis import mis_weights
+from jackpot.algorithm.corrections.none import no_weights
+from jackpot.algorithm.corrections.tis import tis_weights
 
 
 def test_no_correction_is_one() -> None:
