@@ -109,7 +109,7 @@ def accept_tokens(
     tokens: TokenArrays, sequences: Sequence[SequenceSlice], obrs_lambda: float, job_seed: int
 ) -> TokenArrays:
     """The tokens with their acceptance probabilities and mask at λ; the target's log-probabilities stand in
-    ``reference_logprobs``. A trajectory's mask is the same whoever draws it.
+    ``reference_logprobs``. A trajectory's mask is the same on any worker.
 
     Args:
         tokens: N of them.
