@@ -49,7 +49,7 @@ class WeighedTokens:
 
     def of(self, trajectory: Trajectory) -> TokenWeights:
         """Weight, mask, Z and the rest of one trajectory's T tokens, [T] each."""
-        slices = [one for one in self.batch.sequences if one.trajectory_id == trajectory.trajectory_id]
+        slices = [sequence for sequence in self.batch.sequences if sequence.trajectory_id == trajectory.trajectory_id]
         if not slices:
             raise KeyError(f"{trajectory.trajectory_id} is in another optimizer step of the batch, or in none")
         return self.weights.select(torch.arange(slices[0].start, slices[0].end))
@@ -212,7 +212,7 @@ def generate(
         version: stamped on every token.
         max_rows: trajectories decoded together, whole groups at a time.
     """
-    found: dict[str, Trajectory] = {}
+    trajectories: dict[str, Trajectory] = {}
     batch = DecodeBatch(model, eos_token_ids(model))
     waiting = deque(requests)
     while waiting or batch.rows:
@@ -224,8 +224,8 @@ def generate(
             joining += [Row(request, index, [(version, 0)]) for index in range(request.num_trajectories)]
         if joining:
             batch.add(joining)
-        found.update((trajectory.trajectory_id, trajectory) for _, trajectory in batch.step())
-    return [[found[f"{r.group_id}#{index}"] for index in range(r.num_trajectories)] for r in requests]
+        trajectories.update((trajectory.trajectory_id, trajectory) for _, trajectory in batch.step())
+    return [[trajectories[f"{r.group_id}#{index}"] for index in range(r.num_trajectories)] for r in requests]
 
 
 def check_job(job: JobSpec, staleness: int, scorer_staleness: int) -> None:

@@ -47,9 +47,9 @@ def solve_lambda(
     return math.exp(low)
 
 
-def smoothed_lambda(previous: float, found: float, smoothing: float) -> float:
+def smoothed_lambda(previous: float, solved: float, smoothing: float) -> float:
     """Exponential smoothing of log λ: ``smoothing`` is the weight of the previous value."""
-    return math.exp(smoothing * math.log(previous) + (1.0 - smoothing) * math.log(found))
+    return math.exp(smoothing * math.log(previous) + (1.0 - smoothing) * math.log(solved))
 
 
 def acceptance_at(target_logprobs: Tensor, actor_logprobs: Tensor, obrs_lambda: float) -> float:

@@ -71,9 +71,9 @@ def replay(run_dir: Path, job: JobSpec, lambdas: Sequence[float] = LAMBDAS) -> R
         return Replay(correction.name, batches, batch.num_tokens, "none", notes, [figures])
     if obrs.target == "policy":
         notes.append("target = policy is replayed as target = reference: the trajectories are scored, not trained on")
-    found = _read_models(run_dir, job, groups, lambdas, notes)
-    rows = [_row(batch, obrs, each, job.seed, found.at(each) if found else None) for each in lambdas]
-    name = obrs.normalizer if found else BATCH_MEAN
+    readings = _read_models(run_dir, job, groups, lambdas, notes)
+    rows = [_row(batch, obrs, each, job.seed, readings.at(each) if readings else None) for each in lambdas]
+    name = obrs.normalizer if readings else BATCH_MEAN
     return Replay(correction.name, batches, batch.num_tokens, name, notes, rows)
 
 
@@ -90,23 +90,23 @@ def _read_models(
 
 
 def _row(
-    batch: Batch, obrs: JackpotCorrection, obrs_lambda: float, job_seed: int, found: LambdaReadings | None
+    batch: Batch, obrs: JackpotCorrection, obrs_lambda: float, job_seed: int, readings: LambdaReadings | None
 ) -> dict[str, float]:
     """Figures of the batch as a scorer with another λ would have made it; by the very masks that it would have drawn,
     and the stored log p_t."""
     tokens = accept_tokens(batch.tokens, batch.sequences, obrs_lambda, job_seed)
-    if found is None:
+    if readings is None:
         acceptance = tokens.acceptance_probs
         head = torch.full_like(acceptance, float(acceptance.double().mean()))
         tokens = replace(tokens, normalizer_head=head, normalizer_tail=torch.zeros_like(head))
         # The head is the mean acceptance everywhere, and complete.
         obrs = obrs.model_copy(update={"normalizer": "full"})
     else:
-        tokens = with_parts(tokens, found.parts)
+        tokens = with_parts(tokens, readings.parts)
     weights = token_weights(tokens, obrs)
     row = {"obrs_lambda": obrs_lambda} | mismatch_figures(replace(batch, tokens=tokens), weights)
-    if found is not None and found.exact is not None:
-        row["rollout_corr/kl_before_exact"] = float(found.exact.kl_before.double().mean())
-        row["rollout_corr/kl_after_exact"] = float(found.exact.kl_after.double().mean())
-        row["normalizer_error"] = float((weights.normalizer - found.exact.normalizer).abs().double().mean())
+    if readings is not None and readings.exact is not None:
+        row["rollout_corr/kl_before_exact"] = float(readings.exact.kl_before.double().mean())
+        row["rollout_corr/kl_after_exact"] = float(readings.exact.kl_after.double().mean())
+        row["normalizer_error"] = float((weights.normalizer - readings.exact.normalizer).abs().double().mean())
     return row

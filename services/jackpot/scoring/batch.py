@@ -134,5 +134,5 @@ def cut_group(scored: ScoredGroup, max_sequence_tokens: int) -> ScoredGroup:
 
 def _exact_kl(groups: Sequence[ScoredGroup]) -> NDArray[np.float64] | None:
     """What the scorer found over the whole vocabulary; None with estimators that do not look at all of it."""
-    found = [scored.group.metadata.get(EXACT_KL) for scored in groups]
-    return None if any(pair is None for pair in found) else np.array(found, dtype=np.float64)
+    pairs = [scored.group.metadata.get(EXACT_KL) for scored in groups]
+    return None if any(pair is None for pair in pairs) else np.array(pairs, dtype=np.float64)

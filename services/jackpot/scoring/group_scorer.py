@@ -130,25 +130,27 @@ class GroupScorer:
             for trajectory in group.trajectories:
                 k = trajectory.topk_ids.shape[1] if self._with_topk and trajectory.topk_ids is not None else 0
                 by_k.setdefault(k, []).append(trajectory)
-            for k, own in by_k.items():
-                alike.setdefault((group.temperature, k), []).append(replace(group, trajectories=tuple(own)))
-        found: dict[int, _TrajectoryScores] = {}
+            for k, of_k in by_k.items():
+                alike.setdefault((group.temperature, k), []).append(replace(group, trajectories=tuple(of_k)))
+        scores_by_trajectory: dict[int, _TrajectoryScores] = {}
         for (temperature, _), members in alike.items():
             trajectories = [trajectory for group in members for trajectory in group.trajectories]
             scores = self._score(members, temperature)
-            found.update((id(trajectory), own) for trajectory, own in zip(trajectories, scores, strict=True))
-        return [self._scored(group, [found[id(t)] for t in group.trajectories]) for group in groups]
+            scores_by_trajectory.update(
+                (id(trajectory), of_trajectory) for trajectory, of_trajectory in zip(trajectories, scores, strict=True)
+            )
+        return [self._scored(group, [scores_by_trajectory[id(t)] for t in group.trajectories]) for group in groups]
 
-    def _scored(self, group: Group, found: Sequence[_TrajectoryScores]) -> ScoredGroup:
+    def _scored(self, group: Group, of_group: Sequence[_TrajectoryScores]) -> ScoredGroup:
         """The group as the learner gets it: without what nobody asks for any more, with its exact divergences."""
         assert self._target.version is not None
         group = group if self._keeps_topk else _without_topk(group)
-        if any(exact_kl for _, exact_kl in found):
-            sums = [sum(values) for values in zip(*(exact_kl for _, exact_kl in found), strict=True)]
+        if any(exact_kl for _, exact_kl in of_group):
+            sums = [sum(values) for values in zip(*(exact_kl for _, exact_kl in of_group), strict=True)]
             group = replace(group, metadata={**group.metadata, EXACT_KL: sums})
         return ScoredGroup(
             group=group,
-            scores=tuple(scores for scores, _ in found),
+            scores=tuple(scores for scores, _ in of_group),
             obrs_lambda=self._target.obrs_lambda,
             policy_version=self._target.version,
             normalizer=self._obrs.normalizer if self._obrs else NO_NORMALIZER,
@@ -191,9 +193,11 @@ class GroupScorer:
         """The actor at each version that sampled, each part on its trajectory's rank. In rows of their own: nobody asks
         the actor what else it can do."""
         for version, parts in parts_by_version(groups, sequences).items():
-            own = [[index for index, (number, _) in enumerate(parts) if number in share] for share in map(set, shares)]
+            part_indices = [
+                [index for index, (number, _) in enumerate(parts) if number in share] for share in map(set, shares)
+            ]
             lengths = [part.num_inputs for _, part in parts]
-            passes = plan_share(lengths, own, self._ranks.rank, self._job.scorer.max_batch_tokens)
+            passes = plan_share(lengths, part_indices, self._ranks.rank, self._job.scorer.max_batch_tokens)
             yield ModelPasses(actors.at(version), [part for _, part in parts], passes)
 
     def _cut(self, scored: Scores, sequence: SequenceSlice) -> _TrajectoryScores:

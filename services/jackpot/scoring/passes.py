@@ -64,14 +64,14 @@ class ModelPasses:
 
         A filler is passed, for the other ranks' sake, and left out.
         """
-        for one in self.passes:
-            hidden = self.states_of(one)
-            if one.counted:
-                yield token_places(self.sequences, one), hidden
+        for model_pass in self.passes:
+            hidden = self.states_of(model_pass)
+            if model_pass.counted:
+                yield token_places(self.sequences, model_pass), hidden
 
-    def states_of(self, one: ModelPass) -> Tensor:
+    def states_of(self, model_pass: ModelPass) -> Tensor:
         """The states of one pass, [n, H]."""
-        return self.states(self.model, *model_inputs(self.sequences, one))
+        return self.states(self.model, *model_inputs(self.sequences, model_pass))
 
     def at_ids(self, hidden: Tensor, ids: Tensor, rule: ScoringRule, top_k: int = 0) -> VocabularyScores:
         """Log-probabilities at ``ids`` [n] or [n, m] for states of one pass, and the model's own top-k there."""
@@ -87,26 +87,30 @@ class ModelPasses:
         return replace(self, states=lambda *_: states)
 
 
-def token_places(sequences: Sequence[SequenceSlice], one: ModelPass) -> Tensor:
+def token_places(sequences: Sequence[SequenceSlice], model_pass: ModelPass) -> Tensor:
     """Where the tokens of a pass lie in the flat arrays, in the order of its hidden states; int64."""
-    chosen = [sequences[number] for number in one.sequences]
+    chosen = [sequences[number] for number in model_pass.sequences]
     return torch.cat([torch.arange(sequence.start, sequence.end) for sequence in chosen])
 
 
 def rows_of(places: Sequence[Tensor], num_tokens: int) -> Tensor:
     """The row that each of this rank's tokens has, by its place among the N."""
-    own = torch.cat([torch.zeros(0, dtype=torch.int64), *places])
+    listed = torch.cat([torch.zeros(0, dtype=torch.int64), *places])
     row_of = torch.zeros(num_tokens, dtype=torch.int64)
-    row_of[own] = torch.arange(len(own))
+    row_of[listed] = torch.arange(len(listed))
     return row_of
 
 
 def model_inputs(
-    sequences: Sequence[SequenceSlice], one: ModelPass
+    sequences: Sequence[SequenceSlice], model_pass: ModelPass
 ) -> tuple[list[NDArray[np.int64]], list[int], Sequence[int]]:
     """What :data:`CompletionStates` takes of a pass: ids [P + T], prompt lengths P, and how many lie in each row."""
-    chosen = [sequences[number] for number in one.sequences]
-    return [sequence.input_ids for sequence in chosen], [sequence.prompt_length for sequence in chosen], one.per_row
+    chosen = [sequences[number] for number in model_pass.sequences]
+    return (
+        [sequence.input_ids for sequence in chosen],
+        [sequence.prompt_length for sequence in chosen],
+        model_pass.per_row,
+    )
 
 
 def siblings_by_prompt(sequences: Sequence[SequenceSlice], attention: AttentionCost) -> Siblings:

@@ -53,8 +53,8 @@ class Readings:
 
     def at(self, obrs_lambda: float) -> LambdaReadings:
         """What goes with one of the λ."""
-        own = self.figures[1:].chunk(len(self.lambdas))[self.lambdas.index(obrs_lambda)]
-        head, tail, mass, *exact = own
+        of_lambda = self.figures[1:].chunk(len(self.lambdas))[self.lambdas.index(obrs_lambda)]
+        head, tail, mass, *exact = of_lambda
         return LambdaReadings(
             parts=NormalizerParts(head=head, tail=tail, mass=mass),
             exact=ExactFigures(normalizer=exact[0], kl_before=exact[1], kl_after=exact[2]) if exact else None,
@@ -100,9 +100,9 @@ def score_tokens(
         parts = NormalizerParts(head=ones, tail=torch.zeros_like(ones), mass=readings.target_logprobs.exp())
         accepted = replace(tokens, acceptance_probs=ones, mask=ones, obrs_lambda=torch.zeros_like(ones))
         return Scores(with_parts(accepted, parts), None)
-    found = readings.at(obrs_lambda)
+    reading = readings.at(obrs_lambda)
     accepted = accept_tokens(tokens, target.sequences, obrs_lambda, rule.job_seed)
-    return Scores(with_parts(accepted, found.parts), found.exact)
+    return Scores(with_parts(accepted, reading.parts), reading.exact)
 
 
 def accept_tokens(
@@ -144,13 +144,13 @@ def read_models(
     lambdas = lambdas if rule.obrs is not None else []
     num_figures = 6 if rule.whole_rows else 3
     # Each token is read on one rank and 0 on the others, so that a sum over ranks puts the call together.
-    found = torch.zeros(1 + num_figures * len(lambdas), len(tokens.token_ids))
+    figures_of_tokens = torch.zeros(1 + num_figures * len(lambdas), len(tokens.token_ids))
     if rule.obrs is None:
         for places, hidden in target.hidden():
-            found[0, places] = target.at_ids(hidden, tokens.token_ids[places], rule).logprobs.float().cpu()
+            figures_of_tokens[0, places] = target.at_ids(hidden, tokens.token_ids[places], rule).logprobs.float().cpu()
     elif rule.whole_rows:
         assert actors is not None, "whole rows of the actor need its forward pass"
-        read_whole_rows(found, tokens, target, rule, lambdas, actors)
+        read_whole_rows(figures_of_tokens, tokens, target, rule, lambdas, actors)
     else:
         seen = _candidates(tokens, target, rule, rule.obrs.top_k)
         if actors is not None:
@@ -158,9 +158,9 @@ def read_models(
         for places, logprobs, candidates in seen:
             parts = [estimate_normalizer(rule.obrs.normalizer, candidates, each) for each in lambdas]
             figures = [logprobs, *(figure for each in parts for figure in (each.head, each.tail, each.mass))]
-            found[:, places] = torch.stack([figure.float() for figure in figures]).cpu()
-    ranks.sum_(found)
-    return Readings(tuple(lambdas), found)
+            figures_of_tokens[:, places] = torch.stack([figure.float() for figure in figures]).cpu()
+    ranks.sum_(figures_of_tokens)
+    return Readings(tuple(lambdas), figures_of_tokens)
 
 
 _Seen = tuple[Tensor, Tensor, Candidates]  # places [n] among the N, log p_t [n], candidates at n positions
@@ -198,6 +198,6 @@ def _with_exact_actor(
             rows = row_of[places].to(union.device)
             exact[rows] = actor.at_ids(hidden, union[rows], rule).logprobs
     each_exact = torch.split(exact, [len(places) for places, *_ in passes])
-    for (places, logprobs, candidates), own in zip(passes, each_exact, strict=True):
-        on_actor, on_target = own.tensor_split([candidates.actor_ids.shape[1]], dim=1)
+    for (places, logprobs, candidates), exact_logprobs in zip(passes, each_exact, strict=True):
+        on_actor, on_target = exact_logprobs.tensor_split([candidates.actor_ids.shape[1]], dim=1)
         yield places, logprobs, replace(candidates, actor_logprobs=on_actor, actor_logprobs_on_target=on_target)

@@ -94,12 +94,12 @@ def parts_by_version(
         groups: whole.
         sequences: theirs, of :func:`sequences_of`.
     """
-    found: dict[int, list[tuple[int, SequenceSlice]]] = {}
+    parts: dict[int, list[tuple[int, SequenceSlice]]] = {}
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     for number, (trajectory, sequence) in enumerate(zip(trajectories, sequences, strict=True)):
         for span in trajectory.version_spans:
-            found.setdefault(span.version, []).append((number, sequence.part(span.start, span.end)))
-    return dict(sorted(found.items()))
+            parts.setdefault(span.version, []).append((number, sequence.part(span.start, span.end)))
+    return dict(sorted(parts.items()))
 
 
 def token_arrays(groups: Sequence[ScoredGroup], advantages: NDArray[np.floating]) -> TokenArrays:

@@ -17,7 +17,7 @@ from jackpot.scoring.tokens import TokenArrays
 
 
 def read_whole_rows(
-    found: Tensor,
+    figures_of_tokens: Tensor,
     tokens: TokenArrays,
     target: ModelPasses,
     rule: ScoringRule,
@@ -28,14 +28,16 @@ def read_whole_rows(
     assert rule.obrs is not None
     name = rule.obrs.normalizer
     passes = list(target.hidden())
-    own = torch.cat([torch.zeros(0, dtype=torch.int64), *(places for places, _ in passes)]).sort().values
-    row_of = rows_of([own], found.shape[1])
+    rank_places = torch.cat([torch.zeros(0, dtype=torch.int64), *(places for places, _ in passes)]).sort().values
+    row_of = rows_of([rank_places], figures_of_tokens.shape[1])
     target_hidden = torch.empty(0)
     if passes:
         target_hidden = torch.empty_like(torch.cat([hidden for _, hidden in passes]))
         for places, hidden in passes:
             target_hidden[row_of[places].to(hidden.device)] = hidden
-        found[0, own] = target.at_ids(target_hidden, tokens.token_ids[own], rule).logprobs.float().cpu()
+        figures_of_tokens[0, rank_places] = (
+            target.at_ids(target_hidden, tokens.token_ids[rank_places], rule).logprobs.float().cpu()
+        )
     for actor in actors:
         for places, actor_hidden in actor.hidden():
             hidden = target_hidden[row_of[places].to(actor_hidden.device)]
@@ -47,7 +49,7 @@ def read_whole_rows(
                     parts = full if candidates is None else estimate_normalizer(name, candidates, each)
                     exact_kl = exact_kl_before_and_after(p_target, p_actor, each)
                     figures += [parts.head, parts.tail, parts.mass, full.head, *exact_kl]
-                found[1:, places[part]] = torch.stack([figure.float() for figure in figures]).cpu()
+                figures_of_tokens[1:, places[part]] = torch.stack([figure.float() for figure in figures]).cpu()
 
 
 def _rows_of_both(

@@ -50,10 +50,10 @@ def plan_share(
 ) -> list[ModelPass]:
     """The same where each rank's sequences are given: ``shares``, one for each rank; a share may be empty."""
     plans = [_plan_own(lengths, share, max_batch_tokens, packed, siblings) for share in shares]
-    own = plans[rank]
-    missing = max(map(len, plans)) - len(own)
+    passes = plans[rank]
+    missing = max(map(len, plans)) - len(passes)
     filler = ModelPass((filler_row(lengths, shares[rank]),), (1,), counted=False)
-    return own + [filler] * missing
+    return passes + [filler] * missing
 
 
 def filler_row(lengths: Sequence[int], share: Sequence[int]) -> int:
@@ -108,13 +108,15 @@ def plan_packed(lengths: Sequence[int], max_batch_tokens: int, siblings: Sibling
         siblings: who may share a prompt; None is nobody.
     """
     if siblings is None:
-        return [ModelPass(tuple(own), (1,) * len(own)) for own in packed_bins(lengths, max_batch_tokens)]
+        return [ModelPass(tuple(places), (1,) * len(places)) for places in packed_bins(lengths, max_batch_tokens)]
     rows = shared_rows(lengths, siblings, max_batch_tokens)
     alone = [row[0] for row in rows if len(row) == 1]
-    packed = [[alone[place] for place in own] for own in packed_bins([lengths[row] for row in alone], max_batch_tokens)]
+    packed = [
+        [alone[place] for place in places] for places in packed_bins([lengths[row] for row in alone], max_batch_tokens)
+    ]
     return [
         *passes_of_rows([row for row in rows if len(row) > 1], lengths, max_batch_tokens, siblings),
-        *(ModelPass(tuple(own), (1,) * len(own)) for own in packed),
+        *(ModelPass(tuple(places), (1,) * len(places)) for places in packed),
     ]
 
 
@@ -142,6 +144,8 @@ def _plan_own(
     if not share:
         return []
     plan = plan_packed if packed else plan_rows
-    own = None if siblings is None else siblings.select(share)
-    passes = plan([lengths[row] for row in share], max_batch_tokens, own)
-    return [ModelPass(tuple(share[index] for index in one.sequences), one.per_row) for one in passes]
+    share_siblings = None if siblings is None else siblings.select(share)
+    passes = plan([lengths[row] for row in share], max_batch_tokens, share_siblings)
+    return [
+        ModelPass(tuple(share[index] for index in model_pass.sequences), model_pass.per_row) for model_pass in passes
+    ]
