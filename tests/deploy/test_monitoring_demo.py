@@ -110,6 +110,7 @@ def test_what_is_served_is_what_the_table_says(scraped: tuple[Prometheus, str, f
         "jackpot_object_store_calls",
         "jackpot_object_store_call_seconds",
         "jackpot_policy_initial_kl_nats",
+        "jackpot_policy_initial_kl_clipped_ratio",
     }, absent
 
 

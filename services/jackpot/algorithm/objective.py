@@ -164,21 +164,42 @@ def actor_loss_sum(
     )
 
 
+MAX_KL_LOG_RATIO = 10.0
+"""log(p_initial/p_new) is cut here, at a factor of 22,000, before it is squared or exponentiated. Beyond, one token
+would outweigh the batch's rewards, and k3 would report 7e10 nats for a log-ratio of 25."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class KlEstimates:
+    """KL(p_new ‖ p_initial) as each sampled token has it, in nats."""
+
+    value: Tensor  # [tokens]; carries the gradient
+    clipped: Tensor  # [tokens] bool, where the log-ratio was cut at ± MAX_KL_LOG_RATIO
+
+
 def kl_penalty(
     policy_logprobs: Tensor, initial_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"] = "k3"
-) -> Tensor:
+) -> KlEstimates:
     """KL(p_new ‖ p_initial) estimated at each sampled token, with r = p_initial/p_new; in nats.
 
-    k1 = −log r; k2 = ½ (log r)²; k3 = r − 1 − log r. k1 and k3 have the KL as their mean over p_new, k2 is biased. The
-    gradient of k1 has mean zero over p_new, that of k2 the gradient of the KL: k1 is given the latter.
+    k1 = −log r; k2 = ½ (log r)²; k3 = r − 1 − log r. k1 and k3 have the KL as their mean over p_new, k2 is biased.
+
+    The gradient is −log r · ∇log p_new whichever is chosen, that of k2: its mean over p_new is ∇KL(p_new ‖ p_initial).
+    That of k1 has mean zero, and that of k3 is ∇KL(p_initial ‖ p_new), another divergence's, and unbounded.
 
     Args:
         policy_logprobs: log p_new, [tokens]; carries the gradient.
         initial_logprobs: log p_initial, [tokens].
-        estimator: which.
+        estimator: which value.
     """
-    log_ratio = initial_logprobs.detach() - policy_logprobs
-    if estimator == "k3":
-        return torch.expm1(log_ratio) - log_ratio
-    squared = 0.5 * log_ratio.square()
-    return squared if estimator == "k2" else squared + (-log_ratio - squared).detach()
+    log_ratio = initial_logprobs.detach() - policy_logprobs.detach()
+    bounded = log_ratio.clamp(-MAX_KL_LOG_RATIO, MAX_KL_LOG_RATIO)
+    match estimator:
+        case "k1":
+            value = -bounded
+        case "k2":
+            value = 0.5 * bounded.square()
+        case "k3":
+            value = torch.expm1(bounded) - bounded
+    slope = -bounded * policy_logprobs
+    return KlEstimates(value=value + (slope - slope.detach()), clipped=log_ratio.abs() > MAX_KL_LOG_RATIO)

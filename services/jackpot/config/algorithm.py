@@ -31,8 +31,14 @@ class KlPenaltyConfig(Section):
     """β. 0 is off, as in the paper, and then no copy of the initial policy is kept; GRPO used 0.04."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """How KL is estimated from the sampled token, with r = p_initial/p_new: ``k1`` is −log r, ``k2`` is ½ (log r)²,
-    ``k3`` is r − 1 − log r: unbiased as k1 is, never negative, and GRPO's. The gradient of k1 itself has mean zero, so
-    k1 takes that of k2, which is the gradient of KL on the policy's own samples."""
+    ``k3`` is r − 1 − log r: unbiased as k1 is, never negative, and GRPO's. That decides the value in the metrics alone.
+    The gradient is k2's for all three, which is that of the KL on the policy's own samples; k1's own has mean zero, and
+    k3's own is that of the KL the other way round."""
+    applied_to: Literal["loss", "reward"] = "loss"
+    """``loss`` adds β·KL to the policy's loss. ``reward`` takes β·Σ log(p_ref/p_initial) over a completion off its
+    reward before advantages are made: then continuations count as well, and what ``advantage`` does to rewards (a
+    baseline, a division by the deviation) it does to the penalty. ``filter_zero_variance`` looks at the task's rewards
+    alone."""
 
 
 class DistillationConfig(Section):

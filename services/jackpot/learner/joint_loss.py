@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from jackpot.algorithm.distillation import forward_kl
 from jackpot.algorithm.objective import actor_loss_sum, kl_penalty, policy_loss_sum
 from jackpot.algorithm.output_head import OutputHead
-from jackpot.algorithm.vocabulary import VocabularyScores, differentiable_token_logprobs, token_logprobs
+from jackpot.algorithm.vocabulary import VocabularyScores, differentiable_token_logprobs
 from jackpot.compute.batching import ModelPass
 from jackpot.compute.forward import CompletionStates
 from jackpot.compute.models import output_head
 from jackpot.compute.ranks.sharding import release
 from jackpot.config import JobSpec
+from jackpot.learner.kl_in_reward import sampled_logprobs
 from jackpot.learner.lambda_control import LambdaControl
 from jackpot.learner.reports.step_metrics import StepMeter
 from jackpot.scoring.batch import Batch
@@ -93,11 +94,12 @@ class JointLoss:
         meter.policy(loss, scores.entropy)
         if self._initial is None:
             return loss.loss_sum
+        penalty = self._job.algorithm.kl_penalty
+        kl = kl_penalty(scores.logprobs, self._initial_logprobs(self._initial, micro), penalty.estimator)
         # Weighted as the policy's loss is, so that both are expectations under the policy.
-        penalty = self._kl_to_initial(self._initial, micro, scores.logprobs) * shares * weight * mask
-        total = penalty.masked_fill(mask == 0, 0.0).sum()
-        meter.kl_to_initial(total)
-        return loss.loss_sum + self._job.algorithm.kl_penalty.weight * total
+        total = (kl.value * shares * weight * mask).masked_fill(mask == 0, 0.0).sum()
+        meter.kl_to_initial(total, kl.clipped.sum())
+        return loss.loss_sum if penalty.applied_to == "reward" else loss.loss_sum + penalty.weight * total
 
     def actor(self, policy_hidden: Tensor, micro: MicroBatch, meter: StepMeter) -> Tensor:
         """L_ppo(ω) + λ_distill · L_distill(ω) (eq. 6 and 7), from hidden states of θ, [N, H]."""
@@ -131,18 +133,13 @@ class JointLoss:
         meter.actor(loss)
         return total + loss.loss_sum
 
-    def _kl_to_initial(self, initial: PreTrainedModel, micro: MicroBatch, policy_logprobs: Tensor) -> Tensor:
-        with torch.no_grad():
-            hidden = self._states(initial, *model_inputs(micro.batch.sequences, micro.passed))
-            logprobs = token_logprobs(
-                hidden,
-                output_head(initial),
-                micro.tokens.token_ids,
-                temperature=micro.batch.temperature,
-                chunk_tokens=self._job.scorer.chunk_tokens,
-            ).logprobs
+    def _initial_logprobs(self, initial: PreTrainedModel, micro: MicroBatch) -> Tensor:
+        if micro.tokens.initial_logprobs is not None:
+            return micro.tokens.initial_logprobs
+        chunk_tokens = self._job.scorer.chunk_tokens
+        logprobs = sampled_logprobs(initial, self._states, micro.batch, micro.passed, chunk_tokens)
         release(initial)
-        return kl_penalty(policy_logprobs, logprobs, self._job.algorithm.kl_penalty.estimator)
+        return logprobs
 
     def _head(self, role: Role) -> OutputHead:
         return output_head(self._models[role])

@@ -21,6 +21,7 @@ from jackpot.compute.ranks.partition import plan_passes
 from jackpot.compute.ranks.sharding import release
 from jackpot.config import JobSpec
 from jackpot.learner.joint_loss import JointLoss, MicroBatch
+from jackpot.learner.kl_in_reward import InitialPass, kl_in_reward
 from jackpot.learner.models.optimizer import clip_gradients
 from jackpot.learner.models.trained_models import TrainedModels
 from jackpot.learner.reports.profiling import StepProfiler
@@ -66,8 +67,10 @@ class Trainer(TrainedModels):
 
     def _train_parts(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
         parts = batch.split(self._job.learner.updates_per_batch)
-        weights = self._reference_weights(batch, parts)
         passes = [self._plan(part) for part in parts]
+        if not self._job.scorer.reuse_reference:
+            parts = self._penalised(batch, parts, passes)
+        weights = self._reference_weights(batch, parts)
         references = [
             self._actor_reference(part, own) if len(parts) > 1 else None
             for part, own in zip(parts, passes, strict=True)
@@ -84,6 +87,14 @@ class Trainer(TrainedModels):
             return [None] * len(parts)
         weights = token_weights(batch.tokens, correction, ranks=self._ranks)
         return weights.split([part.num_tokens for part in parts])
+
+    def _penalised(self, batch: Batch, parts: list[Batch], passes: Sequence[Sequence[ModelPass]]) -> list[Batch]:
+        """The batch's parts with advantages of rewards less the KL penalty, where it belongs to the reward."""
+        algorithm = self._job.algorithm
+        if self._initial is None or algorithm.kl_penalty.applied_to == "loss":
+            return parts
+        how = InitialPass(self._initial, self._states, self._job.scorer.chunk_tokens, self._ranks)
+        return kl_in_reward(batch, list(zip(parts, passes, strict=True)), algorithm, how).split(len(parts))
 
     def _actor_reference(self, batch: Batch, passes: Sequence[ModelPass]) -> Tensor | None:
         """log p_ω as the batch begins, [N]; with a single update it is the actor's own, detached: no pass needed."""
@@ -112,6 +123,8 @@ class Trainer(TrainedModels):
             policy = ModelPasses(self.models["policy"], batch.sequences, passes, self._states)
             own = score_step(self._job, batch, policy, self.controls.obrs_lambda, self._ranks)
             batch, weights, hidden_of_only_pass = own.batch, own.weights, own.hidden
+            if self._job.scorer.reuse_reference:  # before, nobody knew p_ref
+                (batch,) = self._penalised(batch, [batch], [passes])
         meter = StepMeter(batch, weights, step, complete=self._ranks.rank == 0)
         if self.show_tokens is not None:
             self.show_tokens(batch, weights)

@@ -57,6 +57,7 @@ class TokenArrays:
     advantages: Tensor  # [N] float32, the trajectory's advantage at each of its tokens
     topk_ids: Tensor | None  # [N, k] int64, the actor's; only with target = policy
     topk_logprobs: Tensor | None  # [N, k] float32
+    initial_logprobs: Tensor | None = None  # [N] float32; only with a penalty on KL to the initial policy in the reward
 
     def select(self, index: Tensor) -> TokenArrays:
         """The same arrays at the given token positions."""

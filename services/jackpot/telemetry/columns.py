@@ -48,6 +48,10 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
     "policy/kl_initial": StepColumn(
         "jackpot_policy_initial_kl_nats", "KL(policy || initial policy) per token, estimated; with a KL penalty alone"
     ),
+    "policy/kl_initial_clipped_fraction": StepColumn(
+        "jackpot_policy_initial_kl_clipped_ratio",
+        "Fraction of tokens whose log-ratio to the initial policy was cut; with a KL penalty alone",
+    ),
     "policy/lr": StepColumn("jackpot_learning_rate", _LR, _of("policy")),
     "actor/ppo_loss": StepColumn("jackpot_loss", _LOSS, {"loss": "actor_ppo"}),
     "actor/distill_loss": StepColumn("jackpot_loss", _LOSS, {"loss": "actor_distill"}),

@@ -283,21 +283,53 @@ def test_shares_multiply_each_tokens_loss() -> None:
     assert float(whole) == pytest.approx(by_token)
 
 
-def test_kl_penalty_and_its_gradient_by_enumeration() -> None:
+ESTIMATORS: tuple[Literal["k1", "k2", "k3"], ...] = ("k1", "k2", "k3")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_kl_penalty_and_its_gradient_by_enumeration(estimator: Literal["k1", "k2", "k3"]) -> None:
     """Means over p_new of the estimates and of their gradients, against those of the KL itself."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(7, generator=generator, dtype=torch.float64).requires_grad_()
     initial = torch.randn(7, generator=generator, dtype=torch.float64).log_softmax(0)
     policy = logits.log_softmax(0)
     kl = (policy.exp() * (policy - initial)).sum()
-    value = kl.item()
     exact = torch.autograd.grad(kl, logits, retain_graph=True)[0]
     probabilities = policy.detach().exp()
-    estimates = {name: kl_penalty(policy, initial, name) for name in ("k1", "k2", "k3")}
-    for name in ("k1", "k3"):
-        assert (probabilities * estimates[name]).sum().item() == pytest.approx(value, rel=1e-12)
-    for name in ("k1", "k2"):
-        loss = (probabilities * estimates[name]).sum()
-        torch.testing.assert_close(torch.autograd.grad(loss, logits, retain_graph=True)[0], exact)
-    assert (estimates["k3"] >= 0).all() and (estimates["k2"] >= 0).all()
-    torch.testing.assert_close(estimates["k2"], 0.5 * (policy - initial).square())
+    estimate = kl_penalty(policy, initial, estimator)
+    assert not estimate.clipped.any()
+    if estimator == "k2":
+        torch.testing.assert_close(estimate.value, 0.5 * (policy - initial).square())
+    else:
+        assert (probabilities * estimate.value).sum().item() == pytest.approx(kl.item(), rel=1e-12)
+    assert estimator == "k1" or (estimate.value >= 0).all()
+    loss = (probabilities * estimate.value).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], exact)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_penalty_follows_the_kl_that_it_names_and_not_the_other_way_round(
+    estimator: Literal["k1", "k2", "k3"],
+) -> None:
+    """On three tokens, in closed form: ∂KL(p‖p₀)/∂logit_x = p(x)·(log p(x)/p₀(x) − KL), and ∂KL(p₀‖p) = p − p₀."""
+    policy = torch.tensor([0.9, 0.09, 0.01], dtype=torch.float64)
+    initial = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
+    log_ratio = (policy / initial).log()
+    closed_form = policy * (log_ratio - (policy * log_ratio).sum())
+    logits = policy.log().requires_grad_()
+    loss = (policy * kl_penalty(logits.log_softmax(0), initial.log(), estimator).value).sum()
+    gradient = torch.autograd.grad(loss, logits)[0]
+    torch.testing.assert_close(gradient, closed_form, rtol=1e-12, atol=1e-15)
+    assert gradient.tolist() == pytest.approx([0.230, -0.184, -0.045], abs=5e-4)
+    assert (policy - initial).tolist() == pytest.approx([0.600, -0.210, -0.390])
+
+
+@pytest.mark.parametrize(("estimator", "value"), [("k1", -10.0), ("k2", 50.0), ("k3", math.exp(10) - 11)])
+def test_one_improbable_token_has_a_bounded_penalty_and_is_counted(
+    estimator: Literal["k1", "k2", "k3"], value: float
+) -> None:
+    policy = torch.tensor([-26.0, -1.0, -11.5], requires_grad=True)
+    estimate = kl_penalty(policy, torch.tensor([-1.0, -26.0, -2.0]), estimator)
+    assert estimate.clipped.tolist() == [True, True, False]
+    assert estimate.value[0].item() == pytest.approx(value, rel=1e-6)
+    assert torch.autograd.grad(estimate.value.sum(), policy)[0].tolist() == [-10.0, 10.0, -9.5]

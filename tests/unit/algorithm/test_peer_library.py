@@ -154,4 +154,4 @@ def test_kl_penalty(
 ) -> None:
     policy, initial, _ = arrays
     expected = algorithms.kl_penalty_forward(policy, initial, estimator)
-    torch.testing.assert_close(kl_penalty(policy, initial, estimator), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(kl_penalty(policy, initial, estimator).value, expected, rtol=1e-4, atol=1e-6)

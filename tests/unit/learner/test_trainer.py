@@ -134,6 +134,7 @@ def test_kl_penalty_pulls_towards_the_policy_that_the_job_began_with(
     batch = build_batch(groups, job.algorithm.advantage)
     first = trainer.train_batch(batch, first_step=0)[0]
     assert first["policy/kl_initial"] == pytest.approx(0.0, abs=1e-6)
+    assert first["policy/kl_initial_clipped_fraction"] == 0.0
     for step in range(1, 4):
         later = trainer.train_batch(batch, first_step=step)[0]
     assert later["policy/kl_initial"] > 1e-3
@@ -161,6 +162,46 @@ def test_kl_penalty_pulls_towards_the_policy_that_the_job_began_with(
     # A difference of two gradients, whose errors are of their size and not of its own.
     scales = (max(float(one.abs().max()) for one in each.values()) for each in (grads[0.5], gradients(literal)))
     assert_same(extra, gradients(literal), 2 * relative_rounding(literal) * next(scales) / next(scales))
+
+
+@pytest.mark.parametrize(("reuse", "updates"), [(False, 1), (False, 2), (True, 1)])
+def test_kl_in_the_reward_is_taken_off_before_advantages_are_made(
+    make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups, reuse: bool, updates: int
+) -> None:
+    """As if the task had paid R − β·Σ log(p_ref/p_initial), which is worked out here on whole rows in float64."""
+    common = ["algorithm.correction=tis", f"scorer.reuse_reference={reuse}", f"learner.updates_per_batch={updates}"]
+    job = make_job("algorithm.kl_penalty={weight: 0.5, applied_to: reward}", *common)
+    groups = make_groups(make_job("algorithm.correction=tis"))
+    initial, reference = (load_causal_lm(job.policy.model, "float32", "cpu") for _ in range(2))
+    trainer = make_trainer(job)
+    if reuse:
+        disturb(trainer.models["policy"])
+        disturb(reference)
+    paid = [with_kl_paid(scored, initial, reference if reuse else None, 0.5) for scored in groups]
+    plain = make_trainer(make_job(*common))
+    if reuse:
+        disturb(plain.models["policy"])
+    rows = trainer.train_batch(build_batch(groups, job.algorithm.advantage), first_step=0)
+    expected = plain.train_batch(build_batch(paid, job.algorithm.advantage), first_step=0)
+    assert_same(gradients(trainer.models["policy"]), gradients(plain.models["policy"]), 1e-4)
+    assert_same(gradients(trainer.models["actor"]), gradients(plain.models["actor"]), 1e-4)
+    tasks = np.array([t.reward for scored in groups[: len(groups) // updates] for t in scored.group.trajectories])
+    assert rows[0]["reward/mean"] == pytest.approx(tasks.mean()) != expected[0]["reward/mean"]
+    assert rows[0]["policy/kl_initial_clipped_fraction"] == 0.0
+
+
+def with_kl_paid(scored: ScoredGroup, initial: Any, reference: Any | None, weight: float) -> ScoredGroup:
+    """The group with rewards less the penalty; p_ref is the scorer's where no reference is given."""
+    prompt, paid = scored.group.prompt_token_ids, []
+    for trajectory, scores in zip(scored.group.trajectories, scored.scores, strict=True):
+        ids = trajectory.token_ids.astype(int)
+        places = np.arange(len(ids))
+        p_ref = scores.target_logprobs.astype(np.float64)
+        if reference is not None:
+            p_ref = full_logprobs(reference, prompt, ids)[places, ids].detach().numpy()
+        kl = p_ref - full_logprobs(initial, prompt, ids)[places, ids].detach().numpy()
+        paid.append(replace(trajectory, reward=trajectory.reward - weight * float(kl.sum())))
+    return replace(scored, group=replace(scored.group, trajectories=tuple(paid)))
 
 
 def disturb(model: Any) -> None:

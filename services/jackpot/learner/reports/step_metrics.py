@@ -60,9 +60,10 @@ class StepMeter:
         self._add("policy/entropy", entropy.sum(), self._num_tokens)
         self._add(_NONFINITE, loss.num_nonfinite, 1)
 
-    def kl_to_initial(self, kl: Tensor) -> None:
+    def kl_to_initial(self, kl: Tensor, num_clipped: Tensor) -> None:
         """Add a micro-batch's part of KL(policy ‖ initial policy), in nats per token."""
         self._add("policy/kl_initial", kl, 1)
+        self._add("policy/kl_initial_clipped_fraction", num_clipped, self._num_tokens)
 
     def actor(self, loss: TokenLoss) -> None:
         """Add a micro-batch of the actor's PPO loss."""
