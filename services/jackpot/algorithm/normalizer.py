@@ -60,13 +60,13 @@ class _Sums:
 
 
 def estimate_normalizer(name: NormalizerName, candidates: Candidates, obrs_lambda: float) -> NormalizerParts:
-    """The estimator called ``name``.
+    """The estimator called ``name``; for ``none``, whose weights do without Z, that of ``tail`` for the record.
 
     Raises:
         ValueError: ``full``, which needs the whole vocabulary and not candidates: see :func:`full_normalizer`.
     """
     match name:
-        case "tail":
+        case "tail" | "none":
             return tail_normalizer(candidates, obrs_lambda)
         case "union_tail":
             return union_tail_normalizer(candidates, obrs_lambda)

@@ -29,8 +29,10 @@ class TokenLoss:
 def token_denominator(mask: Tensor, denominator: Literal["accepted", "all"]) -> Tensor:
     """What the sum of a batch's token losses is divided by; paper §4.1, eq. 5.
 
-    ``accepted`` makes the quotient an estimate of the expectation under p'_inf, where E[p_t/p'_inf · f] = E_{p_t}[f];
-    ``all`` estimates Z · E_{p_t}[f].
+    At one position ``accepted`` makes the quotient an estimate of the expectation under p'_inf, where
+    E[p_t/p'_inf · f] = E_{p_t}[f], and ``all`` one of Z · E_{p_t}[f]. Where Z differs between positions, both weigh
+    position i by Zᵢ: ``accepted`` estimates Σ ZᵢEᵢ[f] / Σ Zᵢ and ``all`` Σ ZᵢEᵢ[f] / n. With Z left out of the weights,
+    ``all`` estimates Σ Eᵢ[f] / n.
 
     Args:
         mask: [tokens] of the whole batch: draws (bool or 0/1), or acceptance probabilities when mask = expected,

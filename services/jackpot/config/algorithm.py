@@ -84,8 +84,9 @@ class AlgorithmConfig(Section):
     correction: CorrectionConfig = Field(default_factory=JackpotCorrection)
     """How the mismatch between actor and policy is corrected: ``jackpot``, or a baseline."""
     denominator: Literal["accepted", "all"] = "accepted"
-    """What the sum of token losses is divided by: accepted tokens estimate the expectation under the policy;
-    all tokens shrink it by Z."""
+    """What the sum of token losses is divided by: the accepted tokens or all. At one position ``accepted`` estimates
+    the expectation under the policy, and ``all`` Z times it. Over positions both weigh each by its own Z. The mean
+    that counts positions alike is ``all`` with ``correction.normalizer: none``."""
     loss_normalization: Literal["token", "sequence", "constant"] = "token"
     """``token``: the mean over the batch's tokens, each counting the same (the paper, DAPO). ``sequence``: the mean
     over completions of each one's mean (GRPO), where tokens of long completions count less. ``constant``: the sum over

@@ -100,7 +100,8 @@ def _row(
         head = torch.full_like(acceptance, float(acceptance.double().mean()))
         tokens = replace(tokens, normalizer_head=head, normalizer_tail=torch.zeros_like(head))
         # The head is the mean acceptance everywhere, and complete.
-        obrs = obrs.model_copy(update={"normalizer": "full"})
+        if obrs.normalizer != "none":
+            obrs = obrs.model_copy(update={"normalizer": "full"})
     else:
         tokens = with_parts(tokens, readings.parts)
     weights = token_weights(tokens, obrs)

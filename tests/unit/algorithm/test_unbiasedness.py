@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from jackpot.algorithm.corrections.jackpot import jackpot_weights
+from jackpot.algorithm.corrections import SampledTokens
+from jackpot.algorithm.corrections.jackpot import JackpotCorrection, NormalizerName, jackpot_weights
 from jackpot.algorithm.normalizer import full_normalizer
-from jackpot.algorithm.objective import policy_loss_sum, token_denominator
+from jackpot.algorithm.objective import policy_loss_sum, token_denominator, token_shares
 from jackpot.algorithm.obrs import acceptance_probs
 
 ACTOR = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
@@ -107,3 +108,33 @@ def test_the_expected_mask_has_the_same_mean(obrs_lambda: float) -> None:
 def test_without_correction_the_expectation_is_the_actors() -> None:
     """The test above can tell: uncorrected tokens estimate something else."""
     assert (policy_gradient(ACTOR) - policy_gradient(REFERENCE)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "denominator", "expected"),
+    [("full", "accepted", 0.9 / 1.1), ("full", "all", 0.45), ("none", "all", 0.0), ("none", "accepted", 0.0)],
+)
+def test_positions_count_in_proportion_to_their_normalizer_unless_it_is_left_out(
+    normalizer: NormalizerName, denominator: Literal["accepted", "all"], expected: float
+) -> None:
+    """Two kinds of positions, Z = 1 with f = +1 and Z = 0.1 with f = −1: the target's mean of f is 0.
+
+    Twenty tokens of each kind, each token as often as the actor samples it, with the mask's expectation in place of
+    draws: the batch is the expectation.
+    """
+    like, unlike = torch.tensor([0.95, 0.05]), torch.tensor([0.05, 0.95])  # Σ min = 1 and 0.1
+    tokens = torch.tensor([0] * 19 + [1])
+    actor, target = like[tokens].repeat(2), torch.cat([like[tokens], unlike[tokens]])
+    f = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(20)
+    correction = JackpotCorrection(normalizer=normalizer, mask="expected", c1=1e9)
+    mask = acceptance_probs(target.log(), actor.log(), 1.0).double()
+    sampled = SampledTokens(
+        target_logprobs=target.log().double(),
+        actor_logprobs=actor.log().double(),
+        sequence_index=torch.zeros(40, dtype=torch.int64),
+        normalizer=torch.tensor([1.0, 0.1], dtype=torch.float64).repeat_interleave(20),
+        obrs_lambda=torch.ones(40, dtype=torch.float64),
+    )
+    shares = token_shares(mask, sampled.sequence_index, denominator=denominator).double()
+    mean = float((shares * mask * correction.weights(sampled).value * f).sum())
+    assert mean == pytest.approx(expected, abs=1e-6)  # 40 terms of at most 1/2, rounded to float32

@@ -13,7 +13,7 @@ from jackpot.section import Number, PositiveFloat
 if TYPE_CHECKING:
     from torch import Tensor
 
-NormalizerName = Literal["tail", "union_tail", "union_kappa", "full"]
+NormalizerName = Literal["tail", "union_tail", "union_kappa", "full", "none"]
 
 
 class JackpotCorrection(Correction):
@@ -48,9 +48,12 @@ class JackpotCorrection(Correction):
     mask: Literal["bernoulli", "expected"] = "bernoulli"
     """``bernoulli`` draws acceptance; ``expected`` multiplies by its probability: same mean, less noise. The default
     is the paper's: 32 pairs of runs do not separate the two, though they lean to the other (docs/experiments)."""
-    normalizer: Literal["tail", "union_tail", "union_kappa", "full"] = "tail"
-    """Estimator of Z. ``tail`` needs nothing but the actor's returned top-k. The other three run the actor's forward
-    pass in the scorer; ``full`` looks at the whole vocabulary (tests, small models)."""
+    normalizer: NormalizerName = "tail"
+    """Estimator of Z. ``tail`` needs nothing but the actor's returned top-k. ``union_tail``, ``union_kappa`` and
+    ``full`` run the actor's forward pass in the scorer; ``full`` looks at the whole vocabulary (tests, small models).
+    ``none`` leaves Z out of the weight: with Z each position counts in proportion to it (the paper's soft trust
+    region), without it and with ``denominator: all`` all count alike, at a higher variance. The metrics then show the Z
+    of ``tail``."""
     top_k: Annotated[int, Field(ge=1, le=1024), Number] = 20
     """How many of the target's most probable tokens enter the estimate (paper §4.4)."""
 
@@ -91,7 +94,7 @@ class JackpotCorrection(Correction):
     @property
     def needs_actor_forward(self) -> bool:
         """Whether the estimate of Z takes the actor's own forward pass in the scorer."""
-        return self.normalizer != "tail"
+        return self.normalizer not in ("tail", "none")
 
     @property
     def needs_candidates(self) -> bool:
@@ -108,7 +111,7 @@ class JackpotCorrection(Correction):
         return jackpot_weights(
             tokens.target_logprobs,
             tokens.actor_logprobs,
-            tokens.normalizer,
+            tokens.normalizer.new_ones(tokens.normalizer.shape) if self.normalizer == "none" else tokens.normalizer,
             obrs_lambda=tokens.obrs_lambda,
             c1=self.c1,
             reference_logprobs=tokens.reference_logprobs,
