@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from jackpot.algorithm.budget import smoothed_lambda, solve_lambda
+from jackpot.algorithm.budget import greatest_lambda, smoothed_lambda, solve_lambda
 from jackpot.algorithm.kl_control import KlControlSettings, KlControlState, initial_state, update
 from jackpot.config import AlgorithmConfig, DistillationConfig
 
@@ -43,15 +43,12 @@ class LambdaControl:
         """
         if self._obrs is None or self._obrs.acceptance_rate is None:
             return
-        solved_lambda = solve_lambda(
-            target_logprobs,
-            actor_logprobs,
-            self._obrs.acceptance_rate,
-            lower=self._obrs.lambda_min,
-            upper=self._obrs.lambda_max,
-        )
+        rate, lower, upper = self._obrs.acceptance_rate, self._obrs.lambda_min, self._obrs.lambda_max
+        solved_lambda = solve_lambda(target_logprobs, actor_logprobs, rate, lower=lower, upper=upper)
         smoothing = self._obrs.lambda_smoothing if self._lambda_was_solved else 0.0
-        self.obrs_lambda = smoothed_lambda(self.obrs_lambda, solved_lambda, smoothing)
+        smoothed = smoothed_lambda(self.obrs_lambda, solved_lambda, smoothing)
+        # What the past asks for must not reject for nothing either.
+        self.obrs_lambda = min(smoothed, greatest_lambda(target_logprobs, actor_logprobs, lower=lower, upper=upper))
         self._lambda_was_solved = True
 
     def observe_kl(self, kl: float) -> None:

@@ -26,7 +26,11 @@ def random_ratios(seed: int, num_tokens: int, spread: float) -> tuple[torch.Tens
 def test_the_found_lambda_gives_the_rate(seed: int, rate: float, spread: float) -> None:
     target, actor = random_ratios(seed, 200, spread)
     found = solve_lambda(target, actor, rate, **BOUNDS)
-    assert acceptance_at(target, actor, found) == pytest.approx(rate, abs=1e-9)
+    greatest = float((target - actor).double().max().exp())
+    if acceptance_at(target, actor, greatest) >= rate:  # all is aligned before the rate is used up
+        assert found == pytest.approx(greatest, rel=1e-12)
+    else:
+        assert acceptance_at(target, actor, found) == pytest.approx(rate, abs=1e-9)
 
 
 def test_by_hand() -> None:
@@ -38,10 +42,18 @@ def test_by_hand() -> None:
 
 def test_bounds() -> None:
     target, actor = torch.tensor([0.5, 0.1]).log(), torch.tensor([0.5, 0.4]).log()
-    assert solve_lambda(target, actor, 1e-9, **BOUNDS) == 1e3
+    assert solve_lambda(target, actor, 1e-9, **BOUNDS) == 1.0  # max s
+    assert solve_lambda(target, actor, 1e-9, lower=1e-3, upper=0.5) == 0.5
+    assert solve_lambda(target, actor, 1e-9, lower=2.0, upper=10.0) == 2.0
     assert solve_lambda(target, actor, 0.99, lower=0.6, upper=10.0) == 0.6
     assert solve_lambda(torch.zeros(0), torch.zeros(0), 0.9, **BOUNDS) == 1e3
     assert acceptance_at(torch.zeros(0), torch.zeros(0), 1.0) == 1.0
+
+
+def test_where_nothing_differs_nothing_is_rejected() -> None:
+    agreed = torch.tensor([-0.3, -2.0, -7.0])
+    found = solve_lambda(agreed, agreed, 0.9, **BOUNDS)
+    assert found == 1.0 == acceptance_at(agreed, agreed, found)
 
 
 def test_tokens_without_a_finite_score_do_not_count() -> None:

@@ -46,6 +46,16 @@ def test_lambda_goes_to_the_rate_at_once_and_then_follows_smoothly() -> None:
     assert controls.obrs_lambda == pytest.approx(first * 2.718281828**0.5, rel=1e-5)
 
 
+def test_an_agreement_that_comes_later_ends_rejection_at_once() -> None:
+    """The smoothed λ of the past would reject every token at a rate that aligns nothing."""
+    controls = LambdaControl(algorithm(correction={"acceptance_rate": 0.9, "lambda_smoothing": 0.5}))
+    controls.observe_tokens(tokens(0)[0] + 1.0, tokens(0)[1])
+    assert controls.obrs_lambda > 1.0
+    agreed = tokens(0)[1]
+    controls.observe_tokens(agreed, agreed)
+    assert controls.obrs_lambda == 1.0
+
+
 def test_a_restored_controller_goes_on_as_if_nothing_had_happened() -> None:
     settings = algorithm(correction={"acceptance_rate": 0.9}, distillation={"kl_target": 0.2})
     whole, halves = LambdaControl(settings), LambdaControl(settings)

@@ -29,8 +29,9 @@ class JackpotCorrection(Correction):
     """λ: larger rejects more and aligns more. At 1 a token is rejected just as far as the actor over-represents it.
     null with ``acceptance_rate``."""
     acceptance_rate: Annotated[float, Field(gt=0, le=1), Number] | None = None
-    """Instead of λ: the share of tokens to accept. λ is then found for it on every batch, from 1 as a start, and
-    published with the weights. 0.9 spends a tenth of the tokens on alignment."""
+    """Instead of λ: the least share of tokens to accept. λ is then found for it on every batch, from 1 as a start, and
+    published with the weights. 0.9 spends up to a tenth of the tokens on alignment. It is a floor and no quota: λ stops
+    at the batch's max s, where all is aligned, so that next to nothing is rejected where actor and policy agree."""
     lambda_smoothing: Annotated[float, Field(ge=0, lt=1), Number] = 0.5
     """Weight of the past in log λ while ``acceptance_rate`` steers it: a batch's λ is noisy, and the mismatch drifts
     within a few steps."""
