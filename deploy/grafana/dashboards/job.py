@@ -159,8 +159,11 @@ LEARNING = Row(
         curves("Learning rates", "As scheduled.", gauge("jackpot_learning_rate", "{{model}}")),
         curves(
             "Policy's clipped tokens, truncated completions",
-            "Tokens whose importance ratio was clipped; completions that the token limit ended.",
+            "Tokens whose importance ratio was clipped, on one side or by the bound for negative advantages, or whose "
+            "log-ratio to the initial policy was cut; completions that the token limit ended.",
             gauge("jackpot_policy_clip_ratio", "clipped"),
+            gauge("jackpot_policy_dual_clip_ratio", "bounded, negative advantage"),
+            gauge("jackpot_policy_initial_kl_clipped_ratio", "cut in the KL penalty"),
             gauge("jackpot_response_truncated_ratio", "truncated"),
             unit="percentunit",
         ),

@@ -6,6 +6,7 @@ split into micro-batches changes nothing: sums of micro-batches add up to the ba
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,7 @@ class TokenLoss:
     num_active: Tensor  # int64, tokens with a mask above zero; the counts below are among them
     num_clipped_low: Tensor  # int64, r < 1 − clip_low and A < 0: the clip takes their gradient
     num_clipped_high: Tensor  # int64, r > 1 + clip_high and A > 0: likewise
+    num_dual_clipped: Tensor  # int64, r > dual_clip and A < 0: likewise
     num_nonfinite: Tensor  # int64, tokens whose loss is not finite; they are in the sum, and make it so too
 
 
@@ -93,9 +95,12 @@ def policy_loss_sum(
     *,
     clip_low: float | None,
     clip_high: float | None,
+    dual_clip: float | None = None,
     shares: Tensor | None = None,
 ) -> TokenLoss:
     """−Σ SG(ρ) · Mask · min(r·A, clip(r, 1 − ε_low, 1 + ε_high)·A) with r = p_new/p_ref; eq. 5.
+
+    For A < 0 the minimum has no bound: it grows with r. ``dual_clip`` puts max(·, c·A) around it (Ye et al. 2020).
 
     Args:
         policy_logprobs: log p_new of the sampled tokens, [tokens]; the gradient goes here alone.
@@ -106,12 +111,18 @@ def policy_loss_sum(
             other values are.
         clip_low: ε below; None for no lower clip.
         clip_high: ε above; None for no upper clip.
+        dual_clip: c > 1; None for no bound on the loss of a token with A < 0.
         shares: of :func:`token_shares`, [tokens]; None for a plain sum.
     """
     active = mask.detach() > 0
     # Selected before the exponential: 0 × inf would be nan, and a nan behind a mask still spoils the gradient.
     log_ratio = torch.where(active, policy_logprobs - reference_logprobs.detach(), 0.0)
     advantages = advantages.detach()
+    dual_clipped = torch.zeros_like(active)
+    if dual_clip is not None:
+        # Before the exponential as well: e^89 is infinite in float32, and its gradient is no number.
+        dual_clipped = active & (advantages < 0) & (log_ratio.detach() > math.log(dual_clip))
+        log_ratio = log_ratio.masked_fill(dual_clipped, math.log(dual_clip))
     ratio = log_ratio.exp()
     low = 0.0 if clip_low is None else 1.0 - clip_low
     high = torch.inf if clip_high is None else 1.0 + clip_high
@@ -125,6 +136,7 @@ def policy_loss_sum(
         num_active=active.sum(),
         num_clipped_low=(active & (ratio.detach() < low) & (advantages < 0)).sum(),
         num_clipped_high=(active & (ratio.detach() > high) & (advantages > 0)).sum(),
+        num_dual_clipped=dual_clipped.sum(),
         num_nonfinite=(~losses.detach().isfinite()).sum(),
     )
 
@@ -138,6 +150,7 @@ def actor_loss_sum(
     cap: float,
     clip_low: float | None,
     clip_high: float | None,
+    dual_clip: float | None = None,
     shares: Tensor | None = None,
 ) -> TokenLoss:
     """L_ppo(ω) = −Σ SG(min(p_ω,ref/p_inf, C)) · min(r·A, clip(r)·A) with r = p_ω/p_ω,ref; eq. 6. No OBRS.
@@ -150,6 +163,7 @@ def actor_loss_sum(
         cap: C > 0.
         clip_low: ε below, or None.
         clip_high: ε above, or None.
+        dual_clip: as :func:`policy_loss_sum`.
         shares: of :func:`token_shares`, [tokens]; None for a plain sum.
     """
     weights = tis_weights(actor_reference_logprobs, sampled_logprobs, cap=cap).value
@@ -162,6 +176,7 @@ def actor_loss_sum(
         everything,
         clip_low=clip_low,
         clip_high=clip_high,
+        dual_clip=dual_clip,
         shares=shares,
     )
 

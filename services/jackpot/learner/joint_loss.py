@@ -88,6 +88,7 @@ class JointLoss:
             mask,
             clip_low=self._job.algorithm.clip_low,
             clip_high=self._job.algorithm.clip_high,
+            dual_clip=self._job.algorithm.dual_clip,
             shares=shares,
         )
         assert scores.entropy is not None
@@ -128,6 +129,7 @@ class JointLoss:
             cap=algorithm.actor_cap,
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
             shares=micro.actor_shares.to(self._device),
         )
         meter.actor(loss)

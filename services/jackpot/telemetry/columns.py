@@ -44,6 +44,9 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
     "policy/clip_fraction": StepColumn(
         "jackpot_policy_clip_ratio", "Fraction of tokens whose importance ratio was clipped"
     ),
+    "policy/dual_clip_fraction": StepColumn(
+        "jackpot_policy_dual_clip_ratio", "Fraction of tokens with a negative advantage whose loss was bounded"
+    ),
     "policy/entropy": StepColumn("jackpot_policy_entropy_nats", "Mean entropy of the policy per token, in nats"),
     "policy/kl_initial": StepColumn(
         "jackpot_policy_initial_kl_nats", "KL(policy || initial policy) per token, estimated; with a KL penalty alone"

@@ -283,6 +283,35 @@ def test_shares_multiply_each_tokens_loss() -> None:
     assert float(whole) == pytest.approx(by_token)
 
 
+def test_a_negative_advantage_counts_no_more_than_the_dual_clip() -> None:
+    """p_ref = e⁻⁴⁰, e⁻¹⁰⁰ (infinite in float32), and ratios on either side of c; a positive advantage is PPO's own."""
+    reference = torch.tensor([-40.0, -100.0, -3.0, -3.0, -40.0, -40.0])
+    policy = torch.tensor([-8.0, -0.5, math.log(11) - 3, math.log(9) - 3, -8.0, -8.0], requires_grad=True)
+    advantages = torch.tensor([-2.0, -1.0, -1.0, -1.0, 1.0, -1.0])
+    mask = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    loss = policy_loss_sum(
+        policy, reference, advantages, torch.ones(6), mask, clip_low=0.2, clip_high=0.2, dual_clip=10.0
+    )
+    assert loss.loss_sum.item() == pytest.approx(2 * 10 + 10 + 10 + 9 - 1.2, rel=1e-5)
+    assert (loss.num_dual_clipped.item(), loss.num_nonfinite.item()) == (3, 0)
+    (gradient,) = torch.autograd.grad(loss.loss_sum, policy)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 0.0, 0.0, 9.0, 0.0, 0.0]), rtol=1e-5, atol=0)
+
+
+def test_a_dual_clip_that_does_not_act_changes_no_bit() -> None:
+    batch = make_batch(dtype=torch.float32)
+    found = []
+    for dual_clip in (None, 1e4):
+        policy = batch["policy"].detach().requires_grad_()
+        loss = policy_loss_sum(
+            policy, batch["reference"], batch["advantages"], batch["normalizer"], batch["mask"],
+            clip_low=None, clip_high=None, dual_clip=dual_clip,
+        )  # fmt: skip
+        assert loss.num_dual_clipped == 0
+        found.append((loss.loss_sum, *torch.autograd.grad(loss.loss_sum, policy)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 ESTIMATORS: tuple[Literal["k1", "k2", "k3"], ...] = ("k1", "k2", "k3")
 
 

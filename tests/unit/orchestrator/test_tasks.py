@@ -52,6 +52,8 @@ class Doubling:
             return float("nan")
         if self.verdict == "text":
             return "1.0"
+        if self.verdict == "huge":
+            return -1e300
         return float(completion == item.metadata["answer"])
 
 
@@ -104,6 +106,7 @@ def test_unknown_tasks_are_named_with_a_remedy(name, message):
         ("hangs", "no answer within 0.5 s"),
         ("nan", "the reward is nan, not a finite number"),
         ("text", "the reward is '1.0', not a finite number"),
+        ("huge", "the reward is -1e+300, beyond ±1e+06"),
     ],
 )
 def test_a_reward_that_cannot_work_is_found_before_the_job_starts(verdict, message):

@@ -57,6 +57,7 @@ class StepMeter:
         self._add("policy/loss", loss.loss_sum, 1)
         clipped = loss.num_clipped_low + loss.num_clipped_high
         self._add("policy/clip_fraction", clipped, self._num_tokens)
+        self._add("policy/dual_clip_fraction", loss.num_dual_clipped, self._num_tokens)
         self._add("policy/entropy", entropy.sum(), self._num_tokens)
         self._add(_NONFINITE, loss.num_nonfinite, 1)
 

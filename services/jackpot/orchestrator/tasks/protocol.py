@@ -61,12 +61,19 @@ class Task(Protocol):
         ...
 
 
+MAX_REWARD = 1e6
+"""A reward is at most this far from 0. Far beyond, its square leaves floating point and its group's other differences
+vanish beside it; a task that pays 1e300 has an error in it."""
+
+
 def finite_reward(value: object) -> float:
     """A reward as a float.
 
     Raises:
-        RewardError: it is not a finite number.
+        RewardError: it is not a finite number, or beyond ± MAX_REWARD.
     """
-    if isinstance(value, SupportsFloat) and math.isfinite(number := float(value)):
-        return number
-    raise RewardError(f"the reward is {value!r}, not a finite number")
+    if not isinstance(value, SupportsFloat) or not math.isfinite(number := float(value)):
+        raise RewardError(f"the reward is {value!r}, not a finite number")
+    if abs(number) > MAX_REWARD:
+        raise RewardError(f"the reward is {number:g}, beyond ±{MAX_REWARD:g}. Scale the task's rewards down")
+    return number

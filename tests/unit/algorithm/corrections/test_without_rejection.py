@@ -84,6 +84,19 @@ def test_products_over_long_completions_stay_finite_and_say_that_they_were_cut()
     assert not mis_weights(reference, actor, sequence_index=sequences, cap=2.0).value.any()
 
 
+def test_a_ratio_cut_at_the_floor_is_reported_although_the_band_reaches_down_to_it() -> None:
+    reference, actor = torch.tensor([-26.0, -1.0]), torch.tensor([-1.0, -1.0])
+    sequences = torch.arange(2)
+    for weights in (
+        icepop_weights(reference, actor, low=0.0, high=5.0),
+        mis_weights(reference, actor, sequence_index=sequences, cap=2.0),
+        tis_weights(reference, actor, cap=2.0),
+        is_weights(reference, actor),
+    ):
+        assert weights.clipped.tolist() == [True, False]
+        torch.testing.assert_close(weights.value, torch.tensor([math.exp(-MAX_LOG_RATIO), 1.0]))
+
+
 def test_no_token() -> None:
     nothing = torch.zeros(0)
     assert is_weights(nothing, nothing, sequence_index=torch.zeros(0, dtype=torch.int64)).value.shape == (0,)
