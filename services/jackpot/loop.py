@@ -53,7 +53,7 @@ from jackpot.learner.trainer import Trainer
 from jackpot.loop_parts import Curve, PastWeights, Prompts, WeighedTokens, check_job, generate
 from jackpot.orchestrator.evaluation import CORRECT
 from jackpot.orchestrator.slots import PromptOrder
-from jackpot.orchestrator.tasks import Item, build_task
+from jackpot.orchestrator.tasks import Item, build_task, finite_reward
 from jackpot.scoring.batch import build_batch
 from jackpot.scoring.group_scorer import GroupScorer
 from jackpot.trajectory import Group, GroupKey, Role, ScoredGroup, Trajectory
@@ -162,7 +162,7 @@ class Loop:
         return float(np.mean([reward >= CORRECT for reward in rewards]))
 
     def _reward(self, item: Item, trajectory: Trajectory) -> float:
-        return float(self._task.reward(item, self._prompts.text(trajectory.token_ids)))
+        return finite_reward(self._task.reward(item, self._prompts.text(trajectory.token_ids)))
 
 
 def run_loop(loop: Loop, on_evaluation: Callable[[int, float], object] = lambda step, accuracy: None) -> Curve:
