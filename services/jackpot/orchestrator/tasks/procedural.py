@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jackpot.errors import ConfigError
 from jackpot.orchestrator.tasks.answers import tagged_answer
 from jackpot.orchestrator.tasks.params import read, refuse_unknown
-from jackpot.orchestrator.tasks.protocol import Item, TaskItem
+from jackpot.orchestrator.tasks.protocol import Item, TaskItem, UnreadableAnswer
 
 OWN_PARAMS = ("size", "answer_tag")
 DEFAULT_SIZE = 10_000  # prompts in an epoch; reasoning-gym's own 500 would be seen over and over
@@ -20,6 +21,7 @@ HELD_OUT_ONE_IN = 4  # a quarter of all questions is never trained on
 REDRAWS = 64  # a chance of (3/4)^64 to miss the held-out quarter, unless the questions hardly vary
 SEED_BITS = 28  # leaves room for redraws and the evaluation's range below 2^31, which every generator accepts
 EVAL_SEED_OFFSET = 1 << 30
+_VARY = "Choose parameters under which questions vary more."
 
 
 class ReasoningGymTask:
@@ -64,24 +66,61 @@ class ReasoningGymTask:
         return self._source.size
 
     def train_prompt(self, index: int) -> TaskItem:
-        return self._draw(index, held_out=False, offset=0)
+        item = self._draw(index, held_out=False, offset=0)
+        if item is None:
+            raise ConfigError("task.params", index, "every question drawn for this prompt is held out", _VARY)
+        return item
 
     def eval_items(self, count: int) -> Sequence[TaskItem]:
-        return [self._draw(index, held_out=True, offset=EVAL_SEED_OFFSET) for index in range(count)]
+        # Where the questions hardly vary, all of them may be trained on: then there are fewer, or none.
+        items = (self._draw(index, held_out=True, offset=EVAL_SEED_OFFSET) for index in range(count))
+        return [item for item in itertools.takewhile(lambda item: item is not None, items) if item is not None]
 
     def reward(self, item: Item, completion: str) -> float:
-        offset, index = item.metadata["offset"], item.metadata["index"]
-        answer = completion.strip() if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
-        return float(self._source.dataset(offset).score_answer(answer, self._source.entry(offset, index)))
+        found = completion.strip() if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
+        # As it was drawn, and not drawn again: some generators depend on the hash seed of their process.
+        entry = entry_from_json(item.metadata["entry"])
+        try:
+            return float(self._source.dataset(0).score_answer(found, entry))
+        except Exception as error:  # graders parse what a model writes, and raise whatever their parsers raise
+            return UnreadableAnswer(error)
 
-    def _draw(self, index: int, *, held_out: bool, offset: int) -> TaskItem:
-        # A question of the wrong side gives way to the same index of the next range of seeds. Where the questions
-        # hardly vary, none may be on the right side; then the first serves on both.
+    def _draw(self, index: int, *, held_out: bool, offset: int) -> TaskItem | None:
+        # A question of the wrong side gives way to the same index of the next range of seeds.
         ranges = [offset + draw * self._source.size for draw in range(REDRAWS)]
-        entries = ((start, self._source.entry(start, index)) for start in ranges)
-        fitting = (pair for pair in entries if _is_held_out(pair[1]["question"]) == held_out)
-        start, entry = next(fitting, (offset, self._source.entry(offset, index)))
-        return TaskItem(entry["question"], {"offset": start, "index": index, "answer": str(entry["answer"])})
+        entries = (self._source.entry(start, index) for start in ranges)
+        entry = next((entry for entry in entries if _is_held_out(entry["question"]) == held_out), None)
+        if entry is None:
+            return None
+        return TaskItem(entry["question"], {"answer": str(entry["answer"]), "entry": entry_to_json(entry)})
+
+
+def entry_to_json(value: Any) -> Any:
+    """A value of an entry as JSON from which :func:`entry_from_json` makes it again, tuples and keys of all kinds too.
+
+    Some graders compare with ``==``, and a tuple is no list.
+    """
+    if isinstance(value, tuple):
+        return {"tuple": [entry_to_json(part) for part in value]}
+    if isinstance(value, list):
+        return [entry_to_json(part) for part in value]
+    if isinstance(value, dict):
+        return {"dict": [[entry_to_json(key), entry_to_json(part)] for key, part in value.items()]}
+    return value if value is None or isinstance(value, (bool, int, float, str)) else {"text": str(value)}
+
+
+def entry_from_json(value: Any) -> Any:
+    """The value that :func:`entry_to_json` was given, but for objects of other kinds, which become their texts."""
+    if isinstance(value, list):
+        return [entry_from_json(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "text":
+        return content
+    if kind == "tuple":
+        return tuple(entry_from_json(part) for part in content)
+    return {entry_from_json(key): entry_from_json(part) for key, part in content}
 
 
 class _Source:
@@ -94,7 +133,7 @@ class _Source:
         digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8).digest()
         self._seed = int.from_bytes(digest, "little") % (1 << SEED_BITS)
         self._datasets: dict[int, Any] = {}
-        # Prompt and rewards of a group follow each other closely; some generators take a second an entry.
+        # Evaluation asks for its entries again; some generators take a second an entry.
         self.entry = functools.lru_cache(maxsize=4096)(self._generate)
 
     def _generate(self, offset: int, index: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,13 +58,36 @@ class Task(Protocol):
         ...
 
     def reward(self, item: Item, completion: str) -> float:
-        """The reward of one completion: a finite number, 1 where it is right. An exception is a failure, never 0."""
+        """The reward of one completion: a finite number, 1 where it is right. An exception is a failure, which
+        ``task.on_reward_failure`` judges."""
         ...
 
 
 MAX_REWARD = 1e6
 """A reward is at most this far from 0. Far beyond, its square leaves floating point and its group's other differences
 vanish beside it; a task that pays 1e300 has an error in it."""
+
+
+class UnreadableAnswer(float):
+    """The reward 0 of a completion that a grader cannot read. It counts as a wrong answer, and is counted besides.
+
+    Args:
+        reason: what the grader raised.
+    """
+
+    reason: str
+
+    def __new__(cls, reason: BaseException) -> UnreadableAnswer:
+        reward = super().__new__(cls, 0.0)
+        reward.reason = f"{type(reason).__name__}: {reason}"[:200]
+        return reward
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """What makes a prompt itself: prompts that differ in white space alone have the same key."""
+    if isinstance(prompt, str):
+        return json.dumps(" ".join(prompt.split()))
+    return json.dumps([[message.get("role"), " ".join(str(message.get("content")).split())] for message in prompt])
 
 
 def finite_reward(value: object) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from jackpot.config import TaskConfig
 from jackpot.errors import ConfigError
+from jackpot.orchestrator.tasks.jsonl import JsonlTask
 from jackpot.orchestrator.tasks.protocol import Item, Task, finite_reward
 from jackpot.orchestrator.tasks.registry import build_task
 
@@ -25,6 +26,8 @@ def validate_task(config: TaskConfig, seed: int) -> Task:
     held_out = task.eval_items(1)
     if not held_out:
         raise ConfigError("task.params", config.params, f"{config.name} holds out no prompts", "Add prompts.")
+    if isinstance(task, JsonlTask):
+        task.load_grader()
     probe = task.train_prompt(0)
     for item in (probe, held_out[0]):
         _check_item(config, item)
@@ -45,7 +48,7 @@ def _check_item(config: TaskConfig, item: Item) -> None:
 
 
 def _probe_reward(config: TaskConfig, task: Task, item: Item, completion: str) -> None:
-    outcome = _within(config.reward_timeout_seconds, lambda: finite_reward(task.reward(item, completion)))
+    outcome = within(config.reward_timeout_seconds, lambda: finite_reward(task.reward(item, completion)))
     if isinstance(outcome, Exception):
         raise ConfigError(
             "task.name",
@@ -55,7 +58,7 @@ def _probe_reward(config: TaskConfig, task: Task, item: Item, completion: str) -
         ) from outcome
 
 
-def _within(seconds: float, call: Callable[[], object]) -> object:
+def within(seconds: float, call: Callable[[], object]) -> object:
     """What ``call`` returns or raises, or a TimeoutError. Its thread is a daemon: a reward that hangs stays behind."""
     outcome: list[object] = [TimeoutError(f"no answer within {seconds:g} s")]
 
