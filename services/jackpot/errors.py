@@ -54,6 +54,10 @@ class QueueFullError(EngineError):
         super().__init__(f"the queue is full; retry after {retry_after_seconds:g} s")
 
 
+class PromptError(JackpotError):
+    """A prompt that cannot be encoded, or is too long for the models. It costs its own groups, and no other."""
+
+
 class RewardError(JackpotError):
     """A reward function raised, timed out, or returned something that is not a finite number."""
 

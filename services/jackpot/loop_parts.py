@@ -181,7 +181,7 @@ class Prompts:
         """For the answers to a held-out prompt."""
         evaluation = self._job.evaluation
         name, seed_name = f"evaluation.p{index}", f"evaluation {index}"
-        return self._request(name, item, seed_name, evaluation.samples_per_prompt, evaluation.temperature, 0)
+        return self._request(name, item, seed_name, evaluation.samples_per_prompt, self._job.evaluation_temperature, 0)
 
     def _request(
         self, group_id: str, item: Item, seed_name: str, count: int, temperature: float, top_logprobs: int

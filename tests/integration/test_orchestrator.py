@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import subprocess
@@ -272,7 +273,12 @@ async def test_a_job_from_its_first_evaluation_to_its_last(make_world, staleness
         assert [row["policy_accuracy"] for row in rows] == [np.mean(rewards)] * len(rows)
         assert [row["mean_reward"] for row in rows] == [np.mean(rewards)] * len(rows)
         assert [row["pass_at_n"] for row in rows] == [np.mean(rewards)] * len(rows)  # one sample a prompt
-        assert {(row["num_samples"], row["num_reward_failures"]) for row in rows} == {(6, 0)}
+        assert {(row["num_prompts"], row["num_samples"], row["num_reward_failures"]) for row in rows} == {(6, 6, 0)}
+        accuracy = np.mean(rewards)
+        assert [row["accuracy_stderr"] for row in rows] == pytest.approx(
+            [math.sqrt(accuracy * (1 - accuracy) / 5)] * len(rows), rel=1e-12
+        )
+        assert {row["comparable"] for row in rows} == {True}
         assert rows[0]["mean_tokens"] == np.mean([7 if right else 2 for right in rewards])
         assert rows[0]["truncated_fraction"] == 0.0
         prompts = [request.prompt_token_ids for request in world.evaluator.requests]
@@ -523,7 +529,7 @@ class Flaky(ComplementTask):
 """
 
 
-async def test_a_reward_that_fails_drops_its_group_and_is_never_zero(make_world, tmp_path, monkeypatch):
+async def test_a_reward_that_fails_for_all_of_a_group_drops_it(make_world, tmp_path, monkeypatch):
     (tmp_path / "flaky_task.py").write_text(FLAKY_TASK)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -537,7 +543,66 @@ async def test_a_reward_that_fails_drops_its_group_and_is_never_zero(make_world,
         details = {row["detail"] for row in world.rows("ledger.jsonl") if row["reason"] == "reward_failed"}
         assert all("RuntimeError: the checker is down" in detail for detail in details)
         (first, *_) = world.rows("evaluations.jsonl")
-        assert first["num_samples"] + first["num_reward_failures"] == 6
+        assert first["num_samples"] == 6
+        assert first["comparable"] == (first["num_reward_failures"] == 0)
+
+
+FRAGILE_TASK = """
+from jackpot.demo.task import ComplementTask
+
+class Fragile(ComplementTask):
+    def reward(self, item, completion):
+        if completion == "0":
+            raise RecursionError("the parser gave up")
+        return super().reward(item, completion)
+"""
+
+
+@pytest.mark.parametrize("policy", ["zero", "drop"])
+async def test_a_completion_whose_reward_fails_is_wrong_or_left_out(make_world, tmp_path, monkeypatch, policy):
+    (tmp_path / "fragile_task.py").write_text(FRAGILE_TASK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    task = {"name": "python:fragile_task:Fragile", "params": {"prompts": 50}, "on_reward_failure": policy}
+    async with make_world(task=task) as world:
+        assert await run(world) == 0
+        await assert_ledger_adds_up(world)
+        assert set(world.ledger().values()) == {"trained"}
+        requests = {r.group_id: r for replica in world.replicas for r in replica.requests}
+        for group in world.groups:
+            wrong = [mostly_right(requests[group.group_id], index) == [DIGIT_0, 1] for index in range(3)]
+            expected = [0.0 if failed else 1.0 for failed in wrong if policy == "zero" or not failed]
+            assert [t.reward for t in group.trajectories] == expected
+        # An evaluation asks each prompt once: what fails there is a wrong answer, or no answer at all.
+        row = world.rows("evaluations.jsonl")[0]
+        failed = sum(mostly_right(request, 0) == [DIGIT_0, 1] for request in world.evaluator.requests[:6])
+        assert failed
+        assert (row["num_reward_failures"], row["comparable"]) == (failed, False)
+        assert row["num_samples"] == (6 if policy == "zero" else 6 - failed)
+        assert row["policy_accuracy"] == (1 - failed / 6 if policy == "zero" else 1.0)
+        failures = world.rows("reward_failures.jsonl")
+        assert {(row["completion"], row["failure"].split(":")[0]) for row in failures} == {("0", "failed 2 times")}
+
+
+async def test_a_row_that_cannot_be_used_costs_its_own_groups(make_world, tmp_path):
+    numbers = [f"{n:06d}" for n in range(0, 120, 10)]
+    rows = [{"prompt": f"999999-{number}=", "answer": "x"} for number in numbers]
+    rows[3]["prompt"] = "half an emoji \ud83d"
+    rows[7]["prompt"] = "1+" * 70  # the tiny models have 128 positions
+    path, held_out = tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [{"prompt": f"999999-{n}=", "answer": "x"} for n in (111111, 222222)]
+    asked += [{"prompt": "999999-111111=  ", "answer": "x"}, {"prompt": "2+" * 70, "answer": "x"}]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    task = {"name": "jsonl", "params": {"path": str(path), "eval_path": str(held_out)}}
+    async with make_world(task=task) as world:
+        assert await run(world) == 0
+        await assert_ledger_adds_up(world)
+        dropped = [row for row in world.rows("ledger.jsonl") if row["state"] == "dropped"]
+        assert {row["reason"] for row in dropped} == {"prompt_unusable"}
+        details = {row["detail"].split(" of line ")[1][:10] for row in dropped}
+        assert details == {"4 cannot b", "8 has 140 "}
+        assert {row["num_prompts"] for row in world.rows("evaluations.jsonl")} == {2}
 
 
 class Process:
@@ -618,7 +683,7 @@ def test_torch_is_never_imported(task):
         "import sys; import jackpot.orchestrator.service, jackpot.orchestrator.preflight\n"
         "from jackpot.config import TaskConfig\n"
         "from jackpot.orchestrator.tasks import validate_task\n"
-        "from jackpot.orchestrator.tasks.answers import math_verify\n"
+        "from jackpot.orchestrator.tasks.mathematics import math_verify\n"
         f"validate_task(TaskConfig(name={task!r}), 0)\n"
         "assert math_verify('1/2', '0.5') == 1.0\n"
         "print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))"

@@ -60,8 +60,11 @@ def validate(
 ) -> None:
     """Check a job file and all that it names, without starting anything."""
     from jackpot.control_plane.sessions.preparation import prepare_job
+    from jackpot.orchestrator.task_report import report_task
 
-    prepare_job(load_job(job_file, overrides or []))
+    job = prepare_job(load_job(job_file, overrides or []))
+    for line in report_task(job):
+        typer.echo(line)
     typer.echo(f"{job_file} is a valid job")
 
 
@@ -135,11 +138,13 @@ def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
     places = [files.summary, *((files.curves, files.export) if summary["state"] == "succeeded" else (files.logs,))]
     lines = [
         f"{summary['state']} after {summary['steps']} steps in {summary['wall_seconds']:.0f} s",
-        f"policy accuracy  {_figure(accuracy['initial'])} → {_figure(accuracy['final'])} on held-out prompts",
+        f"policy accuracy  {_with_error(accuracy, 'initial')} → {_with_error(accuracy, 'final')} on held-out prompts"
+        + (f"; {accuracy['not_comparable']} evaluations with failed rewards" if accuracy["not_comparable"] else ""),
         f"acceptance rate  {_figure(summary['acceptance_rate'])} on average",
         f"KL policy‖actor  {_figure(divergence['initial'])} → {_figure(divergence['final'])} nats per token",
         f"ledger           {ledger['dispatched']} groups dispatched, {ledger['trained']} trained, "
         f"dropped {ledger['dropped'] or 'none'}; {summary['restarts']} restarts",
+        *_loss_lines(summary),
         *_busy_lines(summary["services"]),
         f"everything is in {directory} ({', '.join(path.name for path in places)})",
     ]
@@ -152,6 +157,25 @@ def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(summary))
     raise typer.Exit(EXIT_CODES[summary["state"]])
+
+
+def _loss_lines(summary: dict[str, Any]) -> list[str]:
+    """What failures kept from training, by cause: a bias of what the policy learned from."""
+    from jackpot.control_plane.sessions.summary import lost_to_failures
+
+    lost = lost_to_failures(summary["ledger"])
+    lines = []
+    if lost:
+        shares = ", ".join(f"{reason} {share:.1%}" for reason, share in lost.items())
+        lines.append(f"bias             groups that failures kept from training: {shares} of those dispatched")
+    if failures := summary["reward_failures"]:
+        lines.append(f"reward failures  {failures} completions: reward_failures.jsonl names each")
+    return lines
+
+
+def _with_error(accuracy: dict[str, Any], when: str) -> str:
+    error = accuracy[f"{when}_stderr"]
+    return _figure(accuracy[when]) + ("" if error is None else f" ± {error:.3f}")
 
 
 def _busy_lines(services: dict[str, dict[str, Any]]) -> list[str]:

@@ -178,6 +178,12 @@ class JobSpec(Section):
         return 0 if self.scorer.reuse_reference else self.scorer.replicas
 
     @property
+    def evaluation_temperature(self) -> float:
+        """What evaluations sample at: the temperature of training unless they have their own."""
+        own = self.evaluation.temperature
+        return self.sampling.temperature if own is None else own
+
+    @property
     def num_batches(self) -> int:
         """Batches in the whole job."""
         return self.learner.steps // self.learner.updates_per_batch

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from jackpot.section import Float, Int, NonNegativeFloat, Number, PositiveFloat, PositiveInt, Section
+from jackpot.section import Float, Fraction, Int, NonNegativeFloat, Number, PositiveFloat, PositiveInt, Section
 
 
 class TaskConfig(Section):
@@ -24,7 +24,13 @@ class TaskConfig(Section):
     reward_timeout_seconds: PositiveFloat = 30.0
     """A reward that takes longer counts as failed. Symbolic checkers rarely need a second."""
     reward_attempts: PositiveInt = 2
-    """How often a failing reward is tried before its group is dead-lettered."""
+    """How often a reward that raises, or ends its process, is tried before it counts as failed. One that takes longer
+    than ``reward_timeout_seconds`` is not tried again: it would cost the same time again."""
+    on_reward_failure: Literal["zero", "drop"] = "zero"
+    """What a completion is worth whose reward failed: ``zero``, as a wrong one, or ``drop``, left out of its group.
+    ``zero``, because what makes a grader fail is mostly the text that it reads: left out, such texts would never be
+    punished. ``drop`` is for rewards that fail for reasons of their own, such as a judge behind a network. A group
+    whose rewards all failed is dropped either way. Each failure is counted."""
 
 
 class SamplingConfig(Section):
@@ -71,7 +77,21 @@ class EvaluationConfig(Section):
     samples_per_prompt: PositiveInt = 1
     """n, completions per prompt. Accuracy is the mean over all (mean@n), ``pass_at_n`` the fraction of prompts with at
     least one right."""
-    temperature: NonNegativeFloat = 1.0
-    """Sampling temperature; 0 is greedy."""
+    temperature: NonNegativeFloat | None = None
+    """Sampling temperature; null is ``sampling.temperature``, under which the policy is trained. 0 is greedy, with one
+    sample a prompt: more would all be the same."""
+    max_failure_share: Fraction = 0.02
+    """Largest share of samples whose reward may fail (see ``task.on_reward_failure``). An evaluation with more is not
+    comparable: it is no candidate for the best checkpoint, and alarms leave it out. At 2 % the error is below the
+    standard error of 128 prompts."""
     timeout_seconds: PositiveFloat = 600.0
     """Deadline of one evaluation."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> EvaluationConfig:
+        if self.temperature == 0 and self.samples_per_prompt > 1:
+            raise ValueError(
+                f"evaluation.temperature = 0 makes all {self.samples_per_prompt} samples of a prompt the same. "
+                "Set samples_per_prompt to 1, or leave temperature out"
+            )
+        return self

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from itertools import compress
 
 import numpy as np
@@ -24,12 +23,14 @@ from jackpot.errors import (
     JackpotError,
     JobFailedError,
     PayloadError,
+    PromptError,
     RequestRefusedError,
     RewardError,
 )
 from jackpot.orchestrator.deferral import Deferral
+from jackpot.orchestrator.prompts import PromptEncoder
 from jackpot.orchestrator.replicas import ReplicaPool
-from jackpot.orchestrator.rewards import RewardPool
+from jackpot.orchestrator.rewards import RewardPool, rewarded
 from jackpot.orchestrator.slots import SlotBook
 from jackpot.orchestrator.tasks import Item, Task
 from jackpot.orchestrator.tokenizer import PromptTokenizer
@@ -50,9 +51,9 @@ FAILURES_BATCHES = 4  # this many batches' worth of groups failing in a row is n
 class TrainingPrompts:
     """The training prompts with their token ids, made off the event loop: some tasks take a second for one."""
 
-    def __init__(self, task: Task, tokenizer: PromptTokenizer) -> None:
+    def __init__(self, task: Task, encoder: PromptEncoder) -> None:
         self._task = task
-        self._tokenizer = tokenizer
+        self._encoder = encoder
         self._thread = ThreadPoolExecutor(1, "prompts")  # one: tasks need not be safe for threads
 
     async def prompt(self, index: int) -> tuple[Item, NDArray[np.uint32]]:
@@ -60,6 +61,7 @@ class TrainingPrompts:
 
         Raises:
             ConfigError: the task cannot make it, or the chat template refuses it.
+            PromptError: it cannot be encoded, or is too long.
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._make, index)
 
@@ -73,7 +75,7 @@ class TrainingPrompts:
         except Exception as error:  # foreign code: it costs this group, and many in a row the job
             problem = f"cannot make this prompt ({type(error).__name__}: {error})"
             raise ConfigError("task.train_prompt", index, problem, "Look at the task.") from error
-        return item, self._tokenizer.encode_prompt(item.prompt)
+        return item, self._encoder.encode(item)
 
 
 class Dispatcher:
@@ -236,6 +238,8 @@ class Dispatcher:
             self._failures_in_a_row = 0
         except RewardError as error:
             await self._drop_failed(group_id, "reward_failed", error)
+        except PromptError as error:
+            await self._drop_failed(group_id, "prompt_unusable", error)
         except (EngineError, RequestRefusedError, ConfigError, PayloadError) as error:
             await self._drop_failed(group_id, "rollout_failed", error)
 
@@ -265,12 +269,12 @@ class Dispatcher:
         trajectories = await self._replicas.generate(request)
         texts = [self._tokenizer.decode(trajectory.token_ids) for trajectory in trajectories]
         with self._activity.doing("reward"):
-            rewards = await self._rewards.rewards(item, texts)
+            judged = await self._rewards.judge(item, texts)
         return Group(
             group_id=group_id,
             prompt_index=key.prompt_index,
             prompt_token_ids=prompt_ids,
-            trajectories=tuple(replace(t, reward=reward) for t, reward in zip(trajectories, rewards, strict=True)),
+            trajectories=rewarded(trajectories, judged),
             temperature=sampling.temperature,
             dispatch_version=version,
         )

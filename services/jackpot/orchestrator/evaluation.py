@@ -19,9 +19,9 @@ from jackpot.config import JobSpec
 from jackpot.errors import DeadlineError, JackpotError, RequestRefusedError, RewardError
 from jackpot.orchestrator.dispatch import sampling_seed
 from jackpot.orchestrator.failures import first_error
+from jackpot.orchestrator.prompts import HeldOut, log_left_out
 from jackpot.orchestrator.replicas import ReplicaPool
-from jackpot.orchestrator.rewards import RewardPool
-from jackpot.orchestrator.tasks import Item
+from jackpot.orchestrator.rewards import Judgement, RewardPool
 from jackpot.orchestrator.tokenizer import PromptTokenizer
 from jackpot.orchestrator.versions import VersionWatch
 from jackpot.rpc.proto import ids_to_bytes
@@ -37,6 +37,9 @@ CORRECT = 1 - 1e-6  # rewards of at least this count as right
 PROMPTS_AT_ONCE = 64
 RETRY_SECONDS = 1.0
 OPTIONAL_ATTEMPTS = 2  # for evaluations between the first and the last
+
+
+_Sample = tuple[Trajectory, Judgement]
 
 
 class EvaluationLog:
@@ -69,7 +72,7 @@ class PolicyEvaluation:
     Args:
         job: the job.
         job_id: its id.
-        items: the held-out prompts.
+        questions: the held-out prompts.
         tokenizer: the policy's.
         evaluator: a rollout server on the policy's weights.
         versions: the newest weight versions.
@@ -83,7 +86,7 @@ class PolicyEvaluation:
         *,
         job: JobSpec,
         job_id: str,
-        items: Sequence[Item],
+        questions: HeldOut,
         tokenizer: PromptTokenizer,
         evaluator: ReplicaPool,
         versions: VersionWatch,
@@ -93,8 +96,8 @@ class PolicyEvaluation:
     ) -> None:
         self._job = job
         self._job_id = job_id
-        self._items = items
-        self._prompts = [tokenizer.encode_prompt(item.prompt) for item in items]
+        self._items = questions.items
+        self._prompts = questions.token_ids
         self._tokenizer = tokenizer
         self._stop_ids = tokenizer.stop_token_ids(job.sampling.stop)
         self._evaluator = evaluator
@@ -103,6 +106,7 @@ class PolicyEvaluation:
         self._log = log
         self._metrics = metrics
         self._slots = asyncio.Semaphore(PROMPTS_AT_ONCE)
+        log_left_out(questions.left_out)
 
     async def run(self, baseline_done: Callable[[], None]) -> None:
         """Evaluate until the last step is evaluated.
@@ -164,11 +168,17 @@ class PolicyEvaluation:
                 running = [tasks.create_task(self._sample(index, min_version)) for index in prompts]
         except* JackpotError as errors:
             raise first_error(errors) from None
-        by_prompt = [task.result() for task in running]
-        samples = [sample for prompt_samples in by_prompt for sample in prompt_samples]
-        judged = [reward for _, reward in samples if not isinstance(reward, RewardError)]
-        if not judged:
-            raise RewardError("the reward of every sample of an evaluation failed")
+        return self._row([task.result() for task in running])
+
+    def _row(self, by_prompt: Sequence[Sequence[_Sample]]) -> EvaluationRow:
+        samples = [sample for prompt in by_prompt for sample in prompt]
+        failures = [judgement.failure for _, judgement in samples if judgement.failure]
+        if len(failures) == len(samples):
+            raise RewardError(f"the reward of every sample of an evaluation failed, the first one {failures[0]}")
+        rewards = [
+            [judgement.reward for _, judgement in prompt if judgement.reward is not None] for prompt in by_prompt
+        ]
+        judged = [reward for prompt in rewards for reward in prompt]
         trajectories = [trajectory for trajectory, _ in samples]
         versions = [span.version for trajectory in trajectories for span in trajectory.version_spans]
         return EvaluationRow(
@@ -176,20 +186,24 @@ class PolicyEvaluation:
             newest_step=max(versions),
             time=time.time(),
             policy_accuracy=float(np.mean([reward >= CORRECT for reward in judged])),
-            pass_at_n=pass_at_n([[reward for _, reward in prompt_samples] for prompt_samples in by_prompt]),
+            accuracy_stderr=accuracy_stderr(rewards),
+            pass_at_n=pass_at_n(rewards),
             mean_reward=float(np.mean(judged)),
+            num_prompts=len(by_prompt),
             num_samples=len(judged),
-            num_reward_failures=len(samples) - len(judged),
+            num_reward_failures=len(failures),
+            num_unreadable=sum(bool(judgement.unreadable) for _, judgement in samples),
+            comparable=len(failures) <= self._job.evaluation.max_failure_share * len(samples),
             mean_tokens=float(np.mean([trajectory.num_tokens for trajectory in trajectories])),
             truncated_fraction=float(np.mean([t.finish_reason == "length" for t in trajectories])),
         )
 
-    async def _sample(self, index: int, min_version: int) -> list[tuple[Trajectory, float | RewardError]]:
+    async def _sample(self, index: int, min_version: int) -> list[_Sample]:
         async with self._slots:
             trajectories = await self._evaluator.generate(self._request(index, self._prompts[index], min_version))
         texts = [self._tokenizer.decode(trajectory.token_ids) for trajectory in trajectories]
-        rewards = await self._rewards.try_rewards(self._items[index], texts)
-        return list(zip(trajectories, rewards, strict=True))
+        judgements = await self._rewards.judge(self._items[index], texts)
+        return list(zip(trajectories, judgements, strict=True))
 
     def _request(self, index: int, prompt: NDArray[np.uint32], min_version: int) -> rollout_pb2.GenerateRequest:
         return rollout_pb2.GenerateRequest(
@@ -197,7 +211,7 @@ class PolicyEvaluation:
             prompt_token_ids=ids_to_bytes(prompt),
             num_trajectories=self._job.evaluation.samples_per_prompt,
             sampling=rollout_pb2.SamplingParams(
-                temperature=self._job.evaluation.temperature,
+                temperature=self._job.evaluation_temperature,
                 max_tokens=self._job.sampling.max_tokens,
                 stop_token_ids=self._stop_ids,
                 top_logprobs=1,
@@ -209,18 +223,45 @@ class PolicyEvaluation:
 
     def _record(self, row: EvaluationRow) -> None:
         self._log.append(row)
+        if not row.comparable:
+            LOG.warning(
+                "%d of %d rewards of an evaluation failed: its accuracy cannot be compared with others",
+                *(row.num_reward_failures, row.num_samples),
+                extra={"step": row.step},
+            )
         self._metrics.observe_evaluation(row.step, row.policy_accuracy)
         LOG.info("evaluated", extra={"step": row.step, "policy_accuracy": row.policy_accuracy})
 
 
-def pass_at_n(rewards: Sequence[Sequence[float | RewardError]]) -> float:
-    """The fraction of prompts that at least one sample answers right; prompts without any judged sample are left out.
+def pass_at_n(rewards: Sequence[Sequence[float]]) -> float:
+    """The fraction of prompts that at least one sample answers right; prompts without any reward are left out.
 
     Args:
-        rewards: of each prompt's samples; at least one of all is a number.
+        rewards: of each prompt's samples; at least one of all.
     """
-    judged = [[reward for reward in of_prompt if not isinstance(reward, RewardError)] for of_prompt in rewards]
-    return float(np.mean([max(of_prompt) >= CORRECT for of_prompt in judged if of_prompt]))
+    return float(np.mean([max(prompt) >= CORRECT for prompt in rewards if prompt]))
+
+
+def accuracy_stderr(rewards: Sequence[Sequence[float]]) -> float | None:
+    """The standard error of the fraction of right samples, as an estimate for all prompts that might have been asked.
+
+    Samples of one prompt resemble each other, hence over prompts: √(n/(n−1) · Σ (r_i − A·m_i)²) / Σ m_i, with r_i of
+    the m_i samples of prompt i right, of n prompts, and the accuracy A. With m samples each it is the standard
+    deviation of the prompts' accuracies / √n.
+
+    Args:
+        rewards: of each prompt's samples; prompts without any are left out.
+
+    Returns:
+        None for fewer than two prompts.
+    """
+    right = np.array([sum(reward >= CORRECT for reward in prompt) for prompt in rewards if prompt])
+    counts = np.array([len(prompt) for prompt in rewards if prompt])
+    n = len(counts)
+    if n < 2:
+        return None
+    deviations = right - right.sum() / counts.sum() * counts
+    return float(np.sqrt(n / (n - 1) * np.square(deviations).sum()) / counts.sum())
 
 
 def next_evaluation(last: int, every: int, steps: int) -> int:

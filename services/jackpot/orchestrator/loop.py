@@ -18,6 +18,7 @@ from jackpot.orchestrator.gauges import JobGauges
 from jackpot.orchestrator.ledger import LedgerFile
 from jackpot.orchestrator.ledger_sync import LedgerSync
 from jackpot.orchestrator.membership import RolloutMembership
+from jackpot.orchestrator.prompts import PromptEncoder, held_out
 from jackpot.orchestrator.replicas import ReplicaPool
 from jackpot.orchestrator.rewards import RewardPool
 from jackpot.orchestrator.slots import SlotBook
@@ -70,6 +71,7 @@ class Orchestrator:
     ) -> None:
         task = build_task(job.task, job.seed)
         tokenizer = PromptTokenizer.of_job(job)
+        encoder = PromptEncoder.of_job(job, tokenizer)
         self._job = job
         self._job_id = job_id
         files = RunFiles(run_dir)
@@ -84,7 +86,7 @@ class Orchestrator:
         self._book = SlotBook.of_job(job, task.num_prompts)
         store = open_weight_store(job, job_id, run_dir, files.scratch / "weights-orchestrator")  # never reads any
         self._versions = VersionWatch(store, {"policy", job.rollout_role})
-        self._prompts = TrainingPrompts(task, tokenizer)
+        self._prompts = TrainingPrompts(task, encoder)
         self._dispatcher = Dispatcher(
             job=job,
             job_id=job_id,
@@ -103,7 +105,7 @@ class Orchestrator:
         self._evaluation = PolicyEvaluation(
             job=job,
             job_id=job_id,
-            items=task.eval_items(job.evaluation.prompts),
+            questions=held_out(task.eval_items(job.evaluation.prompts), encoder),
             tokenizer=tokenizer,
             evaluator=evaluator,
             versions=self._versions,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from jackpot.config import JobSpec
-from jackpot.errors import ConfigError
+from jackpot.errors import ConfigError, PromptError
 from jackpot.orchestrator.deferral import Deferral
 from jackpot.orchestrator.dispatch import largest_group_bytes
-from jackpot.orchestrator.tasks import validate_task
+from jackpot.orchestrator.prompts import PromptEncoder, held_out
+from jackpot.orchestrator.tasks import Task, validate_task
 from jackpot.orchestrator.tokenizer import PromptTokenizer
+
+SURVEYED_PROMPTS = 1000
+SURVEY_SECONDS = 2.0  # some tasks take a second for one prompt
+SURVEYED_HELD_OUT = 8
 
 
 def validate_job(job: JobSpec) -> None:
@@ -25,10 +31,14 @@ def validate_job(job: JobSpec) -> None:
     task = validate_task(job.task, job.seed)
     tokenizer = PromptTokenizer.of_job(job)
     tokenizer.stop_token_ids(job.sampling.stop)
-    prompts = [tokenizer.encode_prompt(item.prompt) for item in (task.train_prompt(0), *task.eval_items(1))]
+    encoder = PromptEncoder.of_job(job, tokenizer)
+    survey_prompts(task, encoder)
+    try:
+        held_out(task.eval_items(min(job.evaluation.prompts, SURVEYED_HELD_OUT)), encoder)
+    except ConfigError:
+        held_out(task.eval_items(job.evaluation.prompts), encoder)
     if job.scorer.reuse_reference:
         Deferral(job)
-    _check_lengths(job, max(len(prompt) for prompt in prompts))
     if (needed := largest_group_bytes(job)) > job.bus.max_bytes:
         raise ConfigError(
             "bus.max_bytes",
@@ -38,33 +48,45 @@ def validate_job(job: JobSpec) -> None:
         )
 
 
-def _check_lengths(job: JobSpec, prompt_tokens: int) -> None:
-    """A prompt and the longest completion fit into both models.
+@dataclass(frozen=True, slots=True)
+class PromptSurvey:
+    """Training prompts that were looked at."""
 
-    Every engine refuses what does not fit, so that such a job would drop every group.
+    num_prompts: int
+    unusable: Sequence[str]  # why, for each that no engine takes
+
+
+def survey_prompts(task: Task, encoder: PromptEncoder) -> PromptSurvey:
+    """Encode training prompts, evenly spread over the epoch, as many as a moment allows.
+
+    Raises:
+        ConfigError: none of them can be used, or the chat template refuses one.
     """
-    models = {"policy.model": job.policy.model} | ({} if job.on_policy else {"actor.model": job.rollout_model.model})
-    limits = {field: _max_positions(Path(model)) for field, model in models.items()}
-    if job.rollout.engine == "vllm":
-        limits["rollout.vllm.max_model_len"] = job.rollout.vllm.max_model_len
-    for field, limit in limits.items():
-        if limit is not None and prompt_tokens + job.sampling.max_tokens > limit:
-            raise ConfigError(
-                "sampling.max_tokens",
-                job.sampling.max_tokens,
-                f"with a prompt of {prompt_tokens} tokens it exceeds the {limit} positions of {field}",
-                f"Set it to at most {limit - prompt_tokens}."
-                if limit > prompt_tokens
-                else "Use shorter prompts, or a model with a longer context.",
-            )
+    count = min(task.num_prompts, SURVEYED_PROMPTS)
+    began, looked, unusable = time.monotonic(), 0, []
+    for index in range(count):
+        item = task.train_prompt(index * task.num_prompts // count)
+        try:
+            encoder.encode(item)
+        except PromptError as error:
+            unusable.append(str(error))
+        looked += 1
+        patience = SURVEY_SECONDS if looked > len(unusable) else 10 * SURVEY_SECONDS
+        if time.monotonic() - began > patience:
+            break
+    if looked == len(unusable):
+        raise ConfigError(
+            "sampling.max_tokens",
+            encoder.max_tokens,
+            f"no training prompt can be used: {unusable[0]}",
+            _remedy(encoder, task),
+        )
+    return PromptSurvey(looked, unusable)
 
 
-def _max_positions(model_dir: Path) -> int | None:
-    """The longest sequence that a model was made for; None if it does not say."""
+def _remedy(encoder: PromptEncoder, task: Task) -> str:
     try:
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # whether a model directory is whole is checked elsewhere
-    text = config.get("text_config")
-    positions = (text if isinstance(text, dict) else config).get("max_position_embeddings")
-    return positions if isinstance(positions, int) and positions > 0 else None
+        room = (encoder.limit or 0) - len(encoder.tokenizer.encode_prompt(task.train_prompt(0).prompt))
+    except PromptError:
+        room = 0
+    return f"Set it to at most {room}." if room > 0 else "Use shorter prompts, or a model with a longer context."

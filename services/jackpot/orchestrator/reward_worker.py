@@ -1,7 +1,8 @@
 """A process that computes rewards for its parent, so that one that hangs or crashes can be ended.
 
 JSON lines on stdin and stdout. First the task (answered by ``{"ready": true}``), then one line per group
-(answered by one line per completion: ``{"reward": …}`` or ``{"error": …}``). Ends with its input.
+(answered by one line per completion: ``{"reward": …}``, with ``"unreadable": why`` where the grader cannot read it, or
+``{"error": …}``). Ends with its input.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, TextIO
 
 from jackpot.config import TaskConfig
 from jackpot.errors import ConfigError
-from jackpot.orchestrator.tasks import Task, TaskItem, build_task, finite_reward
+from jackpot.orchestrator.tasks import Task, TaskItem, UnreadableAnswer, build_task, finite_reward
+from jackpot.orchestrator.tasks.jsonl import JsonlTask
 from jackpot.process.children import stop_with_parent
 
 
@@ -29,6 +31,8 @@ def main() -> int:
     except ConfigError as error:
         _answer(answers, {"error": str(error)})
         return error.exit_code
+    if isinstance(task, JsonlTask):
+        task.load_grader()
     _answer(answers, {"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
@@ -40,7 +44,10 @@ def main() -> int:
 
 def _reward(task: Task, item: TaskItem, completion: str) -> dict[str, Any]:
     try:
-        return {"reward": finite_reward(task.reward(item, completion))}
+        reward = task.reward(item, completion)
+        if isinstance(reward, UnreadableAnswer):
+            return {"reward": 0.0, "unreadable": reward.reason}
+        return {"reward": finite_reward(reward)}
     except Exception as error:  # foreign code: whatever it raises is reported, and fails this one reward
         return {"error": f"{type(error).__name__}: {error}"}
 

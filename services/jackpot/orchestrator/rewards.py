@@ -1,22 +1,49 @@
-"""Rewards, computed in processes of their own: bounded in time, retried, and never silently 0."""
+"""Rewards, computed in processes of their own: bounded in time, retried, and their failures counted."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from jackpot.config import TaskConfig
 from jackpot.errors import DeadlineError, JackpotError, RewardError
 from jackpot.orchestrator.tasks import Item
+from jackpot.storage.json_files import JsonLinesWriter
+from jackpot.telemetry import Metrics
+from jackpot.trajectory import Trajectory
+
+LOG = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 16
 START_TIMEOUT_SECONDS = 120.0  # importing a large task package from a cold disk takes tens of seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a completion is worth."""
+
+    reward: float | None  # None: it failed and is to be left out (task.on_reward_failure: drop)
+    failure: str = ""  # why the reward function gave none
+    unreadable: str = ""  # why its grader could not read the completion, which is a wrong answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a reward process says about a completion."""
+
+    reward: float | None
+    problem: str = ""
+    final: bool = False  # asking again would only cost the same time again
 
 
 class RewardPool:
@@ -26,46 +53,67 @@ class RewardPool:
         task: the task, with its time limit and attempts per reward.
         seed: the job's seed.
         num_workers: groups whose rewards are computed at the same time.
+        metrics: where failures are counted.
+        failures: a file of JSON lines that names each completion whose reward failed.
     """
 
-    def __init__(self, task: TaskConfig, seed: int, num_workers: int = 2) -> None:
+    def __init__(
+        self,
+        task: TaskConfig,
+        seed: int,
+        num_workers: int = 2,
+        *,
+        metrics: Metrics | None = None,
+        failures: Path | None = None,
+    ) -> None:
         self._task = task
+        self._metrics = metrics
+        self._failures = None if failures is None else JsonLinesWriter(failures)
         self._workers = [_Worker(task, seed) for _ in range(num_workers)]
         # Last in, first out: a second process is only started when the first is busy.
         self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
         for worker in reversed(self._workers):
             self._idle.put_nowait(worker)
 
-    async def rewards(self, item: Item, completions: Sequence[str]) -> list[float]:
-        """The reward of each completion.
-
-        Raises:
-            RewardError: one of them failed ``reward_attempts`` times.
-        """
-        outcomes = await self.try_rewards(item, completions)
-        for outcome in outcomes:
-            if isinstance(outcome, RewardError):
-                raise outcome
-        return [outcome for outcome in outcomes if not isinstance(outcome, RewardError)]
-
-    async def try_rewards(self, item: Item, completions: Sequence[str]) -> list[float | RewardError]:
-        """The reward of each completion, or why it has none after ``reward_attempts`` attempts."""
-        outcomes: dict[int, float | RewardError] = {}
+    async def judge(self, item: Item, completions: Sequence[str]) -> list[Judgement]:
+        """What each completion is worth. A failure costs its own completion, and a timeout no second one."""
+        judged: dict[int, Judgement] = {}
         attempts = [0] * len(completions)
-        while missing := [index for index in range(len(completions)) if index not in outcomes]:
+        while missing := [index for index in range(len(completions)) if index not in judged]:
             async with self._worker() as worker:
                 answers = await worker.ask(item, [completions[index] for index in missing])
             for index, answer in zip(missing, answers, strict=False):  # a process that ended leaves the rest open
-                if isinstance(answer, float):
-                    outcomes[index] = answer
-                    continue
                 attempts[index] += 1
-                if attempts[index] >= self._task.reward_attempts:
-                    outcomes[index] = RewardError(
-                        f"the reward of a completion of {str(item.prompt)[:80]!r} failed "
-                        f"{attempts[index]} times: {answer}"
-                    )
-        return [outcomes[index] for index in range(len(completions))]
+                last = answer.final or attempts[index] >= self._task.reward_attempts
+                if answer.reward is not None:
+                    judged[index] = Judgement(answer.reward, unreadable=answer.problem)
+                elif last:
+                    judged[index] = self._failed(f"failed {attempts[index]} times: {answer.problem}")
+        judgements = [judged[index] for index in range(len(completions))]
+        self._count(item, completions, judgements)
+        return judgements
+
+    def _count(self, item: Item, completions: Sequence[str], judgements: Sequence[Judgement]) -> None:
+        for completion, judgement in zip(completions, judgements, strict=True):
+            if self._metrics is not None and (judgement.failure or judgement.unreadable):
+                self._metrics.count_reward_failure("failed" if judgement.failure else "unreadable")
+            if judgement.failure:
+                LOG.warning("a reward %s", judgement.failure)
+                self._write_failure(item, completion, judgement)
+
+    def _write_failure(self, item: Item, completion: str, judgement: Judgement) -> None:
+        if self._failures is not None:
+            row = {
+                "time": time.time(),
+                "prompt": item.prompt,
+                "completion": completion,
+                "failure": judgement.failure,
+                "reward": judgement.reward,
+            }
+            self._failures.append([row])
+
+    def _failed(self, failure: str) -> Judgement:
+        return Judgement(0.0 if self._task.on_reward_failure == "zero" else None, failure=failure)
 
     async def close(self) -> None:
         """End all processes."""
@@ -81,6 +129,24 @@ class RewardPool:
             self._idle.put_nowait(worker)
 
 
+def rewarded(trajectories: Sequence[Trajectory], judged: Sequence[Judgement]) -> tuple[Trajectory, ...]:
+    """The trajectories of a group that have a reward, with it.
+
+    Raises:
+        RewardError: every reward failed, so that the reward function is at fault and not a text; or a single
+            trajectory is left, with nothing to compare it with.
+    """
+    failures = [judgement.failure for judgement in judged if judgement.failure]
+    kept = tuple(
+        replace(trajectory, reward=judgement.reward)
+        for trajectory, judgement in zip(trajectories, judged, strict=True)
+        if judgement.reward is not None
+    )
+    if failures and (len(failures) == len(judged) or len(kept) < 2):
+        raise RewardError(f"{len(failures)} of {len(judged)} rewards failed, the first one {failures[0]}")
+    return kept
+
+
 class _Worker:
     """One process, restarted after it hung or crashed."""
 
@@ -90,23 +156,25 @@ class _Worker:
         self._process: Process | None = None
         self._read = b""  # of its output, and not answered with yet
 
-    async def ask(self, item: Item, completions: Sequence[str]) -> list[float | str]:
-        """Rewards or error texts, in order. Ends early, with an error text, where the process hung or crashed."""
+    async def ask(self, item: Item, completions: Sequence[str]) -> list[_Answer]:
+        """Answers in order. Ends early, with a failure, where the process hung or crashed."""
         limit = self._task.reward_timeout_seconds
-        answers: list[float | str] = []
+        answers: list[_Answer] = []
         try:
             process = self._process or await self._start()
             request = {"prompt": item.prompt, "metadata": dict(item.metadata), "completions": list(completions)}
             await _write(process, request)
             while len(answers) < len(completions):
                 for answer in await self._next_answers(process, limit):
-                    answers.append(answer["reward"] if "reward" in answer else str(answer["error"]))
+                    problem = str(answer.get("error") or answer.get("unreadable", ""))
+                    answers.append(_Answer(answer.get("reward"), problem))
         except TimeoutError:
             await self.end()
-            answers.append(f"no answer within {limit:g} s (task.reward_timeout_seconds)")
+            problem = f"no answer within {limit:g} s (task.reward_timeout_seconds)"
+            answers.append(_Answer(None, problem, final=True))
         except (EOFError, ConnectionError):
             await self.end()
-            answers.append("its process ended unexpectedly")
+            answers.append(_Answer(None, "its process ended unexpectedly"))
         except BaseException:  # also when cancelled: answers under way would be taken for those of the next request
             await self.end()
             raise

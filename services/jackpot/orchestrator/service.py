@@ -17,6 +17,7 @@ from jackpot.process.service_process import STOPPED_EARLY
 from jackpot.rpc.channel import open_channel
 from jackpot.storage.job_storage import payload_place
 from jackpot.storage.objects import observe_calls
+from jackpot.storage.run_directory import RunFiles
 from jackpot.telemetry import Metrics
 
 
@@ -58,7 +59,8 @@ async def _orchestrate(environment: ServiceEnvironment, job: JobSpec) -> None:
         evaluator = ReplicaPool(connect, [environment.evaluator_address], attempts, job.evaluation.timeout_seconds)
         for pool in (replicas, evaluator):
             stack.push_async_callback(pool.close)
-        rewards = RewardPool(job.task, job.seed)
+        failures = RunFiles(environment.run_dir).reward_failures
+        rewards = RewardPool(job.task, job.seed, metrics=metrics, failures=failures)
         stack.push_async_callback(rewards.close)
         orchestrator = Orchestrator(
             job=job,

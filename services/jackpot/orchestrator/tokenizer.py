@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from jackpot.config import JobSpec
-from jackpot.errors import ConfigError
+from jackpot.errors import ConfigError, PromptError
 from jackpot.orchestrator.chat import ChatTemplate
 from jackpot.orchestrator.tasks import Message, Prompt
 
@@ -65,7 +65,8 @@ class PromptTokenizer:
         In a chat, the template writes the special tokens; a plain prompt gets those of the tokenizer's post-processor.
 
         Raises:
-            ConfigError: the chat template refuses the messages, messages meet no template, or the prompt is empty.
+            ConfigError: the chat template refuses the messages, or messages meet no template.
+            PromptError: the text cannot be encoded, or has no tokens.
         """
         if self._chat is not None:
             text, add_special = self._chat.render([*self._system, *_messages(prompt)]), False
@@ -78,9 +79,12 @@ class PromptTokenizer:
                 "the task's prompts are chat messages and no chat template is in use",
                 "Use a policy with a chat template, or a task with plain prompts.",
             )
-        ids = self._tokenizer.encode(text, add_special_tokens=add_special).ids
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special).ids
+        except (UnicodeError, TypeError) as error:  # half of a surrogate pair is no text in any encoding
+            raise PromptError(f"cannot be encoded ({error})") from None
         if not ids:
-            raise ConfigError("task.name", text, "a prompt has no tokens", "Give every item a prompt.")
+            raise PromptError("has no tokens")
         return np.asarray(ids, dtype=np.uint32)
 
     def decode(self, token_ids: NDArray[np.uint32]) -> str:

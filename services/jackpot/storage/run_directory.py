@@ -61,6 +61,7 @@ class RunFiles:
     """Which step training last went on from."""
     alarms = _Entry("alarms.jsonl", "learner")
     evaluations = _Entry("evaluations.jsonl", "orchestrator")
+    reward_failures = _Entry("reward_failures.jsonl", "orchestrator")
     ledger = _Entry("ledger.jsonl", "orchestrator")
     """How every group ended."""
     manifests = _Entry("manifests", "learner")

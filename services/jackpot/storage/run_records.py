@@ -49,10 +49,14 @@ class EvaluationRow:
     newest_step: int  # the newest: the server may swap weights while an evaluation runs
     time: float  # seconds since the epoch
     policy_accuracy: float  # fraction of samples with a reward of 1: mean@n
+    accuracy_stderr: float | None  # its standard error over prompts; None for a single one
     pass_at_n: float  # fraction of prompts with a reward of 1 among their n = evaluation.samples_per_prompt samples
     mean_reward: float
-    num_samples: int
-    num_reward_failures: int  # samples left out because their reward failed
+    num_prompts: int  # distinct ones
+    num_samples: int  # judged; with on_reward_failure: zero also those whose reward failed
+    num_reward_failures: int
+    num_unreadable: int  # samples that their grader could not read: wrong answers
+    comparable: bool  # no more rewards failed than evaluation.max_failure_share
     mean_tokens: float
     truncated_fraction: float
 
@@ -63,6 +67,7 @@ class HeldOutAccuracy:
 
     step: int
     policy_accuracy: float
+    comparable: bool = True
 
 
 def read_accuracies(evaluations: Path) -> list[HeldOutAccuracy]:
@@ -77,10 +82,13 @@ def read_accuracies(evaluations: Path) -> list[HeldOutAccuracy]:
 def best_step(evaluations: Path, among: Collection[int]) -> int | None:
     """The step of greatest held-out accuracy among the given; the newest of equals. None where none was evaluated.
 
+    Evaluations in which too many rewards failed are not compared.
+
     Raises:
         DamagedRecordError: as :func:`read_accuracies`.
     """
-    ranked = [(row.policy_accuracy, row.step) for row in read_accuracies(evaluations) if row.step in among]
+    rows = [row for row in read_accuracies(evaluations) if row.step in among and row.comparable]
+    ranked = [(row.policy_accuracy, row.step) for row in rows]
     return max(ranked)[1] if ranked else None
 
 

@@ -44,7 +44,7 @@ LABELS: Mapping[str, str] = {
     "model": "`policy` or `actor`",
     "obrs": "`before` or `after` rejection",
     "operation": "`list`, `read`, `write` or `delete`",
-    "outcome": "what became of a broadcast: `sent`, `failed` or `skipped`",
+    "outcome": "what became of a broadcast: `sent`, `failed` or `skipped`; of a reward: `failed` or `unreadable`",
     "phase": "a phase of the learner's batch",
     "python": "version of Python; one per process",
     "quantile": "`p01`, `p10`, `p50`, `p90` or `p99`",
@@ -62,6 +62,7 @@ LABELS: Mapping[str, str] = {
 DROP_REASONS = (
     "rollout_failed",
     "reward_failed",
+    "prompt_unusable",
     "zero_variance",
     "corrupt_payload",
     "scoring_failed",
@@ -146,6 +147,14 @@ _SPECS = (
         (ORCHESTRATOR,),
     ),
     MetricSpec("jackpot_evaluated_step", "gauge", "Weight version of the last evaluation", (), (ORCHESTRATOR,)),
+    MetricSpec(
+        "jackpot_reward_failures",
+        "counter",
+        "Completions without a reward of their own: `failed` (the reward raised, hung or ended its process), or "
+        "`unreadable` to its grader, which makes them wrong answers",
+        ("outcome",),
+        (ORCHESTRATOR,),
+    ),
     MetricSpec("jackpot_tokens_generated", "counter", "Tokens sampled", (), (ROLLOUT,)),
     MetricSpec("jackpot_tokens_scored", "counter", "Tokens scored", (), (SCORER,)),
     MetricSpec("jackpot_tokens_trained", "counter", "Tokens trained on", (), (LEARNER,)),

@@ -172,6 +172,10 @@ class Metrics:
         self._set("jackpot_evaluated_step", step)
         self._set("jackpot_policy_accuracy_ratio", accuracy)
 
+    def count_reward_failure(self, outcome: str) -> None:
+        """Count a completion whose reward ``failed``, or that is ``unreadable`` to its grader."""
+        self._counter("jackpot_reward_failures", outcome).inc()
+
     def observe_in_flight(self, num_groups: int) -> None:
         """Show how many groups are being made."""
         self._set("jackpot_groups_in_flight", num_groups)

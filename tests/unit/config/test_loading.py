@@ -134,7 +134,20 @@ def test_a_slip_is_named_with_field_value_and_remedy(
     assert str(found).startswith(f"{field} = {value!r}: ")
 
 
+def test_an_evaluation_samples_as_training_does_unless_it_says_otherwise() -> None:
+    def temperature(*overrides: str) -> float:
+        return parse_job(MINIMAL, overrides).evaluation_temperature
+
+    assert temperature() == 1.0
+    assert temperature("sampling.temperature=0.7") == 0.7
+    assert temperature("sampling.temperature=0.7", "evaluation.temperature=0.3") == 0.3
+    assert temperature("sampling.temperature=0.7", "evaluation.temperature=0") == 0.0
+
+
 def test_settings_that_contradict_each_other_say_how() -> None:
+    found = problem_with(evaluation={"temperature": 0, "samples_per_prompt": 4})
+    assert found.field == "evaluation"
+    assert "evaluation.temperature = 0 makes all 4 samples of a prompt the same" in str(found)
     found = problem_with(learner={"groups_per_batch": 5, "updates_per_batch": 2})
     assert found.field == "learner"
     assert "groups_per_batch = 5 cannot be split evenly into updates_per_batch = 2" in str(found)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 
-from jackpot.errors import RewardError
-from jackpot.orchestrator.evaluation import EvaluationLog, EvaluationRow, last_due, next_evaluation, pass_at_n
+import pytest
+
+from jackpot.orchestrator.evaluation import (
+    EvaluationLog,
+    EvaluationRow,
+    accuracy_stderr,
+    last_due,
+    next_evaluation,
+    pass_at_n,
+)
 
 
 def row(step: int) -> EvaluationRow:
@@ -14,19 +23,32 @@ def row(step: int) -> EvaluationRow:
         newest_step=step + 1,
         time=0.0,
         policy_accuracy=0.5,
+        accuracy_stderr=0.25,
         pass_at_n=0.75,
         mean_reward=0.25,
+        num_prompts=4,
         num_samples=4,
         num_reward_failures=0,
+        num_unreadable=0,
+        comparable=True,
         mean_tokens=7.0,
         truncated_fraction=0.0,
     )
 
 
-def test_a_prompt_passes_with_one_right_sample_and_unjudged_ones_do_not_count():
-    failed = RewardError("timed out")
-    assert pass_at_n([[0.0, 1.0], [0.0, 0.5], [failed, 1.0], [failed, failed]]) == 2 / 3
+def test_a_prompt_passes_with_one_right_sample_and_those_without_rewards_do_not_count():
+    assert pass_at_n([[0.0, 1.0], [0.0, 0.5], [1.0], []]) == 2 / 3
     assert pass_at_n([[1.0], [0.0], [0.0], [0.0]]) == 0.25  # n = 1: the accuracy
+
+
+def test_the_standard_error_is_that_of_a_mean_over_prompts():
+    single = [[1.0]] * 30 + [[0.0]] * 70
+    assert accuracy_stderr(single) == pytest.approx(math.sqrt(0.3 * 0.7 / 99), rel=1e-12)
+    # Samples that only repeat each other add no certainty; the binomial formula would halve the error.
+    assert accuracy_stderr([prompt * 4 for prompt in single]) == pytest.approx(accuracy_stderr(single), rel=1e-12)
+    unequal = [[1.0, 0.0], [1.0], [], [0.2, 0.0, 1.0]]  # right: 1 of 2, 1 of 1, 1 of 3; accuracy 1/2
+    assert accuracy_stderr(unequal) == pytest.approx(math.sqrt(3 / 2 * (0 + 0.5**2 + 0.5**2)) / 6, rel=1e-12)
+    assert accuracy_stderr([[1.0, 0.0, 1.0]]) is None
 
 
 def test_the_last_step_is_always_due():

@@ -59,7 +59,7 @@ def test_a_policy_that_tells_no_vocabulary_is_named_where_the_orchestrator_needs
 def test_a_prompt_and_the_longest_completion_must_fit_into_the_models(job_of):
     # The tiny models have 128 positions, the task's first prompts 14 characters.
     validate_job(job_of(sampling={"max_tokens": 114}))
-    with pytest.raises(ConfigError, match=r"14 tokens .* 128 positions of policy\.model\. Set it to at most 114"):
+    with pytest.raises(ConfigError, match=r"14 tokens: .* 128 positions of policy\.model\. Set it to at most 114"):
         validate_job(job_of(sampling={"max_tokens": 115}))
 
 

@@ -35,6 +35,8 @@ class Progress(Record):
     """Finished optimizer steps."""
     policy_accuracy: float | None = None
     """The newest held-out accuracy of the policy."""
+    accuracy_stderr: float | None = None
+    """Its standard error over prompts."""
     reward: float | None = None
     """Mean reward of the newest batch."""
     acceptance_rate: float | None = None

@@ -58,7 +58,7 @@ class _Watch:
             update |= {"step": row.get("step"), "reward": row.get("reward/mean")}
             update |= {"acceptance_rate": row.get("rollout_corr/obrs_acceptance_rate")}
         for row in self._evaluations.rows():
-            update["policy_accuracy"] = row.get("policy_accuracy")
+            update |= {name: row.get(name) for name in ("policy_accuracy", "accuracy_stderr")}
         if update:
             self.progress = self.progress.model_copy(update=update)
         return self.progress

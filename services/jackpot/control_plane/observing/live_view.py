@@ -56,7 +56,8 @@ class Snapshot:
         if not self.evaluations:
             return "–"
         last = self.evaluations[-1]
-        return f"{last['policy_accuracy']:.3f} (step {last['step']})"
+        error = last.get("accuracy_stderr")
+        return f"{last['policy_accuracy']:.3f}{'' if error is None else f' ± {error:.3f}'} (step {last['step']})"
 
     @property
     def queues(self) -> str:

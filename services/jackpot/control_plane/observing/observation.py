@@ -19,7 +19,7 @@ from jackpot.telemetry.logs import redact_url
 SERVICE_PATTERN = r"^[a-z]+(-[0-9]{1,4})?$"
 MAX_LOG_BYTES = 1 << 20
 
-_EVALUATION_COLUMNS = ("policy_accuracy", "pass_at_n", "mean_tokens", "truncated_fraction")
+_EVALUATION_COLUMNS = ("policy_accuracy", "accuracy_stderr", "pass_at_n", "mean_tokens", "truncated_fraction")
 _SERVICE = re.compile(SERVICE_PATTERN)
 
 

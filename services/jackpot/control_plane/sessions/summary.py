@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from jackpot.bus import Ledger
@@ -22,6 +23,9 @@ State = Literal["succeeded", "failed", "stopped"]
 
 MAIN_WORK = {"learner": "train", "scorer": "score", "rollout": "generate"}
 """The activity that each service is there for; the orchestrator has none that would fill its time."""
+
+NO_LOSS = ("zero_variance", "unused")
+"""Reasons for which a group is dropped on purpose."""
 
 
 def build_summary(
@@ -45,7 +49,7 @@ def build_summary(
         resumed: whether this session continued an earlier one.
         error: why it failed.
     """
-    steps, accuracies = read_steps(run.files), [row["policy_accuracy"] for row in read_evaluations(run.files)]
+    steps, evaluations = read_steps(run.files), read_evaluations(run.files)
     resumption = read_resumption(run.files)
     divergences = _series(steps, "kl/policy_actor")
     summary = {
@@ -53,11 +57,7 @@ def build_summary(
         "state": state,
         "steps": int(steps[-1]["step"]) if steps else 0,
         "wall_seconds": round(wall_seconds, 2),
-        "policy_accuracy": {
-            "initial": accuracies[0] if accuracies else None,
-            "final": accuracies[-1] if accuracies else None,
-            "best": max(accuracies, default=None),
-        },
+        "policy_accuracy": _accuracy(evaluations),
         "acceptance_rate": _mean(_series(steps, "rollout_corr/obrs_acceptance_rate")),
         "kl_policy_actor": {
             "initial": divergences[0] if divergences else None,
@@ -65,11 +65,47 @@ def build_summary(
         },
         "services": {name: _shares(record) for name, record in read_activities(run.files).items()},
         "ledger": _ledger(run, ledger),
+        "reward_failures": _count_lines(run.files.reward_failures),
         "restarts": sum(restarts.values()),
         "restarts_by_process": dict(restarts),
         "resumed_from_step": resumption.resumed_from_step if resumed and resumption is not None else None,
     }
     return summary if error is None else summary | {"error": error}
+
+
+def lost_to_failures(ledger: Mapping[str, Any]) -> dict[str, float]:
+    """The share of the groups dispatched that each cause kept from training, greatest first.
+
+    What these groups have in common the policy did not learn from: a bias. Filtered groups and those that the job's end
+    left over are no such loss.
+
+    Args:
+        ledger: of a summary.
+    """
+    dispatched = max(1, ledger["dispatched"])
+    lost = {reason: count / dispatched for reason, count in ledger["dropped"].items() if reason not in NO_LOSS}
+    return dict(sorted(lost.items(), key=lambda item: -item[1]))
+
+
+def _accuracy(evaluations: Sequence[Row]) -> dict[str, float | None]:
+    """The first, last and best accuracy; those in which too many rewards failed are no candidates for the best."""
+    compared = [row["policy_accuracy"] for row in evaluations if row.get("comparable", True)]
+    first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+    return {
+        "initial": first.get("policy_accuracy"),
+        "initial_stderr": first.get("accuracy_stderr"),
+        "final": last.get("policy_accuracy"),
+        "final_stderr": last.get("accuracy_stderr"),
+        "best": max(compared, default=None),
+        "not_comparable": len(evaluations) - len(compared),
+    }
+
+
+def _count_lines(path: Path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
 def _shares(record: ActivityRecord) -> dict[str, Any]:

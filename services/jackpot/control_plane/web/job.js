@@ -69,7 +69,7 @@ export async function showJob(main, id, signal, fail) {
       make("div", { class: "row" },
         make("progress", { max: String(job.steps), value: String(done), "aria-label": "optimizer steps" }),
         make("span", { id: "steps" }, `step ${done} of ${job.steps}`),
-        make("span", { class: "soft" }, `policy accuracy ${figure(job.progress.policy_accuracy)}`),
+        make("span", { class: "soft" }, `policy accuracy ${figure(job.progress.policy_accuracy)}${job.progress.accuracy_stderr === null ? "" : ` ± ${figure(job.progress.accuracy_stderr)}`}`),
         scaling(job),
         ...buttons),
     );

@@ -40,7 +40,8 @@ class AlarmLog:
         """Look at the steps of a batch and at the evaluations since the last look; the alarms that begin."""
         alarms = [alarm for figures in rows for alarm in self._watch.observe_step(figures)]
         for row in self._evaluations.records(HeldOutAccuracy):
-            alarms += self._watch.observe_evaluation(row.step, row.policy_accuracy)
+            if row.comparable:
+                alarms += self._watch.observe_evaluation(row.step, row.policy_accuracy)
         for alarm in alarms:
             LOG.warning("alarm %s at step %d: %s", alarm.name, alarm.step, alarm.message)
             self._metrics.count_alarm(alarm.name)

@@ -84,8 +84,20 @@ def test_what_is_not_known_yet_is_a_dash(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (snapshot([]), ("demo-1", "0 / 100", "1:01  starting")),
         (
-            snapshot([row(10)], evaluations=[{"step": 5, "policy_accuracy": 0.75}], restarts=2),
-            ("demo-1", "10 / 100", "0.750 (step 5)", "0.812", "0.123", "4321", "4 to score", "restarts", "1:01"),
+            snapshot(
+                [row(10)], evaluations=[{"step": 5, "policy_accuracy": 0.75, "accuracy_stderr": 0.04}], restarts=2
+            ),
+            (
+                "demo-1",
+                "10 / 100",
+                "0.750 ± 0.040 (step 5)",
+                "0.812",
+                "0.123",
+                "4321",
+                "4 to score",
+                "restarts",
+                "1:01",
+            ),
         ),
     ],
     ids=["starting", "training"],

@@ -11,7 +11,7 @@ import pytest
 
 from jackpot.bus import Ledger
 from jackpot.config import parse_job
-from jackpot.control_plane.sessions.summary import build_summary
+from jackpot.control_plane.sessions.summary import build_summary, lost_to_failures
 from jackpot.storage.run_directory import RunDirectory
 from jackpot.storage.run_records import read_summary, write_summary
 
@@ -37,8 +37,12 @@ def test_a_summary_of_a_whole_run(run: RunDirectory) -> None:
         {"step": 3, "rollout_corr/obrs_acceptance_rate": 0.9, "kl/policy_actor": 0.2},
     ])  # fmt: skip
     write(run, "evaluations.jsonl", [
-        {"step": step, "policy_accuracy": accuracy} for step, accuracy in ((0, 0.2), (2, 0.9), (3, 0.8))
+        {"step": 0, "policy_accuracy": 0.2, "accuracy_stderr": 0.04, "comparable": True},
+        {"step": 1, "policy_accuracy": 1.0, "accuracy_stderr": 0.0, "comparable": False},  # of 400 rewards 399 failed
+        {"step": 2, "policy_accuracy": 0.9, "accuracy_stderr": 0.03, "comparable": True},
+        {"step": 3, "policy_accuracy": 0.8, "accuracy_stderr": 0.02, "comparable": True},
     ])  # fmt: skip
+    write(run, "reward_failures.jsonl", [{"completion": "x"}, {"completion": "y"}])
     ledger = Ledger(dispatched=9, trained=6, dropped={"stale": 2, "lost": 1}, open=0)
     summary = build_summary(run, **SETTINGS | {"ledger": ledger, "restarts": {"learner": 2, "scorer-0": 1}})
     assert summary == {
@@ -46,11 +50,19 @@ def test_a_summary_of_a_whole_run(run: RunDirectory) -> None:
         "state": "succeeded",
         "steps": 3,
         "wall_seconds": 12.35,
-        "policy_accuracy": {"initial": 0.2, "final": 0.8, "best": 0.9},
+        "policy_accuracy": {
+            "initial": 0.2,
+            "initial_stderr": 0.04,
+            "final": 0.8,
+            "final_stderr": 0.02,
+            "best": 0.9,
+            "not_comparable": 1,
+        },
         "acceptance_rate": pytest.approx(0.7),
         "kl_policy_actor": {"initial": 0.9, "final": 0.2},
         "services": {},
         "ledger": {"dispatched": 9, "trained": 6, "dropped": {"stale": 2, "lost": 1}},
+        "reward_failures": 2,
         "restarts": 3,
         "restarts_by_process": {"learner": 2, "scorer-0": 1},
         "resumed_from_step": None,
@@ -63,8 +75,20 @@ def test_a_summary_of_a_whole_run(run: RunDirectory) -> None:
 def test_of_a_run_that_never_began_there_is_little_to_say(run: RunDirectory) -> None:
     summary = build_summary(run, **SETTINGS | {"state": "failed", "error": "no server"})
     assert summary["steps"] == 0 and summary["error"] == "no server" and summary["acceptance_rate"] is None
-    assert summary["policy_accuracy"] == {"initial": None, "final": None, "best": None}
+    accuracy = summary["policy_accuracy"]
+    assert accuracy.pop("not_comparable") == 0
+    assert set(accuracy.values()) == {None}
+    assert summary["reward_failures"] == 0
     assert summary["ledger"] == {"dispatched": 0, "trained": 0, "dropped": {}}
+
+
+def test_what_failures_kept_from_training_is_a_bias_and_what_was_filtered_is_none() -> None:
+    dropped = {"reward_failed": 3, "zero_variance": 40, "prompt_unusable": 5, "unused": 7}
+    ledger = {"dispatched": 200, "trained": 145, "dropped": dropped}
+    lost = lost_to_failures(ledger)
+    assert lost == {"prompt_unusable": 0.025, "reward_failed": 0.015}
+    assert list(lost) == ["prompt_unusable", "reward_failed"]  # the greatest first
+    assert lost_to_failures({"dispatched": 0, "trained": 0, "dropped": {}}) == {}
 
 
 def test_steps_without_a_figure_do_not_count_towards_its_mean(run: RunDirectory) -> None:
