@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import pytest
 import zstandard
-from bus_world import STORES, Job, bus_settings, ids, make_scored
+from bus_world import STORES, Job, bus_settings, eventually, ids, make_scored
 from cutting_proxy import cutting_proxy
 from patience import PATIENCE_SECONDS, TEST_SECONDS
 from redis.asyncio import Redis
@@ -277,6 +277,30 @@ async def test_a_server_out_of_memory_refuses_whole_publications_and_can_be_empt
         await bus.close_job()
         ledger = await job.assert_closed(bus)
         assert ledger == Ledger(dispatched=2, trained=0, dropped={"lost": 1, "unused": 1})
+
+
+async def test_a_bus_that_is_closed_while_a_given_up_call_is_under_way_keeps_no_connection(
+    own_server: EmbeddedServer, tmp_path: Path
+) -> None:
+    """The caller is cancelled, its script is not; when its connection goes, it would be sent again over a new one."""
+    job = Job(own_server.url, "redis", tmp_path)
+    async with Redis.from_url(job.url) as redis:
+        before = (await redis.info("clients"))["connected_clients"]
+        async with job.connect() as bus:
+            await redis.client_pause(500, all=True)
+            calling = asyncio.create_task(bus.set_value("name", "value"))
+            await asyncio.wait([calling], timeout=0.1)  # sent, and not answered for as long as the server pauses
+            calling.cancel()
+            await asyncio.wait([calling])
+        assert calling.cancelled()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not [task for task in tasks if "_run_rounds" in str(task)]
+
+        async def no_other_is_left() -> bool:
+            return int((await redis.info("clients"))["connected_clients"]) == before
+
+        await eventually(no_other_is_left, "the bus's connections to be closed")
+        assert bus is not None  # nor were they closed by the garbage collector
 
 
 # --- payloads ---

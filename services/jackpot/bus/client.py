@@ -133,7 +133,8 @@ class BusClient:
         return int(info["used_memory"]), int(info.get("maxmemory") or info.get("total_system_memory") or 0)
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Close all connections. Scripts under way are given up: sent again, they would open another."""
+        await self._run_together.close()
         await self._redis.aclose()
 
     async def run(self, script: str, args: Sequence[Any], extra_keys: Sequence[str] = ()) -> Any:

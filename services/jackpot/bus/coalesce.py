@@ -48,6 +48,16 @@ class Together(Generic[Call, Result]):
             self._rounds = loop.create_task(self._run_rounds())
         return await future
 
+    async def close(self) -> None:
+        """End the round under way and every call that waits: what a caller that was cancelled left behind, too."""
+        rounds, self._rounds = self._rounds, None
+        if rounds is not None:
+            rounds.cancel()
+            await asyncio.wait({rounds})
+        for _, future in self._waiting:  # a task that is cancelled before it begins ends none
+            future.cancel()
+        self._waiting = []
+
     async def _run_rounds(self) -> None:
         try:
             while self._waiting:

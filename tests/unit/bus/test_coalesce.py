@@ -94,6 +94,25 @@ async def test_a_loop_that_ends_leaves_no_call_waiting() -> None:
     assert await together(5) == 10
 
 
+@pytest.mark.parametrize("begun", [True, False])
+async def test_closing_ends_what_is_under_way_and_what_waits(begun: bool) -> None:
+    doubling = Doubling()
+    doubling.may.clear()
+    together = Together(doubling)
+    calls = [asyncio.ensure_future(together(number)) for number in range(MOST_CALLS + 1)]
+    while begun and not doubling.rounds:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    others = asyncio.all_tasks() - set(calls) - {asyncio.current_task()}
+    await together.close()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+    assert len(others) == 1 and all(task.cancelled() for task in others)
+    await together.close()
+    doubling.may.set()
+    assert await together(5) == 10
+
+
 async def test_an_error_comes_once_all_calls_have_ended() -> None:
     ended: list[int] = []
 
