@@ -20,7 +20,7 @@ from jackpot.errors import ConfigError, JackpotError
 LOG = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.2
-SILENCE_SECONDS = 15.0  # a scheduler that has not looked for this long is not ready
+SILENCE_SECONDS = 15.0  # a scheduler idle for longer is not ready
 
 
 class Backend:
@@ -40,7 +40,7 @@ class Backend:
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """Start the store's server unless it runs elsewhere, and look after the jobs. Call it on the main thread.
+        """Start the store's server unless it runs elsewhere, and the scheduler. Call it on the main thread.
 
         Raises:
             ConfigError: another server holds the data directory.
@@ -76,13 +76,13 @@ class Backend:
                 os.close(lock)
 
     async def readiness(self) -> str | None:
-        """Why no job could be taken now, or None."""
+        """Why the server cannot accept jobs now, or None."""
         try:
             await asyncio.wait_for(self.store.ping(), 2.0)
         except (JackpotError, TimeoutError):
             return "the job store does not answer"
         if self.scheduler.silent_seconds > SILENCE_SECONDS:
-            return "jobs are not looked after"
+            return "the scheduler does not run"
         return None
 
     def _hold(self) -> int:
@@ -97,14 +97,14 @@ class Backend:
 
 
 async def _keep_up(server: EmbeddedServer, stopping: asyncio.Event) -> None:
-    """Start the store's server again when it dies; its data, socket and password stay."""
+    """Restart the store's server when it dies; its data, socket and password stay."""
     while not stopping.is_set():
         await asyncio.sleep(WATCH_SECONDS)
         if server.poll() is None:
             continue
-        LOG.error("the job store's server died; starting it again", extra={"status": server.poll()})
+        LOG.error("the job store's server died; restarting it", extra={"status": server.poll()})
         try:
             await server.start()
         except JackpotError as error:
-            LOG.error("the job store's server cannot be started: %s", error)
+            LOG.error("the job store's server cannot be restarted: %s", error)
             await asyncio.sleep(1.0)

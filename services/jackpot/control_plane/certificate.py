@@ -1,4 +1,4 @@
-"""The server's certificate is renewed where it lies, and taken up without a restart."""
+"""Reloads the server's certificate when its files are replaced, without a restart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 LOG = logging.getLogger(__name__)
 
-LOOK_SECONDS = 2.0  # two calls of stat; whoever renews does so days before the old one ends
+LOOK_SECONDS = 2.0  # two calls of stat; certificates are renewed days before they expire
 
 
 def _stamp(*paths: Path) -> tuple[tuple[int, int], ...]:
@@ -41,11 +41,11 @@ async def follow_renewals(
         if current in ((), seen) or serving is None:
             continue
         try:
-            # Aside first: a pair that does not fit would leave the server's context with half of it.
+            # Try the pair on a separate context: a mismatched pair would leave the server's own half loaded.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
             serving.load_cert_chain(certificate, key)
         except (OSError, ssl.SSLError) as error:
-            LOG.warning("the old certificate stays in use: %s", error)
+            LOG.warning("the new certificate cannot be loaded, and the old one stays in use: %s", error)
             continue
         seen = current
         LOG.info("serving with a new certificate", extra={"certificate": str(certificate)})

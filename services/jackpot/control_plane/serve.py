@@ -45,7 +45,7 @@ def serve(settings: ServeSettings, announce: Callable[[str], None]) -> None:
         lifespan="off",
         log_config=None,
         access_log=False,
-        proxy_headers=False,  # an address from a header is an address of the client's choice
+        proxy_headers=False,  # a client can put any address into a header
         server_header=False,
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
@@ -60,7 +60,7 @@ def serve(settings: ServeSettings, announce: Callable[[str], None]) -> None:
 
 
 async def _serve(backend: Backend, server: _Server, bound: socket.socket, announce: Callable[[], None]) -> None:
-    """The backend is opened before the first connection is taken, and closed after the last."""
+    """The backend is opened before the first connection is accepted, and closed after the last."""
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -93,7 +93,7 @@ def _follow_renewals(backend: Backend, server: _Server) -> asyncio.Task[None] | 
 
 
 class _Server(uvicorn.Server):
-    """Leaves the signals to us: uvicorn would end the process with them before the backend is closed."""
+    """Leaves signals to us: uvicorn would end the process on one before the backend is closed."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -103,7 +103,7 @@ class _Server(uvicorn.Server):
 
 def _bind(settings: ServeSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # With its protocol named: asyncio sets TCP_NODELAY only then, and without it every answer waits 40 ms for an
+    # The socket names its protocol: asyncio sets TCP_NODELAY only then. Without it every answer waits 40 ms for an
     # acknowledgement between its head and its body.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""The control plane's own metrics. Those of a job's processes have their home in ``jackpot.telemetry``."""
+"""The control plane's own metrics. Metrics of a job's processes are in ``jackpot.telemetry``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SPECS = (
     MetricSpec("jackpot_api_open_streams", "gauge", "Event and log streams open", (), CONTROL_PLANE),
 )
 CATALOGUE: Mapping[str, MetricSpec] = {spec.name: spec for spec in _SPECS}
-"""Every metric of the control plane, by name. They are about no job in particular: none has the label ``job_id``."""
+"""Every metric of the control plane, by name. They belong to no single job, so that none has the label ``job_id``."""
 
 
 class ServiceMetrics:
@@ -56,21 +56,21 @@ class ServiceMetrics:
         self.open_streams = 0
 
     def stream_opened(self) -> None:
-        """Count a stream of events or logs that begins."""
+        """Count the start of a stream of events or logs."""
         self.open_streams += 1
         self._streams.set(self.open_streams)
 
     def stream_closed(self) -> None:
-        """Count a stream that has ended."""
+        """Count the end of a stream."""
         self.open_streams -= 1
         self._streams.set(self.open_streams)
 
     def request_began(self) -> None:
-        """Count a request that begins; follow with :meth:`count_request`."""
+        """Count the start of a request; follow with :meth:`count_request`."""
         self._in_flight.inc()
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count a request that was answered; ``route`` is the pattern, so that ids make no labels."""
+        """Count an answered request; ``route`` is the pattern, so that ids do not become labels."""
         self._in_flight.dec()
         known = method if method in METHODS else "other"
         self._requests.labels(known, route, str(status)).inc()

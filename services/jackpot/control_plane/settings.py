@@ -1,4 +1,4 @@
-"""How a server is run, decided before it starts."""
+"""A server's settings, fixed before it starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ServeSettings:
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_elsewhere: bool = False  # a proxy in front speaks TLS
-    allowed_hosts: tuple[str, ...] = ()  # names under which the server is reached, beside its own address
+    allowed_hosts: tuple[str, ...] = ()  # names of the server, besides its own address
     admission: Admission = field(default_factory=Admission)
     policy: SchedulingPolicy = field(default_factory=SchedulingPolicy)
     launcher_choice: LauncherChoice = field(default_factory=LauncherChoice)  # where jobs run
@@ -62,13 +62,13 @@ class ServeSettings:
         return f"{'https' if self.tls else 'http'}://{host}:{self.port}"
 
     def with_roots(self, roots: Sequence[Path] | None) -> ServeSettings:
-        """The same settings with directories that models and data may lie in; without any, a server that others can
-        reach takes built-in models only, and a local one any path."""
+        """The same settings with the directories in which models and data may lie. Without any, a server that others
+        can reach accepts built-in models only, and a local one any path."""
         chosen = tuple(path.expanduser().resolve() for path in roots) if roots else None if self.loopback else ()
         return replace(self, admission=replace(self.admission, roots=chosen))
 
     def check(self) -> None:
-        """Refuse to be reachable from elsewhere without tokens and TLS.
+        """Refuse to be reachable from other hosts without tokens and TLS.
 
         Raises:
             ConfigError: naming what is missing.

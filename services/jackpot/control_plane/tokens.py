@@ -1,4 +1,4 @@
-"""Bearer tokens: random, shown once, kept as hashes, with a scope and an end."""
+"""Bearer tokens: random, shown once, stored as hashes, with a scope and an expiry."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Scope(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """A token as it is kept: nobody can make the token from it."""
+    """A token as stored: the token itself cannot be derived from it."""
 
     id: str
     name: str
@@ -56,7 +56,7 @@ class TokenRecord:
 
     @property
     def expired(self) -> bool:
-        """Whether its time is over."""
+        """Whether it has expired."""
         return self.expires is not None and datetime.fromisoformat(self.expires) <= now()
 
 
@@ -74,14 +74,14 @@ class TokenFile:
 
     @property
     def exists(self) -> bool:
-        """Whether a token was ever made; a file whose last token was revoked still asks for one."""
+        """Whether a token was ever made; a file whose last token was revoked still requires one."""
         return self._path.exists()
 
     def create(self, name: str, scope: Scope, lifetime: timedelta | None) -> str:
-        """Make a token and return it; it cannot be had again.
+        """Make a token and return it; it cannot be shown again.
 
         Raises:
-            ConfigError: the name is not one.
+            ConfigError: the name is not valid.
         """
         if _NAME.fullmatch(name) is None:
             raise ConfigError("--name", name, "is not a token's name", "Use letters, digits and . _ @ -, at most 63.")
@@ -101,11 +101,11 @@ class TokenFile:
         return f"jp_{token_id}_{secret}"
 
     def list(self) -> list[TokenRecord]:
-        """All tokens, as they are kept."""
+        """All tokens, as stored."""
         return list(self._records().values())
 
     def revoke(self, token_id: str) -> TokenRecord:
-        """End a token at once.
+        """Revoke a token, at once.
 
         Raises:
             ConfigError: there is no such token.
@@ -121,7 +121,7 @@ class TokenFile:
         if match is None:
             return None
         record = self._records().get(match[1])
-        # Compared in constant time, also when there is no such token.
+        # Compared in constant time, even when there is no such token.
         expected = record.sha256 if record is not None else "0" * 64
         same = hmac.compare_digest(hashlib.sha256(match[2].encode()).hexdigest(), expected)
         return record if record is not None and same and not record.expired else None

@@ -1,1 +1,1 @@
-"""The REST API of the control plane, on FastAPI: handlers translate; what happens is decided elsewhere."""
+"""The REST API of the control plane, on FastAPI: handlers translate requests and decide nothing."""

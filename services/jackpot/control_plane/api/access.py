@@ -24,7 +24,7 @@ class Requires:
     async def __call__(
         self, request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None
     ) -> TokenRecord | None:
-        """The token, as far as the server asks for one.
+        """The request's token; None where the server needs none.
 
         Raises:
             ProblemError: 401 without a valid token, 403 if its scope is too small.

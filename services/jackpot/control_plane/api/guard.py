@@ -1,4 +1,4 @@
-"""What stands before every request: names, origins, tokens, limits; and what goes onto every answer."""
+"""Checks on every request (host names, origins, tokens, limits), and headers on every response."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TokenBucket:
         self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, client: str, moment: float | None = None) -> float:
-        """Take one request; 0 if it may pass, else the seconds until one may."""
+        """Count one request; 0 if it may pass, else the seconds until the next may."""
         if self._rate <= 0:
             return 0.0
         moment = time.monotonic() if moment is None else moment
@@ -62,9 +62,9 @@ class Guard:
     """ASGI middleware; the outermost one.
 
     Args:
-        app: what is guarded.
+        app: the application to guard.
         settings: limits, names, whether a token is needed.
-        tokens: who may do what.
+        tokens: the tokens that the server accepts.
         metrics: counts requests.
     """
 
@@ -115,7 +115,7 @@ class Guard:
         host = headers.get(b"host", "")
         name = (urlsplit(f"//{host}").hostname or "") if _is_host(host) else ""
         if not self._settings.tls_elsewhere and name not in self._hosts and "*" not in self._hosts:
-            # A web site can have its own name point at this machine; the browser tells which name it used.
+            # DNS rebinding: a web site can point its own name at this machine. The Host header shows the name used.
             remedy = "Use the server's own address, or start it with --allowed-host."
             raise ProblemError(421, "unknown-host", f"This server does not go by the name {name[:80]!r}. {remedy}")
         origin = headers.get(b"origin")
@@ -132,7 +132,7 @@ class Guard:
             raise self._too_large()
 
     def _identify(self, scope: Scope, headers: MutableMapping[bytes, str]) -> str:
-        """Who asks: the token's id, else the address."""
+        """The caller: the token's id, else the address."""
         address = (scope.get("client") or ("local", 0))[0]
         scheme, _, token = headers.get(b"authorization", "").partition(" ")
         state: dict[str, Any] = scope.setdefault("state", {})
@@ -148,7 +148,7 @@ class Guard:
         return record.id
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        """Bodies that do not say how long they are end at the limit, too."""
+        """Bodies without a declared length are cut off at the limit, too."""
         received = 0
 
         async def limited() -> Message:

@@ -1,4 +1,4 @@
-"""From the bytes of a request to a job that this server takes."""
+"""Turns the bytes of a request into a job that this server accepts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def read_job(body: bytes, content_type: str, admission: Admission) -> JobS
 
     Raises:
         ProblemError: the body is neither JSON nor YAML.
-        InvalidJobError: it is no job, or none that this server takes.
+        InvalidJobError: it is not a valid job, or this server does not accept it.
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind not in (*JSON_TYPES, *YAML_TYPES):
@@ -48,14 +48,14 @@ async def read_job(body: bytes, content_type: str, admission: Admission) -> JobS
         raise ProblemError(400, "malformed-body", f"The body is not UTF-8 ({error.reason}).") from None
     if len(body) <= _QUICK_BYTES:
         return _parse(text, kind in JSON_TYPES, admission)
-    # PyYAML takes its time over large texts; other requests go on meanwhile.
+    # PyYAML is slow on large texts; a thread keeps other requests going.
     return await asyncio.to_thread(_parse, text, kind in JSON_TYPES, admission)
 
 
 def _parse(text: str, is_json: bool, admission: Admission) -> JobSpec:
     data = _read_json(text) if is_json else read_yaml(text, "body")
     try:
-        # Some texts of JSON and YAML are no Unicode (a lone surrogate), and some nest beyond what can be written.
+        # JSON and YAML can hold invalid Unicode (a lone surrogate), or nest too deeply to serialize.
         json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, TypeError, RecursionError) as error:
         problem = ConfigError("body", None, f"holds what JSON cannot ({type(error).__name__})", "Use plain values.")
@@ -86,7 +86,7 @@ def _read_json(text: str) -> Mapping[str, Any]:
 
 
 async def check_thoroughly(job: JobSpec) -> list[str]:
-    """Check models, task and tokenizer as a start would; what could not be checked yet.
+    """Check models, task and tokenizer as a start would. Returns what cannot be checked yet.
 
     Raises:
         ConfigError: the job cannot work.
@@ -102,7 +102,7 @@ async def check_thoroughly(job: JobSpec) -> list[str]:
         except JackpotError:
             raise
         except (OSError, ValueError, TypeError, KeyError) as error:
-            # A task of somebody's own may raise what it likes on parameters that it does not expect.
+            # A user's own task may raise anything on parameters that it does not expect.
             problem = f"the task cannot be built ({type(error).__name__}: {error})"
             raise ConfigError("task.params", None, problem, "Correct the task's parameters.") from None
     return []
@@ -135,6 +135,6 @@ def read_labels(texts: Sequence[str]) -> dict[str, str]:
 
 
 def fingerprint(job: JobSpec, priority: int, labels: Mapping[str, str]) -> str:
-    """What a request asks for, as a short text: the same for the same request however it is written."""
+    """A digest of what a request asks for; it does not depend on how the request is formatted."""
     asked = [job.model_dump(mode="json"), priority, dict(labels)]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -37,7 +37,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
     status_code=201,
     response_model=JobRecord,
     responses={200: {"description": "A dry run, or the job of this Idempotency-Key", "model": DryRun | JobRecord}},
-    openapi_extra={"requestBody": {"required": True, "content": {}}},  # filled in by the OpenAPI document's maker
+    openapi_extra={"requestBody": {"required": True, "content": {}}},  # filled in with the OpenAPI document
 )
 async def submit(
     request: Request,
@@ -84,7 +84,7 @@ async def list_jobs(
     labels = intake.read_labels(label or [])
     start = None if cursor is None else int(cursor)
     page = await backend.store.page(frozenset(state or ()), labels, start, limit)
-    # Records are sent as they are stored; only those of jobs at work are brought up to date.
+    # Records are sent as stored; only running jobs get fresh progress.
     active = backend.scheduler.progress
     records = [
         _current(JobRecord.model_validate_json(data), backend).model_dump_json().encode() if job_id in active else data
@@ -103,7 +103,7 @@ async def get_job(job_id: JobId, _: Reader, backend: Behind) -> Response:
 
 @router.post("/{job_id}:cancel", response_model=JobRecord)
 async def cancel(job_id: JobId, token: Writer, backend: Behind) -> Response:
-    """Stop a job. Its processes finish their unit of work; a checkpoint stays. Repeating does no harm."""
+    """Stop a job. Its processes finish their unit of work; a checkpoint stays. Repeating has no effect."""
     who = f" by {token.name}" if token else ""
     return _json(_current(await backend.scheduler.cancel(job_id, f"cancelled on request{who}"), backend))
 
@@ -118,7 +118,7 @@ async def resume(job_id: JobId, token: Writer, backend: Behind) -> Response:
 @router.post("/{job_id}:scale", response_model=JobDetail)
 async def scale(job_id: JobId, wanted: ScaleRequest, _: Writer, backend: Behind) -> Response:
     """Change how many rollout replicas a running job has. New ones sample as soon as they are ready; those that leave
-    finish what they have under way. Repeating does no harm."""
+    finish what they have under way. Repeating has no effect."""
     record = await backend.scheduler.scale(job_id, wanted.rollout_replicas)
     return _json(await _detail(record, backend))
 

@@ -50,7 +50,7 @@ class LedgerAnswer(Record):
     dropped: dict[str, int]
     """Groups dropped, by reason."""
     ended: int
-    """Groups that ended in one way or the other."""
+    """Groups that ended either way."""
     dispatched: int | None
     """Groups ever dispatched, by the bus's own count; null until a session has ended."""
     open: int | None

@@ -1,4 +1,4 @@
-"""Routes: what those need who run the server, and the schema of the job file."""
+"""Routes for operators (health, metrics, scrape targets), and the schema of the job file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Health(Record):
 
 @router.get("/healthz", response_model=Health)
 async def healthz() -> dict[str, str]:
-    """Whether the server answers at all."""
+    """Whether the server is up."""
     return {"status": "ok"}
 
 
 @router.get("/readyz", response_model=Health)
 async def readyz(backend: Behind) -> dict[str, str]:
-    """Whether jobs can be taken and are looked after."""
+    """Whether the server accepts jobs and its scheduler runs."""
     problem = await backend.readiness()
     if problem is not None:
         raise ProblemError(503, "not-ready", f"Not ready: {problem}. Try again.", headers={"Retry-After": "2"})
@@ -60,8 +60,8 @@ class ScrapeGroup(Record):
 @router.get("/v1/metrics-targets", response_model=list[ScrapeGroup])
 async def metrics_targets(_: Reader, backend: Behind) -> list[dict[str, Any]]:
     """The processes of running jobs that the server's own launcher has started, for Prometheus's HTTP service
-    discovery. They listen on the server's loopback interface unless it runs with ``JACKPOT_METRICS_HOST``, a name
-    by which others reach it; then they listen on all. On Kubernetes a PodMonitor finds the processes instead."""
+    discovery. They listen on loopback, or on all interfaces if the server runs with ``JACKPOT_METRICS_HOST``, the
+    name by which other hosts reach it. On Kubernetes a PodMonitor finds the processes instead."""
     running = await backend.store.in_states(JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
     return [group for record in running for group in read_targets(backend.scheduler.run_dir(record.id))]
 

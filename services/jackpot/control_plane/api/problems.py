@@ -60,7 +60,7 @@ class Problem(BaseModel):
     status: int = Field(ge=400, le=599)
     """The HTTP status."""
     detail: str
-    """This occurrence, and what to do about it."""
+    """What happened this time, and what to do about it."""
     instance: str | None = None
     """The path that was asked for."""
     errors: list[FieldProblem] | None = None
@@ -132,7 +132,7 @@ def problem_of(error: JackpotError) -> ProblemError:
 
 
 def install(app: FastAPI) -> None:
-    """Have every error answered with a problem document."""
+    """Answer every error with a problem document."""
 
     @app.exception_handler(ProblemError)
     async def _problem(request: Request, error: ProblemError) -> Response:

@@ -21,7 +21,7 @@ LOOK_SECONDS = 0.2
 HEARTBEAT_SECONDS = 10.0
 CURSOR_PATTERN = r"^[0-9]{1,9}(-[0-9]{1,15}){4}$"
 
-# The files that events are made of: a part of the cursor, the name of its events, the file.
+# The sources of events: the cursor's field, the event's name, the file.
 FILES: Sequence[tuple[str, str, Callable[[RunFiles], Path]]] = (
     ("steps", "step", lambda files: files.metrics),
     ("evaluations", "evaluation", lambda files: files.evaluations),
@@ -32,8 +32,8 @@ FILES: Sequence[tuple[str, str, Callable[[RunFiles], Path]]] = (
 
 @dataclass(slots=True)
 class EventCursor:
-    """Where a stream of events stands: transitions seen, and bytes of each file read. It is the id of an event, so
-    that a client that comes back goes on exactly where it was, after a restart of the server, too."""
+    """A position in a stream of events: transitions seen, and bytes read of each file. It is each event's id, so that
+    a client that reconnects continues exactly where it stopped, even after a restart of the server."""
 
     transitions: int = 0
     steps: int = 0
@@ -46,7 +46,7 @@ class EventCursor:
 
     @classmethod
     def parse(cls, text: str | None) -> EventCursor:
-        """The cursor behind an id; the beginning if it is none."""
+        """The cursor of an event id; the beginning if the id is not valid."""
         if text is None or re.fullmatch(CURSOR_PATTERN, text) is None:
             return cls()
         return cls(*(int(part) for part in text.split("-")))
@@ -74,7 +74,7 @@ class EventStream:
         sent_at = time.monotonic()
         while not self._backend.stopping.is_set():
             try:
-                # Asked before the files are read: what an ended job has written is whole.
+                # Read the state before the files: a job that has ended has written everything.
                 ended = (await self._backend.store.get(self._job_id)).state.finished
                 news = await self._news()
             except JobNotFoundError:
@@ -95,7 +95,7 @@ class EventStream:
                 await asyncio.sleep(LOOK_SECONDS)
 
     async def _news(self) -> list[str]:
-        """What is new, in the order of its time, so that the past is told as it happened."""
+        """New events in the order in which they happened."""
         transitions = await self._backend.store.transitions(self._job_id, self._cursor.transitions)
         # (time, what the cursor becomes, name, data)
         news: list[tuple[float, tuple[str, int], str, Any]] = [
@@ -122,7 +122,7 @@ def _event(name: str, cursor: str | None, data: Any) -> str:
 
 
 def _finite(data: Any) -> Any:
-    """NaN and infinity are no JSON: null stands for them."""
+    """NaN and infinity, which JSON lacks, become null."""
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
     return None if isinstance(data, float) and data - data != 0 else data
@@ -131,9 +131,9 @@ def _finite(data: Any) -> Any:
 async def follow_logs(
     backend: Backend, job_id: str, service: str | None, lines: int, follow: bool
 ) -> AsyncIterator[str]:
-    """Logs of a job's processes, from their last lines on; of all of them, each line begins with the process.
+    """Logs of a job's processes, from their last lines on. With several processes each line begins with its process.
 
-    Ends once the job is over, at once if it is not to be followed.
+    Ends once the job is over; without ``follow``, at once.
     """
     run_dir = backend.scheduler.run_dir(job_id)
     tails: dict[str, LogTail] = {}

@@ -1,4 +1,4 @@
-"""Which jobs a server takes: a job file is a wish, and the server's owner decides what it may name."""
+"""Which jobs a server accepts. Its owner decides what a job file may name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Admission:
         roots: directories under which models and data may lie; None allows any path.
         max_processes: rollout and scorer replicas of one job.
         weight_store: ``s3://bucket/prefix``, where jobs keep weights and checkpoints unless they name a place below it;
-            None keeps them in the run directories. Objects are written with the server's own rights, hence its choice.
+            None keeps them in the run directories. The server decides, since objects are written with its credentials.
     """
 
     tasks: tuple[str, ...] = DEFAULT_TASKS
@@ -32,7 +32,7 @@ class Admission:
     weight_store: str | None = None
 
     def check(self, job: JobSpec) -> None:
-        """Refuse a job that asks for what this server does not give.
+        """Refuse a job that asks for something this server does not allow.
 
         Raises:
             InvalidJobError: with every problem.
@@ -42,7 +42,7 @@ class Admission:
             raise InvalidJobError(problems)
 
     def complete(self, job: JobSpec) -> JobSpec:
-        """The job with what the server adds where the job says nothing."""
+        """The job with the server's defaults filled in."""
         if self.weight_store is None or job.weights.store is not None:
             return job
         weights = job.weights.model_copy(update={"store": self.weight_store})
@@ -76,7 +76,7 @@ class Admission:
         if not path.is_absolute():
             remedy = "Write where it lies on the server, from / on, or builtin:<recipe>/<name>."
             return ConfigError(field, value, "is a relative path, which means nothing to the server", remedy)
-        resolved = path.resolve()  # before the comparison: neither .. nor a link leads out of a root
+        resolved = path.resolve()  # resolved before the comparison: neither .. nor a link leads out of a root
         if self.roots is None or any(resolved.is_relative_to(root.resolve()) for root in self.roots):
             remedy = "Write where it lies on the server."
             return None if resolved.exists() else ConfigError(field, value, "does not exist on the server", remedy)
@@ -90,7 +90,7 @@ class Admission:
             remedy = "Leave it out: the server keeps each job under its own data directory."
             problems.append(ConfigError("run.directory", job.run.directory, "is the server's to choose", remedy))
         if job.bus.url is not None:
-            # Not repeated in the answer: the address may hold a password.
+            # The answer does not repeat the address, which may hold a password.
             remedy = "Leave it out: the server gives each job a bus of its own."
             problems.append(ConfigError("bus.url", "…", "is the server's to choose", remedy))
         store = job.weights.store

@@ -1,4 +1,4 @@
-"""Where jobs are kept. What a method has returned from survives a kill of the control plane and of the store."""
+"""Where jobs are kept. Once a method returns, its effect survives a kill of the control plane and of the store."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jackpot.control_plane.jobs.states import JobState
 
 @dataclass(frozen=True, slots=True)
 class IdempotencyKey:
-    """What makes a repeated request recognisable: who asks, the key they chose, and what they asked for."""
+    """Identifies a repeated request: the caller, the key it chose, and what it asked for."""
 
     owner: str
     key: str
-    fingerprint: str  # of the request; the same key with another one is a mistake
+    fingerprint: str  # of the request; the same key with another digest is an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class JobStore(Protocol):
 
         Raises:
             JobNotFoundError: there is no such job.
-            JobStateError: the table of transitions has no such way.
+            JobStateError: the table of transitions does not allow it.
         """
         ...
 
@@ -100,10 +100,10 @@ class JobStore(Protocol):
         ...
 
     async def lead(self, server: str, seconds: float) -> bool:
-        """Take or keep the lead among the servers on this store for so long; 0 gives it up.
+        """Take or keep the lead among the servers on this store for ``seconds``; 0 gives it up.
 
         Args:
-            server: who asks; no other server has the same name.
+            server: the caller's name, unique among the servers.
             seconds: how long the lead lasts unless it is taken again.
 
         Returns:
@@ -112,9 +112,9 @@ class JobStore(Protocol):
         ...
 
     async def ping(self) -> None:
-        """Ask for an answer.
+        """Check that the store answers.
 
         Raises:
-            BusError: there is none.
+            BusError: it does not.
         """
         ...

@@ -1,4 +1,4 @@
-"""What the control plane knows about a job: the record that is stored, and that REST answers with, as it is."""
+"""What the control plane knows about a job: the record that it stores and that REST returns unchanged."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class JobRecord(Record):
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     """Greater starts earlier; equals start in the order of submission."""
     labels: dict[str, str] = Field(default_factory=dict)
-    """What the submitter wrote to find it again."""
+    """Labels by which the submitter finds it."""
     owner: str | None = None
     """Name of the token that submitted it."""
     created: AwareDatetime
@@ -73,7 +73,7 @@ class JobRecord(Record):
     session: int = 0
     """How often its processes have been started."""
     losses: int = 0
-    """How often its processes were lost since somebody last asked for it to run."""
+    """How often its processes were lost since it was last submitted or resumed on request."""
     steps: int
     """Optimizer steps in all."""
     progress: Progress = Progress()
@@ -108,7 +108,7 @@ class JobDetail(JobRecord):
     spec: dict[str, Any]
     """The job file with every default."""
     rollout_replicas: int
-    """Rollout replicas that it should have: those of the job file, or what was last asked for."""
+    """Rollout replicas that it should have: the number in the job file, or the last one asked for."""
     transitions: list[Transition]
     """Every change of its state, oldest first."""
 
@@ -121,10 +121,10 @@ class ScaleRequest(Record):
 
 
 class DryRun(Record):
-    """A job that would be taken."""
+    """A job that would be accepted."""
 
     valid: bool
-    """Always true: a job that would be refused is answered with the problem."""
+    """Always true: for a job that would be refused, the answer is a problem document."""
     spec: dict[str, Any]
     """The job file with every default."""
     notes: list[str]

@@ -1,4 +1,4 @@
-"""The job store on Redis or Valkey. Each change is one script, so that it happens whole or not at all."""
+"""The job store on Redis or Valkey. Each change is one script, and so atomic."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RedisJobStore:
     Args:
         url: ``redis://``, ``rediss://`` or ``unix://``. The server should write every command through
             (``appendonly yes``, ``appendfsync always``); :meth:`check_server` says so if it does not.
-        prefix: of all keys, with a hash tag, so that they lie on one node of a cluster.
+        prefix: of all keys, with a hash tag, so that they share one node of a cluster.
     """
 
     def __init__(self, url: str, prefix: str = "jackpot:{control}:") -> None:
@@ -51,7 +51,7 @@ class RedisJobStore:
         )
 
     async def check_server(self) -> None:
-        """Make sure that the server answers and can be relied on; log what it does not promise.
+        """Check that the server answers and is durable; log a warning where it is not.
 
         Raises:
             BusError: it does not answer.
@@ -62,7 +62,7 @@ class RedisJobStore:
             try:
                 settings = await self._redis.config_get("append*")
             except exceptions.ResponseError:
-                settings = {}  # managed servers refuse CONFIG; whoever runs them has decided on durability
+                settings = {}  # managed servers refuse CONFIG; their operator decides on durability
         if str(info.get("maxmemory_policy", "noeviction")).startswith("allkeys-"):
             raise ConfigError("--store", self._address, "evicts keys when it is full", "Set noeviction.")
         if settings and (settings.get("appendonly"), settings.get("appendfsync")) != ("yes", "always"):

@@ -1,4 +1,4 @@
-"""Gives jobs their slots, looks after their sessions, and writes down what becomes of them."""
+"""Gives jobs their slots, follows their sessions, and records how they end."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from jackpot.storage.run_directory import RunDirectory, RunFiles
 LOG = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
-LEAD_SECONDS = 15.0  # after which another server takes the lead from one that fell silent
+LEAD_SECONDS = 15.0  # a leader silent for longer loses the lead to another server
 TROUBLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulingPolicy:
-    """How many jobs run at once, and what happens to those that get lost."""
+    """How many jobs run at once, and what happens to a job whose processes are lost."""
 
     slots: int = 1  # jobs that hold processes at the same time
     max_losses: int = 3  # how often a job whose processes vanished is resumed before it counts as failed
@@ -52,7 +52,7 @@ class _Watch:
         self.progress = Progress()
 
     def look(self) -> Progress:
-        """Read what the job has written since."""
+        """Read what the job has written since the last look."""
         update: dict[str, object] = {}
         for row in self._steps.rows():
             update |= {"step": row.get("step"), "reward": row.get("reward/mean")}
@@ -65,16 +65,16 @@ class _Watch:
 
 
 class Scheduler:
-    """The one writer of what happens to jobs by itself; requests come in through :meth:`cancel` and :meth:`resume`.
+    """The only writer of transitions that nobody requested; requests come in through :meth:`cancel` and :meth:`resume`.
 
-    Everything it needs to know is in the store and in the run directories, so that another one takes over where this
-    one ended. Of several servers on one store and one volume, one leads; the others only watch how far jobs are. What
-    keeps two from acting on one job, should both think that they lead, are the store's own checks of each transition
-    and the lock on the run directory.
+    All its state is in the store and in the run directories, so that another scheduler can take over at any point.
+    Where several servers share a store and a volume, one leads, and the others only follow the jobs' progress. Should
+    two servers both believe that they lead, the store's check of each transition and the lock on the run directory
+    keep them from acting on the same job.
 
     Args:
         store: the jobs.
-        runs: parent of the run directories; each bears its job's id.
+        runs: parent of the run directories, each named by its job's id.
         policy: slots and losses.
         launcher_choice: where jobs run.
     """
@@ -91,7 +91,7 @@ class Scheduler:
         self._looked_at = time.monotonic()
 
     async def run(self) -> None:
-        """Look after the jobs until :meth:`stop`. Jobs keep running then; the next scheduler finds them."""
+        """Run until :meth:`stop`. Jobs keep running after it; the next scheduler finds them."""
         while not self._stopped:
             try:
                 if await self._store.lead(self._server, LEAD_SECONDS):
@@ -101,7 +101,7 @@ class Scheduler:
                 pause = LOOK_SECONDS
                 self._looked_at = time.monotonic()
             except (JackpotError, OSError) as error:
-                LOG.error("jobs cannot be looked after: %s", error)
+                LOG.error("a round of the scheduler failed: %s", error)
                 pause = TROUBLE_SECONDS
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause)
@@ -110,19 +110,19 @@ class Scheduler:
             await self._store.lead(self._server, 0)  # so that the next need not wait
 
     def stop(self) -> None:
-        """End :meth:`run` after what it is doing. Not by cancelling it: a cancelled look would be half a look, and
-        redis-py's retries may take a cancellation for a lost connection and go on."""
+        """End :meth:`run` after its current round. It is not cancelled: a cancelled round would be left half done, and
+        redis-py's retries may mistake the cancellation for a lost connection and go on."""
         self._stopped = True
         self._wake.set()
 
     @property
     def silent_seconds(self) -> float:
-        """How long ago the jobs were last looked after."""
+        """Seconds since the last completed round."""
         return time.monotonic() - self._looked_at
 
     @property
     def progress(self) -> Mapping[str, Progress]:
-        """How far the jobs are that hold a slot; those of the others stand in their records."""
+        """Progress of the jobs that hold a slot; for all others it is in their records."""
         return {job_id: watch.progress for job_id, watch in self._watched.items()}
 
     def run_dir(self, job_id: str) -> Path:
@@ -136,11 +136,11 @@ class Scheduler:
         return self._runs / job_id
 
     def wake(self) -> None:
-        """Look after the jobs at once: there is a new one."""
+        """Start the next round at once: there is a new job."""
         self._wake.set()
 
     async def cancel(self, job_id: str, reason: str) -> JobRecord:
-        """Stop a job; one that is being stopped or is cancelled already stays as it is.
+        """Stop a job. One that is stopping or cancelled already stays as it is.
 
         Raises:
             JobNotFoundError: there is no such job.
@@ -158,7 +158,7 @@ class Scheduler:
                     return await self._store.transition(job_id, JobState.CANCELLED, reason, finished=now())
                 return await self._store.transition(job_id, JobState.STOPPING, reason)
             except JobStateError:
-                continue  # it got its slot, or ended, at this very moment
+                continue  # it got its slot, or ended, in between
             finally:
                 self.wake()
 
@@ -173,13 +173,13 @@ class Scheduler:
         if not record.state.finished:
             raise JobStateError(f"{job_id} is {record.state}; only a failed or cancelled job can be resumed")
         if record.state is JobState.SUCCEEDED:
-            raise JobStateError(f"{job_id} has succeeded already; submit it anew, with more learner.steps, to train on")
+            raise JobStateError(f"{job_id} has succeeded already; submit it again with more learner.steps to train on")
         record = await self._store.transition(job_id, JobState.QUEUED, reason, error=None, finished=None, losses=0)
         self.wake()
         return record
 
     async def scale(self, job_id: str, rollout_replicas: int) -> JobRecord:
-        """Have a job that runs use this many rollout replicas; a session that comes after this one does, too.
+        """Set the number of rollout replicas of a running job; its later sessions use it, too.
 
         Raises:
             JobNotFoundError: there is no such job.
@@ -213,7 +213,7 @@ class Scheduler:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     async def _watch_only(self) -> None:
-        """How far the jobs are that another server looks after."""
+        """Progress of the jobs that another server leads."""
         active = await self._store.in_states(JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
         directories = [(record, self.run_dir(record.id)) for record in active]
         self._watched = {
@@ -225,7 +225,7 @@ class Scheduler:
             watch.look()
 
     async def look(self) -> None:
-        """Look after every job once, and give free slots to the first of the queue.
+        """Follow up on every active job once, and give free slots to the first in the queue.
 
         Raises:
             BusError: the store does not answer.
@@ -250,7 +250,7 @@ class Scheduler:
                 started=record.started or now(),
             )
         except (JobStateError, JobNotFoundError):
-            return  # cancelled at this very moment
+            return  # cancelled in between
         await self._launch(record)
 
     async def _launch(self, record: JobRecord) -> None:
@@ -265,9 +265,9 @@ class Scheduler:
             )
 
     async def _prepare_directory(self, record: JobRecord) -> Path:
-        """The run directory, made unless an earlier session has made it."""
+        """The run directory, created unless an earlier session has done so."""
         directory = self.run_dir(record.id)
-        if not RunFiles(directory).identity.exists():  # written last: without it the rest may be half
+        if not RunFiles(directory).identity.exists():  # written last: without it the rest may be incomplete
             shutil.rmtree(directory, ignore_errors=True)
             spec = parse_job(json.loads(await self._store.spec(record.id)))
             RunDirectory.create(directory, record.id, spec)
@@ -277,7 +277,7 @@ class Scheduler:
         watch = self._watched.get(record.id)
         if watch is None:
             directory = self.run_dir(record.id)
-            if not directory.is_dir():  # the control plane was killed before it had made the directory
+            if not directory.is_dir():  # the control plane was killed before it created the directory
                 if record.state is JobState.STARTING:
                     await self._launch(record)
                 else:
@@ -310,7 +310,7 @@ class Scheduler:
         elif state == "stopped":
             await self._lost(record, progress, "stopped from outside")
         else:
-            # A session that was not ours ended with the server that it belonged to, and what it followed did not.
+            # A session of another server ended with that server; the processes that it followed did not.
             goes_on = self._launcher_choice.jobs_outlive_sessions and not watch.session.ours
             await self._lost(record, progress, "its processes vanished", goes_on=goes_on)
 
@@ -324,7 +324,7 @@ class Scheduler:
                 record, JobState.FAILED, "lost too often", error=error, finished=now(), progress=progress, losses=losses
             )
         elif goes_on:
-            await self._transition(record, JobState.QUEUED, "to be followed anew: it goes on where it runs")
+            await self._transition(record, JobState.QUEUED, "its session ended; its processes run on, followed again")
         else:
             reason = f"lost ({how}); resumes by itself, {losses} of {self._policy.max_losses}"
             await self._transition(record, JobState.QUEUED, reason, losses=losses, progress=progress)
@@ -334,5 +334,5 @@ class Scheduler:
             await self._store.transition(record.id, state, reason, **changes)
             LOG.info("%s is %s", record.id, state, extra={"reason": reason})
         except JobStateError:
-            # Somebody cancelled it since it was read: the next look sees that.
+            # It was cancelled since it was read; the next round sees that.
             LOG.info("%s changed meanwhile", record.id)

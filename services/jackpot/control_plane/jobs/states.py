@@ -1,4 +1,4 @@
-"""The states of a job and every way from one to another. Nothing else decides what may follow what."""
+"""The states of a job and every transition between them. No other module decides what may follow what."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class JobState(StrEnum):
 
     @property
     def finished(self) -> bool:
-        """Whether nothing happens any more unless somebody asks for it."""
+        """Whether the job has ended; only a request can move it again."""
         return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.STARTING, JobState.CANCELLED, JobState.FAILED}),
-    # Back to queued: the job's processes were lost, and it is resumed by policy. Straight to succeeded: a job so short
-    # that it ended before anybody looked, or while the control plane was away.
+    # Back to queued: the job's processes were lost, and policy resumes it. Straight to succeeded: the job was so short
+    # that it ended before the scheduler looked, or while the control plane was down.
     JobState.STARTING: frozenset(
         {JobState.RUNNING, JobState.STOPPING, JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED}
     ),
@@ -48,7 +48,7 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
 
 
 def check_transition(job_id: str, before: JobState, after: JobState) -> None:
-    """Refuse a way that the table does not have.
+    """Refuse a transition that the table does not allow.
 
     Raises:
         JobStateError: naming the job's state and what may follow it.

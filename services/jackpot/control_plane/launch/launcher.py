@@ -1,4 +1,4 @@
-"""What a launcher does: it brings a job's processes up, keeps them up, and takes them down. Nobody else knows how."""
+"""The launcher's interface: it brings a job's processes up, keeps them up, and takes them down."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class LaunchStatus:
     """How a job's processes are doing."""
 
     finished: bool = False  # learner and orchestrator have done all their work
-    waiting: bool = False  # for machines: nothing runs, and that is as it should be
-    error: str | None = None  # the job cannot go on, and why
+    waiting: bool = False  # in the queue for machines: nothing runs yet
+    error: str | None = None  # why the job cannot go on
     restarts: Mapping[str, int] = field(default_factory=dict)  # by process
 
 
@@ -25,22 +25,22 @@ class Launcher(Protocol):
         """Where the job's bus is; None before it is started."""
 
     async def start(self) -> None:
-        """Bring every process up. Cancelled, it leaves to :meth:`stop` what is up already.
+        """Bring every process up. If it is cancelled, :meth:`stop` takes down what is up already.
 
         Raises:
             JackpotError: something could not be started.
         """
 
     async def scale(self, rollout_replicas: int) -> None:
-        """Have the job's rollout replicas be this many. Returns when that is asked for, not when they are ready;
-        asking again for the same changes nothing.
+        """Set the number of rollout replicas. Returns once that is requested, not once they are ready; repeating a
+        request changes nothing.
 
         Raises:
-            JackpotError: it cannot be asked for just now; worth another attempt.
+            JackpotError: it cannot be requested just now; worth another attempt.
         """
 
     async def check(self) -> LaunchStatus:
-        """Look after the processes once, restarting what died; call it several times a second."""
+        """Check the processes once and restart those that died; call it several times a second."""
 
     async def stop(self) -> None:
         """Take every process down within ten seconds; also if only some were started."""

@@ -1,4 +1,4 @@
-"""Which launcher jobs get. Decided once, when the server starts; sessions are told by their environment."""
+"""Which launcher jobs get. The server decides once, at its start; sessions read it from their environment."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class LauncherChoice:
 
     @property
     def jobs_outlive_sessions(self) -> bool:
-        """Whether a job goes on when the process that follows it dies."""
+        """Whether a job goes on when its session's process dies."""
         return self.cluster is not None
 
     @property
     def stop_seconds(self) -> float:
-        """How long a session may take to take its job down, before it is killed."""
+        """How long a session may take to stop its job before it is killed."""
         return 45.0 if self.cluster is None else 360.0
 
     def check_job(self, job: JobSpec) -> None:
-        """Refuse a job that cannot run where jobs run.
+        """Refuse a job that cannot run with this launcher.
 
         Raises:
             ConfigError: it names built-in models, and jobs run on a cluster.
@@ -55,7 +55,7 @@ class LauncherChoice:
                 raise ConfigError(field, model, "is made with torch, which the control plane does not have", remedy)
 
     def check(self) -> None:
-        """Refuse settings that cannot work before the first job does.
+        """Refuse settings that cannot work, before the first job runs into them.
 
         Raises:
             ConfigError: the cluster's settings cannot be read, or the client library is not installed.
@@ -78,7 +78,7 @@ class LauncherChoice:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> LauncherChoice:
-        """What the server has told a session."""
+        """The choice that the server handed to a session."""
         variables = os.environ if environ is None else environ
         cluster = variables.get(CLUSTER_VARIABLE)
         return cls(Path(cluster) if cluster else None, variables.get(BUS_VARIABLE) or None)

@@ -28,9 +28,9 @@ from jackpot.storage.job_storage import payload_place
 from jackpot.storage.run_directory import RunDirectory, last_lines
 from jackpot.telemetry.scrape_targets import forget_target, forget_targets
 
-# A SIGTERM asks every process to finish its current unit of work; after this long it is ended.
+# A SIGTERM asks every process to finish its current unit of work; after this long it gets a SIGKILL.
 GRACE_SECONDS = 6.0
-LEFTOVERS_SECONDS = 15.0  # for what a killed session left to notice that it is alone, and end
+LEFTOVERS_SECONDS = 15.0  # for processes of a killed session to notice that it is gone, and end
 POLL_SECONDS = 0.02
 NEVER_RESTARTED = {
     2: "cannot work with this configuration",
@@ -43,7 +43,7 @@ SERVER = "bus-server"
 
 @dataclass(slots=True)
 class _ServerWatch:
-    """The embedded server, while it is supervised."""
+    """The embedded server under supervision."""
 
     deaths: Deaths
     started_at: float = 0.0
@@ -61,7 +61,7 @@ class LocalLauncher:
         operator_settings: what the operator decides for all jobs; None reads it from this process's environment.
 
     Raises:
-        ConfigError: an operator's setting cannot be.
+        ConfigError: an operator's setting is not valid.
     """
 
     def __init__(self, run: RunDirectory, job: JobSpec, operator_settings: OperatorSettings | None = None) -> None:
@@ -105,7 +105,7 @@ class LocalLauncher:
             self._spawn(process)
 
     async def scale(self, rollout_replicas: int) -> None:
-        """Start the rollout replicas that are missing; ask those beyond the number to finish and end."""
+        """Start missing rollout replicas; ask surplus ones to finish and end."""
         assert self._plan is not None, "scaled before it was started"
         rollouts = [process for process in self._processes if process.service == ROLLOUT and not _evaluates(process)]
         for process in rollouts[rollout_replicas:]:
@@ -130,7 +130,7 @@ class LocalLauncher:
         return LaunchStatus(finished=finished, error=error, restarts=dict(self._restarts))
 
     async def stop(self) -> None:
-        """SIGTERM to all, SIGKILL to who ignores it, the server last."""
+        """SIGTERM to all, SIGKILL to those that ignore it, the server last."""
         processes = (*self._processes, *self._leaving)
         running = [p.popen for p in processes if p.popen is not None and p.popen.poll() is None]
         for popen in running:
@@ -150,7 +150,7 @@ class LocalLauncher:
             await self._server.start()
             self._server_watch.started_at = time.monotonic()
             return self._server.url
-        # Without this, every process would wait for a server whose address has a slip in it.
+        # Without this check every process would wait for a server at a mistyped address.
         url, settings = self._bus_url_of("control-plane"), self._job.bus
         payloads = payload_place(self._job, self._run.job_id, self._run.path)
         bus = await TrajectoryBus.connect(url, self._run.job_id, settings, "launcher", payloads)
@@ -180,7 +180,7 @@ class LocalLauncher:
         process.restart_at = None
 
     def _check_process(self, process: LocalProcess) -> str | None:
-        """Look at one process; why the job must stop, or None."""
+        """Check one process; why the job must stop, or None."""
         now = time.monotonic()
         if process.finished:
             return None
@@ -205,7 +205,7 @@ class LocalLauncher:
         return None
 
     def _check_leaving(self) -> None:
-        """End who was asked to leave and has not, and remove the traces of who has."""
+        """Kill processes that were asked to leave and stay, and clean up after those that left."""
         for process in list(self._leaving):
             popen = process.popen
             if popen is not None and popen.poll() is None:
@@ -217,13 +217,13 @@ class LocalLauncher:
             forget_target(self._run.path, process.name)
 
     async def _wait_until_left(self, name: str) -> None:
-        """A replica that comes back takes the name and the socket of one that has gone, not of one that is going."""
+        """A new replica may reuse the name and socket of one that is gone, but not of one that is still leaving."""
         while any(process.name == name for process in self._leaving):
             self._check_leaving()
             await asyncio.sleep(POLL_SECONDS)
 
     async def _check_server(self) -> str | None:
-        """Look at the embedded server; why the job must stop, or None."""
+        """Check the embedded server; why the job must stop, or None."""
         server, watch, now = self._server, self._server_watch, time.monotonic()
         if server is None:
             return None
@@ -256,7 +256,7 @@ def _evaluates(process: LocalProcess) -> bool:
 
 
 async def end_leftovers(run_dir: Path, timeout_seconds: float = LEFTOVERS_SECONDS) -> None:
-    """Wait for processes of an earlier session of this run, whose launcher was killed; end those that stay.
+    """Wait for processes of an earlier session whose launcher was killed; kill those that stay.
 
     Raises:
         JackpotError: one of them cannot be ended.

@@ -1,4 +1,4 @@
-"""Which processes a job has on one machine, and what each is told."""
+"""The processes of a job on one machine, and the settings that each receives."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class LocalProcess:
     popen: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     restart_at: float | None = None
-    end_at: float = 0.0  # when one that was asked to leave is made to
+    end_at: float = 0.0  # when a process that was asked to leave is killed
     finished: bool = False
 
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """What the processes of one job are told.
+    """The settings of one job's processes.
 
     Args:
         job: the job as resolved.
         job_id: its id.
         run_dir: its directory.
-        sockets: where the unix sockets lie: no port to lose a race for, and nobody but this user can connect.
+        sockets: directory of the unix sockets. They need no free port, and only this user can connect.
         bus_url_of: the bus's address for a service.
-        metrics_host: under which a Prometheus on another host reaches this one; empty if none does.
+        metrics_host: name by which a Prometheus on another host reaches this one; empty if none does.
     """
 
     job: JobSpec
@@ -83,7 +83,7 @@ class LocalPlan:
         ]
 
     def joining_rollout(self, index: int) -> LocalProcess:
-        """A rollout replica beyond those that the job began with: it announces itself."""
+        """A rollout replica beyond the job's initial ones: it announces itself."""
         return self._rollout(index, advertise_address=self._socket(f"rollout-{index}"))
 
     def _rollout(self, index: int, **settings: object) -> LocalProcess:
@@ -101,7 +101,7 @@ class LocalPlan:
             # Each process takes a free port and writes it down for Prometheus.
             "metrics_address": "0.0.0.0:0" if self.metrics_host else "127.0.0.1:0",
             "metrics_host": self.metrics_host,
-            # Rollouts never speak with the bus: they are told neither where it is nor its password.
+            # Rollouts never use the bus: they receive neither its address nor its password.
             "redis_url": "" if service == ROLLOUT else self.bus_url_of(service),
         }
         environment = ServiceEnvironment.model_validate({**common, **settings})

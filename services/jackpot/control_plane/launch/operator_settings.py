@@ -10,7 +10,7 @@ from jackpot.config.environment import redis_url_over_tls
 from jackpot.errors import ConfigError
 
 VARIABLES = ("JACKPOT_BUS_URL", "JACKPOT_METRICS_HOST", "JACKPOT_STORE_URL")
-"""Not passed on to the processes of jobs: they may hold passwords of other roles."""
+"""Variables that jobs' processes do not inherit: they may hold other roles' passwords."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class OperatorSettings:
     """Where local jobs find their bus, and where Prometheus finds them."""
 
     bus_url: str | None = None
-    """Server of the buses of jobs that name none; None embeds one for each. ``{role}`` in it stands for the role of the
+    """Redis server for jobs that name no bus; None embeds one for each job. ``{role}`` in it stands for the role of the
     process that connects: ``orchestrator``, ``scorer``, ``learner``, or ``control-plane`` for the launcher itself."""
     metrics_host: str = ""
     """Name under which Prometheus reaches this machine: metrics are then served on all interfaces. Empty: loopback."""
@@ -28,7 +28,7 @@ class OperatorSettings:
         """Read ``JACKPOT_BUS_URL`` and ``JACKPOT_METRICS_HOST``; ``JACKPOT_TLS_DIR`` holds the files for rediss://.
 
         Raises:
-            ConfigError: the host is not one.
+            ConfigError: the host is not a host name.
         """
         variables = os.environ if environ is None else environ
         host = variables.get("JACKPOT_METRICS_HOST", "")

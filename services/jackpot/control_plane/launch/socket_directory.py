@@ -1,6 +1,6 @@
 """Where a run's unix sockets lie: a private directory whose path is short enough for a socket.
 
-Run directories may lie anywhere, and the kernel takes no socket path beyond 104 to 108 bytes.
+Run directories may lie anywhere, and the kernel limits a socket's path to 104 to 108 bytes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class _SocketDirectory:
 def open_socket_directory(run_dir: Path) -> Path:
     """A directory for a session's sockets, recorded in the run directory.
 
-    What a killed session left behind is removed, so that directories do not pile up.
+    The directory of a killed session is removed, so that they do not pile up.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     close_socket_directory(run_dir)
     directory = Path(tempfile.mkdtemp(prefix="jackpot-", dir=_short_base()))

@@ -1,4 +1,4 @@
-"""When a process that died is started again, and when it is given up."""
+"""When a process that died is restarted, and when it is given up."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Deaths:
     """The deaths of one process.
 
     Args:
-        allowed: how many in a row are made good.
+        allowed: how many in a row lead to a restart.
     """
 
     allowed: int
     recent: int = 0
 
     def restart_delay(self, uptime_seconds: float) -> float | None:
-        """Record a death: seconds until the process is started again, or None if it is given up.
+        """Record a death: seconds until the process is restarted, or None if it is given up.
 
         Args:
             uptime_seconds: how long the process had been up.

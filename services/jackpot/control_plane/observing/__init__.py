@@ -1,1 +1,1 @@
-"""What a job's files and bus say, for those who follow it: series, samples, logs, pictures, alarms."""
+"""Reads a job's files and bus for its followers: series, samples, logs, pictures, alarms."""

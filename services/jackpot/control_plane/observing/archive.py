@@ -1,7 +1,7 @@
 """Checkpoints of a job as Hugging Face directories, packed into a tar stream while it is sent.
 
-A checkpoint itself is for going on with training, in as many shards as there were processes. The model of its step lies
-whole in the weight store, as the version of that number, which stays there as long as the checkpoint does.
+A checkpoint itself serves to resume training, and has as many shards as there were processes. The model of its step
+lies whole in the weight store, as the version of that number, which is kept as long as the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ EXPORT = "export"  # the name of the download, and part of the API
 NAME_PATTERN = r"^(export|latest|[0-9]{8})$"
 ROLES = ("policy", "actor")
 
-# How long a broken download waits for an object store that is out of reach.
+# How long a download waits for an object store that is out of reach.
 OUTAGE_SECONDS = 30.0
 
-# What a Hugging Face directory holds beside the weights; taken from the model that training began with.
+# Files of a Hugging Face directory besides the weights, taken from the model that training started from.
 _COMPANIONS = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)"
@@ -35,8 +35,9 @@ _COMPANIONS = re.compile(
 
 
 def checkpoints(run_dir: Path) -> list[dict[str, Any]]:
-    """What can be downloaded: the checkpoints that are kept, oldest first, and the export if the job has one. Marked as
-    ``latest`` is the one that training would go on from.
+    """What can be downloaded: the checkpoints that are kept, oldest first, and the export if the job has one.
+
+    ``latest`` marks the one from which training would resume.
 
     Raises:
         ObjectStoreError: they are in an object store, which refuses or is out of reach.
@@ -52,7 +53,7 @@ def checkpoints(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _in_directory(run_dir: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The checkpoints, and what ``latest`` says."""
+    """The checkpoints, and the step that ``latest`` names."""
     directory = RunFiles(run_dir).checkpoints
     named = read_latest(directory)
     names = [path.name for path in directory.glob("*") if STEP_NAME.fullmatch(path.name)]
@@ -92,7 +93,7 @@ def _describe(run_dir: Path, name: str, step: int | None) -> dict[str, Any]:
     try:
         sizes = {role: sum(path.stat().st_size for path in paths) for role, paths in weights.items() if paths}
         modified = directory.stat().st_mtime
-    except FileNotFoundError:  # pruned at this moment
+    except FileNotFoundError:  # pruned in between
         return {"name": name, "step": step, "roles": {}, "time": 0.0}
     return {"name": name, "step": step, "roles": sizes, "time": modified}
 
@@ -100,12 +101,12 @@ def _describe(run_dir: Path, name: str, step: int | None) -> dict[str, Any]:
 class Archive:
     """One model of one checkpoint, as a tar stream.
 
-    Its files are open from the start: pruning cannot harm it. Of objects in a store each is read when its turn comes,
-    and checked: one that is pruned before, or damaged, breaks the stream off.
+    Its files are open from the start, so that pruning cannot harm it. Objects in a store are read one after the other
+    and checked; one that was pruned meanwhile, or is damaged, breaks the stream off.
 
     Args:
         run_dir: the run directory.
-        name: of the checkpoint, as :func:`checkpoints` tells it; ``latest`` is the one marked so.
+        name: of the checkpoint, as :func:`checkpoints` returns it; ``latest`` is the one marked so.
         role: ``policy`` or ``actor``.
         prefix: the directory inside the archive.
 

@@ -1,4 +1,4 @@
-"""What a download is made of: files of this machine, and objects of a store."""
+"""The members of a download: local files, and objects of a store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Member(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release its resources."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A look at a job's bus from outside: never in the way, never an error."""
+"""Reads a job's bus from outside; it never blocks the job and never fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Answer = TypeVar("Answer")
 
 
 class BusObserver:
-    """Asks the bus for its figures; None whenever it does not answer soon, or has no address yet.
+    """Asks the bus for its figures; None if it does not answer soon, or has no address yet.
 
     Args:
         job_id: whose bus.

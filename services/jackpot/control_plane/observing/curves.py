@@ -1,4 +1,4 @@
-"""Pictures of runs. matplotlib is imported only when one is drawn."""
+"""Plots of runs. matplotlib is imported only when one is drawn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jackpot.storage.json_files import Row
 from jackpot.storage.run_directory import RunDirectory
 from jackpot.storage.run_records import read_evaluations, read_steps
 
-# Distinguishable also without colour vision (Okabe and Ito).
+# Distinguishable with colour blindness, too (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -43,7 +43,7 @@ def draw_run(run: RunDirectory, path: Path) -> None:
 
 
 def draw_comparison(runs: Mapping[str, RunDirectory], path: Path, title: str) -> None:
-    """Draw several runs into one picture: the policy's accuracy, and how far the actor is from it."""
+    """Draw several runs into one figure: the policy's accuracy, and the actor's distance from it."""
     pyplot = _pyplot()
     figure, (accuracy, divergence) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     figure.suptitle(title)

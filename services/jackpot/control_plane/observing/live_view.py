@@ -1,4 +1,4 @@
-"""What a run looks like while it goes: a live panel in a terminal, plain lines elsewhere."""
+"""Shows a run in progress: a live panel in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Snapshot:
 
     @property
     def queues(self) -> str:
-        """Groups waiting for the scorer, for the learner, and for the checkpoint that will hold their effect."""
+        """Groups waiting for the scorer, for the learner, and for the checkpoint that will include them."""
         if self.depths is None:
             return "–"
         scoring = self.depths.rollouts_waiting + self.depths.rollouts_pending

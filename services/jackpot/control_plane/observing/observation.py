@@ -1,4 +1,4 @@
-"""What a job's files say, for those who follow it: series, ledger, checkpoints, samples, logs."""
+"""Reads a job's files for its followers: series, ledger, checkpoints, samples, logs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SERVICE = re.compile(SERVICE_PATTERN)
 def series(run_dir: Path, names: Collection[str], max_points: int) -> dict[str, dict[str, list[float | None]]]:
     """Columns of the job's files as series over steps (telemetry: over time since its first row).
 
-    A column of more than ``max_points`` values is averaged in stretches of equal length.
+    A column of more than ``max_points`` values is averaged over stretches of equal length.
 
     Args:
         run_dir: the run directory.
@@ -74,8 +74,8 @@ def downsample(points: Sequence[tuple[float, Any]], max_points: int) -> dict[str
 def ledger(run_dir: Path, summary: Row | None, count: int) -> dict[str, Any]:
     """How the job's groups ended: counts, and the newest ``count`` entries.
 
-    ``dispatched`` and ``open`` come from the bus's own counters: looked at once a second while a session runs, and
-    in its end; null before the first look.
+    ``dispatched`` and ``open`` come from the bus's own counters, read once a second while a session runs and at its
+    end; null before the first reading.
     """
     records = read_ledger(RunFiles(run_dir))
     trained = sum(record.state == "trained" for record in records)
@@ -116,7 +116,7 @@ def log_path(run_dir: Path, service: str) -> Path:
     """The log of a process.
 
     Raises:
-        JobNotFoundError: there is none of that name; with the names that there are.
+        JobNotFoundError: there is none of that name; the message lists those that exist.
     """
     known = services(run_dir)
     if service not in known:
@@ -137,7 +137,7 @@ class LogTail:
         self._offset = _offset_of_last(path, lines)
 
     def read(self) -> str:
-        """The whole lines that have come since the last call."""
+        """The complete lines written since the last call."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)

@@ -1,5 +1,5 @@
-"""What a job's page shows beyond the learner's and the orchestrator's files: queue depths, throughput of each service,
-and sample trajectories. Written by the session's own process, in the way of nobody: what cannot be had is left out."""
+"""Records what a job's page shows beyond the learner's and the orchestrator's files: queue depths, throughput of each
+service, and sample trajectories. The session's own process writes them; a figure that cannot be read is left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jackpot.telemetry.scrape_targets import read_targets
 RECORD_SECONDS = 1.0
 SCRAPE_TIMEOUT_SECONDS = 0.5
 
-# Counters of the services, and the columns that their growth makes.
+# Counters of the services, and the columns that hold their growth.
 RATES: Mapping[str, str] = {
     "jackpot_tokens_generated_total": "throughput/rollout_tokens_per_second",
     "jackpot_tokens_scored_total": "throughput/scorer_tokens_per_second",
@@ -30,12 +30,12 @@ _SAMPLE_LINE = re.compile(r"^(\w+)\{[^}]*\} ([0-9.eE+-]+)$")
 
 
 class Recorder:
-    """A view that passes on what it is shown, and records telemetry and samples.
+    """A view that records telemetry and samples, and passes each snapshot on.
 
     Args:
         run: the run directory.
         job: the job as resolved.
-        view: who else is shown the run.
+        view: the view that snapshots are passed on to.
     """
 
     def __init__(self, run: RunDirectory, job: JobSpec, view: View) -> None:
@@ -88,7 +88,7 @@ class Recorder:
                 self._telemetry.append([row])
                 self._samples.take(snapshot.step)
             except OSError:
-                continue  # a full disk stops the learner, which says so
+                continue  # a full disk stops the learner, which reports it
 
     def _rates(self, seconds: float) -> dict[str, float]:
         """How fast each service's counters have grown since the last look, summed over its replicas."""
@@ -99,14 +99,14 @@ class Recorder:
             self._counters[address] = counters
             for counter, column in RATES.items():
                 if before is not None and counter in counters and counter in before:
-                    # A process that was restarted counts from zero again.
+                    # A restarted process counts from zero again.
                     growth = max(0.0, counters[counter] - before[counter])
                     rates[column] = rates.get(column, 0.0) + growth / seconds
         return rates
 
 
 def scrape(address: str) -> dict[str, float]:
-    """The counters of :data:`RATES` at ``http://address/metrics``; empty if nobody answers."""
+    """The counters of :data:`RATES` at ``http://address/metrics``; empty if there is no answer."""
     host, _, port = address.rpartition(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=SCRAPE_TIMEOUT_SECONDS)
     try:

@@ -1,4 +1,4 @@
-"""Sample trajectories: tokens with acceptance probabilities, taken off the bus's payload files as they pass."""
+"""Sample trajectories: tokens with acceptance probabilities, read from the bus's payload files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_TOKENS_SHOWN = 512
 class SampleTaker:
     """Writes about :data:`SAMPLES_PER_JOB` sample trajectories over a job, evenly over its steps.
 
-    Jobs whose payloads lie in Redis have no files to look at, and leave no samples.
+    Jobs whose payloads lie in Redis have no payload files, and so no samples.
 
     Args:
         run_dir: the run directory.
@@ -57,11 +57,11 @@ class SampleTaker:
             try:
                 return decode_scored(path.read_bytes(), max_bytes=self._job.bus.max_payload_bytes)
             except (FileNotFoundError, PayloadError):
-                continue  # trained a moment ago, or damaged: the learner's affair
+                continue  # just trained and gone, or damaged, which the learner handles
         return None
 
     def _sample(self, scored: ScoredGroup, step: int) -> dict[str, Any]:
-        """The group's trajectory with the most rejected tokens, which shows the most."""
+        """The group's trajectory with the most rejected tokens, the most informative one."""
         rejected = [int(np.count_nonzero(~scores.mask)) for scores in scored.scores]
         chosen = int(np.argmax(rejected))
         trajectory, scores = scored.group.trajectories[chosen], scored.scores[chosen]

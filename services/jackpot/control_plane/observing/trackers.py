@@ -1,7 +1,7 @@
 """Experiment trackers: a run's steps and evaluations in TensorBoard's files or in Weights & Biases.
 
-They follow the run directory's files from the session's own process, so that the last evaluation, which comes after
-the last step, is there as well. What a tracker cannot do is said in the log and stops nothing: the files have it all.
+They follow the run directory's files from the session's own process, so that they include the last evaluation, which
+comes after the last step. A tracker's errors are logged and stop nothing: the files hold every row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Tracker(Protocol):
         """Record columns of a step; ``moment`` in seconds since the epoch."""
 
     def close(self) -> None:
-        """Make everything durable."""
+        """Flush all rows."""
 
 
 class TensorboardTracker:
@@ -70,7 +70,7 @@ class WandbTracker:
             dir=str(run.path),
             resume="allow",
         )
-        # Evaluations come later than the steps they belong to: an axis of their own, for W&B's only goes forward.
+        # Evaluations arrive after later steps: W&B's own axis only goes forward, so they get a separate one.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, moment: float, row: Mapping[str, float]) -> None:
@@ -87,7 +87,7 @@ _TRACKERS: Mapping[str, tuple[Callable[[RunDirectory, JobSpec], Tracker], str]] 
 
 
 def require_trackers(job: JobSpec) -> None:
-    """Make sure that what the job's trackers need is installed.
+    """Check that the packages of the job's trackers are installed.
 
     Raises:
         ConfigError: it is not.
@@ -101,7 +101,7 @@ def require_trackers(job: JobSpec) -> None:
 
 
 class TrackerFeed:
-    """Follows a run's files and tells the job's trackers every row once, over all sessions of the run.
+    """Follows a run's files and passes every row to the job's trackers once, over all sessions of the run.
 
     Args:
         run: the run directory.
@@ -142,7 +142,7 @@ class TrackerFeed:
     def _open(self, name: str) -> Tracker | None:
         try:
             return _TRACKERS[name][0](self._run, self._job)
-        except Exception as error:  # whatever a tracker's package raises: a server's refusal, a missing login
+        except Exception as error:  # a tracker's package may raise anything: a server's refusal, a missing login
             LOG.warning("the tracker %s cannot be opened and is left out: %s", name, error)
             return None
 
@@ -169,6 +169,6 @@ def _is_figure(name: str, value: object) -> bool:
 
 
 def _read_state(path: Path) -> dict[str, int]:
-    """The last step that the trackers were fed, of each kind of row, over all sessions of the run."""
+    """The last step passed to the trackers, by kind of row, over all sessions of the run."""
     state = read_object_if_whole(path) or {}
     return {kind: step for kind in ("steps", "evaluations") if isinstance(step := state.get(kind), int)}

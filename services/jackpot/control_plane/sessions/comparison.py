@@ -19,7 +19,7 @@ from jackpot.storage.run_directory import RunDirectory, new_job_id
 
 
 def methods(own: str) -> dict[str, tuple[str, ...]]:
-    """What differs between the runs, as overrides of the job file; everything else is the same.
+    """How the runs differ, as overrides of the job file; everything else is the same.
 
     Args:
         own: the correction that the job file asks for, which keeps its settings and comes last.
@@ -33,7 +33,7 @@ def methods(own: str) -> dict[str, tuple[str, ...]]:
 
 
 def compare(job_file: Path, overrides: Sequence[str], directory: Path, console: Console) -> dict[str, Any]:
-    """Run every one of :func:`methods`; writes ``comparison.json`` and ``comparison.png`` and returns the former.
+    """Run every one of :func:`methods`; writes ``comparison.json`` and ``comparison.png``, and returns the former.
 
     Stops at the first run that does not succeed.
 

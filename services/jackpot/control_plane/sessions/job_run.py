@@ -54,7 +54,7 @@ def run_job(
 ) -> dict[str, Any]:
     """Run a job in its directory until it has succeeded, failed or been stopped; the summary.
 
-    Leaves its summary and a picture of its curves. SIGINT and SIGTERM stop the job cleanly.
+    Writes its summary and a plot of its curves. SIGINT and SIGTERM stop the job cleanly.
 
     Args:
         run: the run directory.
@@ -63,7 +63,7 @@ def run_job(
         resumed: whether this session continues an earlier one.
         view: shows the run instead of the console's own view.
         on_started: called once every process has been started.
-        launcher_choice: where processes run; on this machine unless told otherwise.
+        launcher_choice: where processes run; on this machine by default.
 
     Raises:
         JackpotError: another launcher holds the run, or its processes could not be started at all.
@@ -84,7 +84,7 @@ def run_job(
         write_summary(run.files, summary)
         try:
             draw_run(run, run.files.curves)
-        except (ImportError, OSError) as error:  # what was trained is there all the same
+        except (ImportError, OSError) as error:  # training itself has succeeded
             console.print(f"{run.files.curves.name} could not be drawn: {error}", highlight=False, markup=False)
         return summary
 
@@ -131,7 +131,7 @@ async def _follow(
     stop: asyncio.Event,
     outcome: _Outcome,
 ) -> None:
-    """Look after the processes until the job is over; fills in the outcome.
+    """Supervise the processes until the job is over; fills in the outcome.
 
     Raises:
         DeadlineError: no first step within the start-up deadline and the batch deadline.
@@ -141,7 +141,7 @@ async def _follow(
     shown_at, started = 0.0, time.monotonic()
     timeout = job.run.startup_timeout_seconds + job.learner.batch_timeout_seconds
     while True:
-        # Not asked once a stop was: Ctrl-C reaches the processes, too, and ending then is no death.
+        # Not after a stop request: Ctrl-C reaches the processes, too, and their exit is then no failure.
         await _unless_stopped(scaling.look(), stop)
         status = await _unless_stopped(launcher.check(), stop)
         if status is None:
@@ -172,7 +172,7 @@ async def _follow(
 
 
 async def _unless_stopped(work: Coroutine[Any, Any, Result], stop: asyncio.Event) -> Result | None:
-    """What the work returns, or None as soon as a stop is asked for; the work is cancelled then."""
+    """The work's result; None, with the work cancelled, as soon as a stop is requested."""
     if stop.is_set():
         work.close()
         return None

@@ -1,4 +1,4 @@
-"""Is a model directory whole, and do two models speak of the same tokens? Reads JSON alone, no torch."""
+"""Checks that a model directory is complete, and that two models share a vocabulary. Reads only JSON; no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ONE_FAMILY = "Use two models of one family that share tokenizer and vocabulary 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What the token ids of a model mean."""
+    """A model's vocabulary: the meaning of its token ids."""
 
     size: int  # rows of the model's output, padding included
     tokens: str  # the tokenizer's own vocabulary, as JSON in one order
@@ -26,8 +26,8 @@ class Vocabulary:
     def difference(self, other: Vocabulary) -> str | None:
         """How this vocabulary differs from the policy's, or None.
 
-        An added token that only one of the two names is no difference: to the other the id is free, and model cards of
-        one family often disagree about it.
+        An added token that only one of the two has does not count: the other does not use its id, and models of one
+        family often differ in this.
         """
         if self.size != other.size:
             return f"has another vocabulary than policy.model: {self.size} ids instead of {other.size}"
@@ -43,7 +43,7 @@ class Vocabulary:
 
 
 def check_models(job: JobSpec) -> None:
-    """Model directories are whole, and policy and actor speak of the same tokens.
+    """Check that the model directories are complete, and that policy and actor share a vocabulary.
 
     Raises:
         ConfigError: naming field, value and remedy.
@@ -57,7 +57,7 @@ def check_models(job: JobSpec) -> None:
 
 
 def read_vocabulary(field: str, model: str) -> Vocabulary:
-    """The vocabulary of a whole model directory.
+    """The vocabulary of a complete model directory.
 
     Args:
         field: the setting that names the directory, for the message.

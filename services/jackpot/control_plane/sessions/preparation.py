@@ -30,7 +30,7 @@ def prepare_job(job: JobSpec) -> JobSpec:
         JackpotError: the built-in models could not be made.
     """
     require_trackers(job)
-    check_bus_url(job)  # first: models take half a minute to make, a slip shows at once
+    check_bus_url(job)  # first, because it is quick: models take half a minute to make
     check_weight_store(job)
     make_builtin_models(job)
     resolved = resolve_models(job)
@@ -40,10 +40,10 @@ def prepare_job(job: JobSpec) -> JobSpec:
 
 
 def check_bus_url(job: JobSpec) -> None:
-    """The bus's address, where one is given, can be that of a Redis.
+    """Check that the bus's address, if there is one, is a valid Redis URL.
 
     Raises:
-        ConfigError: it cannot; a password in it is not repeated.
+        ConfigError: it is not; the message does not repeat a password in it.
     """
     url = job.bus.url
     if url is None:
@@ -55,13 +55,13 @@ def check_bus_url(job: JobSpec) -> None:
         parts = parse_url(url)
     except ValueError as error:
         problem = " ".join(str(error).split()).rstrip(".")
-        raise ConfigError("bus.url", redact_url(url), f"is no address of a Redis ({problem})", remedy) from None
+        raise ConfigError("bus.url", redact_url(url), f"is not the address of a Redis ({problem})", remedy) from None
     if not parts.get("path") and not parts.get("host"):
         raise ConfigError("bus.url", redact_url(url), "names no server", remedy)
 
 
 def check_weight_store(job: JobSpec) -> None:
-    """The object store, where one is given, can be written to, read, listed and deleted from.
+    """Check that the object store, if there is one, can be written to, read, listed and deleted from.
 
     Raises:
         ConfigError: it cannot.
@@ -76,7 +76,7 @@ def check_weight_store(job: JobSpec) -> None:
 
 
 def make_builtin_models(job: JobSpec) -> None:
-    """Warm up the built-in models that the job names and the cache lacks; progress goes to the terminal.
+    """Warm up built-in models that the job names and the cache lacks; progress goes to the terminal.
 
     Raises:
         JackpotError: the warm-up failed.
@@ -87,12 +87,12 @@ def make_builtin_models(job: JobSpec) -> None:
 
 
 def _run_to_end(command: Sequence[str]) -> int:
-    """Run a command; its exit code. Interrupted, it is interrupted, too, and gets the time to tidy up."""
+    """Run a command; its exit code. An interrupt is passed on to it, and it gets time to clean up."""
     process = subprocess.Popen(
         ending_with_us(command),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,  # stdout belongs to the caller (--json); the warm-up's progress is on stderr
-        start_new_session=True,  # a Ctrl-C reaches it through us: once, not twice
+        start_new_session=True,  # a Ctrl-C reaches it through us only: once, not twice
     )
     try:
         return process.wait()

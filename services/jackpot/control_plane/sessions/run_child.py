@@ -1,4 +1,4 @@
-"""The process of one session: what `jackpot run` does, on a run directory that the control plane has made."""
+"""The process of one session: what `jackpot run` does, in a run directory that the control plane has created."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     """Run session ``arguments[1]`` of the run directory ``arguments[0]``; the exit code."""
     run_dir, session = Path(arguments[0]), int(arguments[1])
     files = RunFiles(run_dir)
-    # Until the job itself runs, a request to stop ends this process at once; there is nothing to finish.
+    # Until the job runs there is nothing to finish, so that a stop request ends this process at once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     files.stop_request.unlink(missing_ok=True)
     threading.Thread(target=_heed_requests, args=(files.stop_request,), daemon=True).start()
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", flush=True)
     except Exception:
         traceback.print_exc()
-        state, error = "failed", f"an unexpected error; the end of {files.log(LAUNCHER)} tells more"
+        state, error = "failed", f"an unexpected error; see the end of {files.log(LAUNCHER)}"
     tell("finished", state, error)
     return 0 if state == "succeeded" else 1
 

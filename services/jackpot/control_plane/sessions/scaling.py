@@ -1,4 +1,4 @@
-"""A session's part in scaling: the number of replicas wanted, in the run directory, the launcher is told."""
+"""A session's part in scaling: it passes the wanted number of replicas from the run directory to the launcher."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jackpot.storage.run_records import read_summary
 
 RETRY_SECONDS = 5.0
 DRAIN_SECONDS = 2.0
-"""From when fewer replicas are wanted until they are told to end. The orchestrator looks every half second: by then it
-asks those that leave for nothing more."""
+"""Wait between a request for fewer replicas and their SIGTERM. The orchestrator looks every half second, and by then
+sends the leaving ones no more requests."""
 
 
 def request_scale(run: RunDirectory, replicas: int) -> None:
-    """Want this many rollout replicas; the session that runs the job, or the next one, sees to it.
+    """Request this many rollout replicas; the session that runs the job, or the next one, carries it out.
 
     Raises:
         ConfigError: the number is out of bounds, or the job's replicas cannot change.
@@ -40,7 +40,7 @@ def request_scale(run: RunDirectory, replicas: int) -> None:
 
 
 def rollout_replicas(run_dir: Path, configured: int) -> int:
-    """How many rollout replicas a job should have: what was asked for, else what its job file says."""
+    """How many rollout replicas a job should have: the number last requested, else its job file's."""
     return wanted_replicas(run_dir) or configured
 
 
@@ -58,13 +58,13 @@ class Scaling:
         self._writer = JsonLinesWriter(RunFiles(run_dir).scalings)
         self._launcher = launcher
         self._replicas = replicas
-        self._told: int | None = None  # a launcher that takes over a job as it stands does not know how it was scaled
+        self._told: int | None = None  # a launcher that takes over a job does not know how it was scaled
         self._refused: tuple[int, str] | None = None
         self._wait_until = 0.0
-        self._leaving: int | None = None  # wanting fewer, while the orchestrator is given time to see it
+        self._leaving: int | None = None  # fewer are wanted; the orchestrator gets time to see it
 
     async def look(self) -> None:
-        """Have the launcher run what is wanted. What it cannot do is asked for again; the job goes on meanwhile."""
+        """Have the launcher run the wanted number. A failed request is repeated later; the job goes on meanwhile."""
         wanted = wanted_replicas(self._run_dir)
         if wanted is None or wanted == self._told:
             self._leaving = None
@@ -92,6 +92,6 @@ class Scaling:
     def _record(self, wanted: int, error: str | None) -> None:
         row = {"time": time.time(), "rollout_replicas": wanted, "before": self._replicas, "error": error}
         failed = "" if error is None else f" failed: {error}"
-        # Standard output is the job's own: with --json somebody reads it.
+        # Standard output is reserved for the job's result: with --json a program reads it.
         print(f"rollout replicas: {self._replicas} → {wanted}{failed}", file=sys.stderr, flush=True)
         self._writer.append([row])

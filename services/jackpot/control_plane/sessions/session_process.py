@@ -1,8 +1,8 @@
 """One session of a job under the control plane: a process of its own that outlives a restart of the control plane.
 
-The process that runs the job writes how it is doing into the run directory. Whether it lives is
-told by a lock: the control plane takes it before it starts the process and hands it over, so that there is no moment
-at which a process runs without holding it, and no process id that could mean somebody else.
+The process that runs the job writes its status into the run directory. A lock shows whether it is alive: the control
+plane takes the lock before it starts the process and hands it over. No process ever runs without the lock, and no
+process id can be mistaken for another's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Phase = Literal["preparing", "running", "finished"]
 
 @dataclass(frozen=True, slots=True)
 class SessionStatus:
-    """What a session says about itself."""
+    """A session's own status."""
 
     session: int
     pid: int
@@ -44,13 +44,13 @@ class SessionStatus:
 
     @classmethod
     def read(cls, run_dir: Path, session: int) -> SessionStatus | None:
-        """What session number ``session`` last wrote; None if it wrote nothing."""
+        """The last status of session number ``session``; None if there is none."""
         status = read_record_if_whole(RunFiles(run_dir).session, cls)
         return status if status is not None and status.session == session else None
 
 
 class Session:
-    """A session's process, as the control plane sees it: started by it, or found again after a restart."""
+    """A session's process, which this control plane has started or found again after a restart."""
 
     def __init__(self, run_dir: Path, number: int, popen: subprocess.Popen[bytes] | None = None) -> None:
         self._run_dir = run_dir
@@ -65,7 +65,7 @@ class Session:
         Args:
             run_dir: the job's run directory.
             number: the session's, from 1.
-            variables: of its environment, beside our own.
+            variables: added to our own environment.
 
         Raises:
             JackpotError: another session of this job still runs, or no process could be started.
@@ -93,7 +93,7 @@ class Session:
 
     @property
     def status(self) -> SessionStatus | None:
-        """What the session says about itself."""
+        """The session's own status."""
         return SessionStatus.read(self._run_dir, self._number)
 
     @property
@@ -114,7 +114,7 @@ class Session:
     def ask_to_stop(self, timeout_seconds: float) -> None:
         """SIGTERM the first time, SIGKILL once ``timeout_seconds`` have passed; call it until the session has ended.
 
-        A session on another host, which shares the run directory, is asked by a file that it looks for.
+        A session on another host that shares the run directory is asked through a file that it polls.
         """
         status = self.status
         if status is not None and status.host != socket.gethostname():
@@ -131,7 +131,7 @@ class Session:
         pid = self._popen.pid if self._popen is not None else status.pid if status is not None else None
         if pid is None or not self.alive():
             return False
-        # The holder of the lock is this very process, so that its id cannot have gone to another.
+        # The process still holds the lock, so that its id cannot have been reused.
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
         return True

@@ -1,4 +1,4 @@
-"""The outcome of a run, from what its processes wrote."""
+"""The outcome of a run, from its processes' files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jackpot.storage.run_records import (
 State = Literal["succeeded", "failed", "stopped"]
 
 MAIN_WORK = {"learner": "train", "scorer": "score", "rollout": "generate"}
-"""The activity that each service is there for; the orchestrator has none that would fill its time."""
+"""The main activity of each service; the orchestrator has none that could fill its time."""
 
 NO_LOSS = ("zero_variance", "unused")
 """Reasons for which a group is dropped on purpose."""
@@ -109,7 +109,7 @@ def _count_lines(path: Path) -> int:
 
 
 def _shares(record: ActivityRecord) -> dict[str, Any]:
-    """The part of its time that a service was busy with its main work, and what else it did or waited for."""
+    """The share of its time that a service spent on its main work, and what else it did or waited for."""
     wall = max(record.wall_seconds, 1e-9)
     shares = {name: round(min(1.0, seconds / wall), 4) for name, seconds in record.seconds.items()}
     busy = shares.pop(MAIN_WORK[record.service], 0.0) if record.service in MAIN_WORK else None

@@ -1,1 +1,1 @@
-"""Kubernetes: one JobSet per job. Outside this package nothing knows that Kubernetes exists."""
+"""Kubernetes: one JobSet per job. No other package knows about Kubernetes."""

@@ -1,4 +1,4 @@
-"""The few calls to the Kubernetes API that a launcher makes, with their errors as ours."""
+"""The few calls that a launcher makes to the Kubernetes API, with our own errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ClusterApi:
     """JobSets, pods and events of one namespace. Close it after use.
 
     Args:
-        namespace: where everything is.
+        namespace: of all objects.
     """
 
     def __init__(self, namespace: str) -> None:
@@ -41,7 +41,7 @@ class ClusterApi:
         self._client: client.ApiClient | None = None
 
     async def connect(self) -> None:
-        """Find the API server: the pod's own, or that of a kubeconfig.
+        """Find the API server: the pod's own cluster, or the one that a kubeconfig names.
 
         Raises:
             ConfigError: there is neither.
@@ -66,7 +66,7 @@ class ClusterApi:
             await api.close()
 
     async def create(self, manifest: Mapping[str, Any]) -> bool:
-        """Make a JobSet; False if there is one of its name already.
+        """Create a JobSet; False if one of this name exists.
 
         Raises:
             JackpotError: the API server refuses it, or cannot be reached.
@@ -93,7 +93,7 @@ class ClusterApi:
         return jobset
 
     async def delete(self, name: str) -> None:
-        """Begin to delete a JobSet; it is gone once all its pods are. One that is gone already stays so.
+        """Start deleting a JobSet; it is gone once all its pods are. Does nothing if it is gone already.
 
         Raises:
             JackpotError: the API server refuses, or cannot be reached.
@@ -105,8 +105,8 @@ class ClusterApi:
             )
 
     async def joined(self, job_id: str, owner_uid: str) -> dict[int, str]:
-        """Names of the Jobs of the rollout replicas that joined a job, by instance. What is being deleted does not
-        count, nor what belongs to an earlier JobSet and is about to be: neither will be there for long.
+        """Names of the Jobs of the rollout replicas that joined a job, by instance. Jobs that are being deleted do not
+        count, nor do those of an earlier JobSet, which will be deleted soon.
 
         Raises:
             JackpotError: the API server cannot be asked.
@@ -124,17 +124,17 @@ class ClusterApi:
         }
 
     async def create_job(self, manifest: Any) -> None:
-        """Make a Job.
+        """Create a Job.
 
         Raises:
-            JackpotError: the API server refuses it, for example because one of its name is going away, or cannot be
+            JackpotError: the API server refuses it, for example while one of its name is being deleted, or cannot be
                 reached.
         """
         with _told(f"the Job {manifest['metadata']['name']} was refused"):
             await self._batch.create_namespaced_job(self._namespace, manifest, _request_timeout=TIMEOUT_SECONDS)
 
     async def delete_job(self, name: str) -> None:
-        """Begin to delete a Job with its pods. One that is gone already stays so.
+        """Start deleting a Job with its pods. Does nothing if it is gone already.
 
         Raises:
             JackpotError: the API server refuses, or cannot be reached.
@@ -146,7 +146,7 @@ class ClusterApi:
             )
 
     async def resize_job(self, name: str, pods: int) -> None:
-        """Have an Indexed Job run this many pods, the first ones.
+        """Scale an Indexed Job to its first pods, this many of them.
 
         Raises:
             JackpotError: the API server refuses, or cannot be reached.
@@ -156,8 +156,8 @@ class ClusterApi:
             await self._batch.patch_namespaced_job(name, self._namespace, patch, _request_timeout=TIMEOUT_SECONDS)
 
     async def follow(self, job_id: str) -> AsyncIterator[Object | None]:
-        """A job's JobSet as it changes, beginning with how it is; None while there is none. Never ends: what goes
-        wrong (also 410, a history that the server has forgotten) is logged, and it begins anew with a list."""
+        """A job's JobSet now and after each change; None while there is none. Never ends: an error (also 410, an
+        expired resource version) is logged, and the watch restarts with a list."""
         selector = f"{JOB_LABEL}={job_id}"
         arguments = (GROUP, VERSION, self._namespace, PLURAL)
         while True:
@@ -183,7 +183,7 @@ class ClusterApi:
                 await asyncio.sleep(TROUBLE_SECONDS)
 
     async def pods(self, job_id: str) -> list[Object]:
-        """A job's pods, as plain objects; none if the API server cannot be asked now."""
+        """A job's pods, as plain objects; none while the API server does not answer."""
         try:
             listing = await self._core.list_namespaced_pod(
                 self._namespace, label_selector=f"{JOB_LABEL}={job_id}", _request_timeout=TIMEOUT_SECONDS
@@ -195,7 +195,7 @@ class ClusterApi:
         return plain
 
     async def events(self, name: str) -> list[Object]:
-        """Events about objects whose names begin with ``name``; none if the API server cannot be asked now."""
+        """Events about objects whose names begin with ``name``; none while the API server does not answer."""
         try:
             listing = await self._core.list_namespaced_event(
                 self._namespace, field_selector="type=Warning", _request_timeout=TIMEOUT_SECONDS
@@ -236,7 +236,7 @@ class ClusterApi:
 
 @contextmanager
 def _told(what: str, unless: int | None = None) -> Iterator[None]:
-    """Errors of the API as ours; an answer with the status ``unless`` is none.
+    """Translates the API's errors into ours; an answer with the status ``unless`` is no error.
 
     Raises:
         JackpotError: ``what`` happened, and why.

@@ -27,9 +27,9 @@ API_VERSION = "jobset.x-k8s.io/v1alpha2"
 MUST_FINISH = ("learner", "orchestrator")
 
 FINAL_EXIT_CODES = (2, 70, 78)
-"""Configuration that cannot work, and alarms that stop a job: no restart would help."""
+"""Exit codes after which a restart cannot help: configuration that cannot work, and alarms that stop a job."""
 
-ENDLESS = 10_000  # restarts of a service that others only use: as many as it takes
+ENDLESS = 10_000  # services that others only call are restarted without limit
 
 
 def replicas(job: JobSpec) -> dict[str, int]:
@@ -48,7 +48,7 @@ def jobset(job_id: str, job: JobSpec, cluster: ClusterSettings) -> Manifest:
 
     Args:
         job_id: the job's id.
-        job: the job as resolved; its model paths are those of the volumes.
+        job: the job as resolved; its model paths lie on the volumes.
         cluster: the cluster's settings.
     """
     counts = replicas(job)
@@ -79,7 +79,7 @@ def jobset(job_id: str, job: JobSpec, cluster: ClusterSettings) -> Manifest:
 
 
 def _replicated_job(role: str, count: int, job_id: str, job: JobSpec, cluster: ClusterSettings) -> Manifest:
-    """Pods are replaced one by one, so that a lost one costs no more than itself."""
+    """Pods are replaced one by one, so that losing one affects no other."""
     restarts = job.run.max_restarts if role in MUST_FINISH else ENDLESS
     spec: Manifest = {
         "completionMode": "Indexed",
@@ -111,8 +111,8 @@ def _recovery(role: str, restarts: int) -> Manifest:
 def joining_rollout(job_id: str, job: JobSpec, cluster: ClusterSettings, instance: int, owner_uid: str) -> Manifest:
     """The Job (``batch/v1``) of a rollout replica that joins a running job.
 
-    It belongs to the JobSet and is deleted with it, but not to its gang: it waits for room in the queue by itself, and
-    its failure is not the job's.
+    The JobSet owns it, and it is deleted with it, but it is not part of the gang: it queues for room by itself, and its
+    failure does not fail the job.
 
     Args:
         job_id: the job's id.
@@ -148,7 +148,7 @@ def joining_rollout(job_id: str, job: JobSpec, cluster: ClusterSettings, instanc
 
 
 def variables(role: str, job_id: str, job: JobSpec, cluster: ClusterSettings) -> dict[str, str]:
-    """What the process of a role is told. Its instance, its number among its like, Kubernetes adds."""
+    """The variables of a role's process. Kubernetes adds its instance, the number among pods of this role."""
     serves = role in ("rollout", "evaluator", "scorer")
     model_role: Role = "policy" if role == "evaluator" else job.rollout_role
     orchestrates = role == "orchestrator"

@@ -1,4 +1,4 @@
-"""Runs a job as a JobSet. The JobSet is the truth: a launcher that comes after this one takes it over as it stands."""
+"""Runs a job as a JobSet. All state is in the JobSet, so that a later launcher can take it over as it stands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jackpot.storage.run_directory import RunDirectory
 from jackpot.telemetry.scrape_targets import forget_target, forget_targets
 
 GONE_SECONDS = 180.0  # pods get a minute of grace, and nodes are slow at times
-STOP_SECONDS = 120.0  # how long an API server that does not answer is asked to delete a JobSet
+STOP_SECONDS = 120.0  # how long deleting a JobSet is retried while the API server does not answer
 POLL_SECONDS = 0.2
 TAIL_SECONDS = 5.0  # for the last lines of logs to arrive
 
@@ -33,7 +33,7 @@ class KubernetesLauncher:
         run: the run directory, held by the caller, on the volume that the pods mount.
         job: the job as resolved.
         cluster: the cluster's settings.
-        bus_url: the bus as seen from here; None leaves queue depths untold.
+        bus_url: the bus as seen from here; without it no queue depths are reported.
     """
 
     def __init__(self, run: RunDirectory, job: JobSpec, cluster: ClusterSettings, bus_url: str | None) -> None:
@@ -54,7 +54,7 @@ class KubernetesLauncher:
         return self._bus_url
 
     async def start(self) -> None:
-        """Make the JobSet, or take over the one that is there, and wait until its pods run.
+        """Create the JobSet, or take over the existing one, and wait until its pods run.
 
         Waits as long as the queue does: admission may take hours.
 
@@ -71,7 +71,7 @@ class KubernetesLauncher:
             await asyncio.sleep(POLL_SECONDS)
 
     async def check(self) -> LaunchStatus:
-        """How the JobSet is doing. Its restarts are Kubernetes' own affair."""
+        """The JobSet's status. Kubernetes itself handles restarts."""
         status = self._status()
         error = await self._error(status)
         finished = status is not None and status.phase is Phase.COMPLETED
@@ -81,11 +81,11 @@ class KubernetesLauncher:
         return LaunchStatus(finished=finished, waiting=waiting, error=error, restarts=dict(self._logs.restarts))
 
     async def scale(self, rollout_replicas: int) -> None:
-        """Replicas beyond those of the JobSet run as Jobs of their own, which belong to it and go with it; of its own
-        it runs as many as are wanted. Asked again after half of it was done, the rest is.
+        """Set the number of rollout replicas. The JobSet runs up to their initial number; each one beyond it runs as a
+        Job that the JobSet owns. A repeated call completes one that failed halfway.
 
         Raises:
-            JackpotError: the API server does not do it, or a replica's Job of before is still going away: ask again.
+            JackpotError: the API server refuses, or a replica's earlier Job is still being deleted; try again.
         """
         job_id, configured = self._run.job_id, self._job.rollout.replicas
         running = await self._api.get(self._name)
@@ -104,10 +104,10 @@ class KubernetesLauncher:
                 await self._api.create_job(joining_rollout(job_id, self._job, self._cluster, instance, uid))
 
     async def stop(self) -> None:
-        """Delete the JobSet and wait until its pods have finished their unit of work and are gone.
+        """Delete the JobSet, and wait until its pods have finished their unit of work and are gone.
 
         Raises:
-            JackpotError: the API server does not let it be deleted; it may run on.
+            JackpotError: the JobSet cannot be deleted; it may run on.
         """
         try:
             await self._delete()
@@ -118,7 +118,7 @@ class KubernetesLauncher:
             await self._api.close()
 
     async def _make(self) -> None:
-        """Create it; wait for one that is being deleted, and replace one that has failed: this is a new attempt."""
+        """Create it. Waits for one that is being deleted, and replaces one that has failed: this is a new attempt."""
         manifest = jobset(self._run.job_id, self._job, self._cluster)
         deadline = time.monotonic() + GONE_SECONDS
         while not await self._api.create(manifest):
@@ -130,13 +130,13 @@ class KubernetesLauncher:
                     return  # taken over as it stands
                 await self._api.delete(self._name)
             if time.monotonic() > deadline:
-                raise JackpotError(f"the JobSet {self._name} of an earlier session does not go away; delete it first")
+                raise JackpotError(f"the JobSet {self._name} of an earlier session is still there; delete it first")
             await asyncio.sleep(POLL_SECONDS)
         forget_targets(self._run.path)
         forget_rollouts(self._run.path)
 
     async def _delete(self) -> None:
-        """Ask until it is done: a job that was cancelled must not hold GPUs because a request got lost."""
+        """Retry until it succeeds: a cancelled job must not hold GPUs because one request was lost."""
         deadline = time.monotonic() + STOP_SECONDS
         while True:
             try:
@@ -147,7 +147,7 @@ class KubernetesLauncher:
                     await asyncio.sleep(POLL_SECONDS)
                 return
             except ConfigError:
-                return  # there is no cluster, and so nothing on it
+                return  # without a cluster there is nothing to delete
             except JackpotError as error:
                 if time.monotonic() > deadline:
                     remedy = f"Delete it by hand: kubectl -n {self._cluster.namespace} delete jobset {self._name}"

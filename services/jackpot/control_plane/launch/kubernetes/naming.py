@@ -1,4 +1,4 @@
-"""Names of a job's objects. Deterministic, so that making them twice makes them once."""
+"""Names of a job's objects. They are deterministic, so that creating an object twice creates it once."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Mapping
 ROLES = ("orchestrator", "rollout", "evaluator", "scorer", "learner")
 JOB_LABEL = "jackpot/job-id"
 INSTANCE_LABEL = "jackpot/instance"
-"""Of rollout replicas that joined a running job: their number."""
+"""Label with the instance number of a rollout replica that joined a running job."""
 GRPC_PORT, HEALTH_PORT, METRICS_PORT = 50051, 50052, 9090
 
-# A pod is called <JobSet>-<role>-0-<index>-<5 random>; JobSet asks for a DNS label of RFC 1035: at most 63 characters,
-# of which the first is a letter.
+# A pod is called <JobSet>-<role>-0-<index>-<5 random>; JobSet requires a DNS label of RFC 1035: at most 63 characters,
+# the first a letter.
 MAX_NAME = 63 - len("-orchestrator-0-9999-abcde")
 
 
 def jobset_name(job_id: str) -> str:
-    """The JobSet of a job: ``j-`` and its id, or where that is too long the start of it and a hash of the whole."""
+    """The JobSet of a job: ``j-`` and its id, or if that is too long, its start and a hash of the whole."""
     name = f"j-{job_id}"
     if len(name) <= MAX_NAME:
         return name

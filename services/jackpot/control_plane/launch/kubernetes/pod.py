@@ -1,4 +1,4 @@
-"""The pods of a job: container, volumes, probes, and what the "restricted" pod security standard asks for."""
+"""The pods of a job: container, volumes, probes, and what the "restricted" pod security standard requires."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def pod_template(
         variables: the container's JACKPOT_* variables.
         job: the job as resolved.
         cluster: the cluster's settings.
-        instance: the number of a rollout replica that joins a running job; None for all that a job begins with.
+        instance: the number of a rollout replica that joins a running job; None for the job's initial pods.
     """
     settings: RoleSettings = getattr(cluster.roles, role)
     spec: Manifest = {
-        "restartPolicy": "Never",  # its Job replaces it: only so do exit codes count
+        "restartPolicy": "Never",  # its Job replaces the pod; otherwise exit codes would not count
         "serviceAccountName": cluster.service_account,
         "automountServiceAccountToken": False,
-        "enableServiceLinks": False,  # their variables JACKPOT_… would be taken for settings
+        "enableServiceLinks": False,  # their variables JACKPOT_… would be read as settings
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
@@ -114,7 +114,7 @@ def _container(
 
 
 def _probes(job: JobSpec) -> Manifest:
-    """Loading a large model takes minutes; only then does the liveness probe begin to count."""
+    """The startup probe allows for the minutes that a large model takes to load; the liveness probe starts after it."""
     patience = max(1, round(job.run.startup_timeout_seconds / PROBE_SECONDS))
 
     def probe(service: str, failures: int) -> Manifest:

@@ -1,4 +1,4 @@
-"""Copies the logs of a job's pods, and what Kubernetes says about them, to where logs are looked for."""
+"""Copies the logs of a job's pods, and Kubernetes' events about them, into the run directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jackpot.control_plane.launch.kubernetes.naming import INSTANCE_LABEL, jobse
 from jackpot.storage.run_directory import RunDirectory
 
 LOOK_SECONDS = 3.0
-EVENT_LOOKS = 5  # a namespace has many events: they are asked for every so many looks
+EVENT_LOOKS = 5  # a namespace has many events, so they are read only every few looks
 INDEX = "batch.kubernetes.io/job-completion-index"
 COMPONENT = "app.kubernetes.io/component"
 ONE_OF_A_KIND = ("orchestrator", "evaluator", "learner")
@@ -68,7 +68,7 @@ class PodLogs:
                 self._copied.add(uid)
 
     async def _copy(self, pod: str, name: str) -> None:
-        """Goes on where this session, or the one before, has ended, give or take a line."""
+        """Continues where this session or the previous one stopped, give or take a line."""
         path = self._run.log(name)
         since = int(time.time() - path.stat().st_mtime) + 1 if path.exists() and path.stat().st_size else None
         with path.open("ab") as file:
@@ -77,7 +77,7 @@ class PodLogs:
                 file.flush()
 
     async def _tell_events(self) -> None:
-        """Warnings, each once: images that cannot be pulled, pods that fit on no node."""
+        """Logs each warning once: images that cannot be pulled, pods that fit on no node."""
         self._looks += 1
         if self._looks % EVENT_LOOKS != 1:
             return
@@ -89,7 +89,7 @@ class PodLogs:
 
 
 def process_name(pod: Mapping[str, Any]) -> str | None:
-    """What a pod's process is called everywhere else: ``learner``, ``rollout-0``; None for what is no pod of ours."""
+    """The name of a pod's process: ``learner``, ``rollout-0``; None if the pod is not the job's."""
     role = (pod["metadata"].get("labels") or {}).get(COMPONENT)
     if role is None or role in ONE_OF_A_KIND:
         return role

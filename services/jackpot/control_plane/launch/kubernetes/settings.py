@@ -33,7 +33,7 @@ class RedisSettings(Section):
     url_secret: SecretKey
     """The URL, password included, that services connect to."""
     role_url_secrets: dict[Literal["orchestrator", "scorer", "learner"], SecretKey] = Field(default_factory=dict)
-    """URLs with users of their own, by role; where there is none, ``url_secret`` serves."""
+    """URLs with separate users, by role; a role without one uses ``url_secret``."""
 
 
 class ObjectStoreSettings(Section):
@@ -45,7 +45,7 @@ class ObjectStoreSettings(Section):
     env: dict[str, str] = Field(default_factory=dict)
     """Further variables, such as ``AWS_ENDPOINT_URL`` and ``AWS_DEFAULT_REGION``."""
     scratch_size: str = "100Gi"
-    """Space on the node for copies: of a few versions of the weights, and in the learner of one checkpoint."""
+    """Space on the node for copies: a few versions of the weights, and in the learner one checkpoint."""
 
 
 class RoleSettings(Section):
@@ -87,14 +87,14 @@ class Roles(Section):
 
 
 class ClusterSettings(Section):
-    """Everything about the cluster that a job file does not say."""
+    """Everything about the cluster that is not in a job file."""
 
     namespace: Name
     """Where the JobSets are made."""
     service_account: Name = "jackpot-worker"
     """Service account of the pods; they get no token of it."""
     queue: Name | None = None
-    """Kueue's LocalQueue. With one, jobs are made suspended and Kueue admits them."""
+    """Kueue's LocalQueue. With one, jobs are created suspended, and Kueue admits them."""
     priority_class: Name | None = None
     """Kueue's WorkloadPriorityClass with a queue; without one the pods' PriorityClass."""
     image_pull_secrets: list[Name | dict[str, str]] = Field(default_factory=list)

@@ -11,14 +11,14 @@ from typing import Any
 class Phase(StrEnum):
     """Where a JobSet stands."""
 
-    WAITING = "waiting"  # suspended: Kueue has not admitted it, or has taken its place for another
+    WAITING = "waiting"  # suspended: Kueue has not admitted it, or has preempted it
     STARTING = "starting"  # pods are being placed, images pulled, models loaded
     RUNNING = "running"  # the learner's and the orchestrator's pods run
     COMPLETED = "completed"
     FAILED = "failed"
 
 
-# The first condition that is true decides; whoever is none of these starts or runs.
+# The first condition that is true decides; a JobSet with none of them starts or runs.
 _BY_CONDITION = (
     ("Failed", Phase.FAILED),
     ("Completed", Phase.COMPLETED),
