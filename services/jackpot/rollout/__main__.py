@@ -10,7 +10,7 @@ from jackpot.process.service_process import run_service
 
 
 async def _main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
-    # Only now: settings are checked before torch loads.
+    # Imported only now: settings are checked before torch loads.
     from jackpot.rollout.service import serve
 
     return await serve(environment, job, stop)

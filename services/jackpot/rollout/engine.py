@@ -1,7 +1,7 @@
 """What an inference engine must do for the rollout service. Implementations pass one conformance suite.
 
-An engine returns, for every sampled token, the log-probability of the distribution that it was really drawn from, the
-most probable alternatives, and the weight version behind it. Weights change between tokens without dropping requests.
+An engine returns, for every sampled token, the log-probability under the distribution that it was drawn from, the
+most probable alternatives, and the weight version used. Weights change between tokens without dropping requests.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Sampling:
 
     temperature: float  # divides the logits; 0 is greedy, with the log-probabilities of temperature 1
     max_tokens: int
-    stop_token_ids: tuple[int, ...] = ()  # beside the model's own end of sequence
+    stop_token_ids: tuple[int, ...] = ()  # in addition to the model's end of sequence
     top_logprobs: int = 0  # candidates returned per position
-    seed: int = 0  # trajectory i draws from a generator of its own, derived from (seed, i)
+    seed: int = 0  # trajectory i has its own generator, derived from (seed, i)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,7 +41,7 @@ class GroupRequest:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What the model can take."""
+    """The model's limits."""
 
     vocab_size: int
     max_positions: int  # prompt and completion together
@@ -56,19 +56,19 @@ class EngineStatus:
     tokens_generated: int
 
 
-# Name, dtype as torch calls it, shape; in the order in which they are sent.
+# Name, torch's name of the dtype, shape; in sending order.
 TensorLayout = Sequence[tuple[str, str, Sequence[int]]]
 
 
 class WeightReceiver(Protocol):
-    """Takes weight versions that the learner broadcasts. What fails leaves the engine with the version it has."""
+    """Receives weight versions that the learner broadcasts. After any failure the engine keeps its version."""
 
     @property
     def session(self) -> str:
-        """The broadcast group that the engine is in; empty if in none."""
+        """The engine's broadcast group; empty if it is in none."""
 
     async def join(self, session: str, info: Mapping[str, Any], timeout_seconds: float) -> None:
-        """Join a group, and leave the one before; returns once all its members are there.
+        """Join a group, leaving the previous one; returns once all its members have joined.
 
         Args:
             session: the group's name.
@@ -76,16 +76,16 @@ class WeightReceiver(Protocol):
             timeout_seconds: how long to wait for them.
 
         Raises:
-            DeadlineError: they did not come in time.
+            DeadlineError: some did not join in time.
             EngineError: the group could not be joined.
         """
 
     async def start(self, session: str, version: int, layout: TensorLayout) -> None:
-        """Check what will be sent, before it is.
+        """Check the version's tensors before they are sent.
 
         Raises:
             WeightMissingError: the engine is not in this group.
-            WeightCorruptError: it does not fit the model.
+            WeightCorruptError: they do not fit the model.
         """
 
     async def update(self, session: str, version: int, timeout_seconds: float) -> None:
@@ -93,12 +93,12 @@ class WeightReceiver(Protocol):
 
         Raises:
             WeightMissingError: the engine is not in this group, or the version was not announced.
-            DeadlineError: it was not there in time.
+            DeadlineError: it did not arrive in time.
             EngineError: the broadcast broke off.
         """
 
     async def finish(self, session: str, version: int) -> int:
-        """Hold what was received from the next token on, unless it is older; the version held now.
+        """Use the received version from the next token on, unless it is older; returns the version held now.
 
         Raises:
             WeightMissingError: the engine is not in this group, or the version was not announced.
@@ -119,14 +119,14 @@ class RolloutEngine(Protocol):
 
     @property
     def limits(self) -> ModelLimits:
-        """What requests are checked against."""
+        """The limits that requests are checked against."""
 
     @property
     def receiver(self) -> WeightReceiver | None:
-        """Takes what the learner broadcasts; None if this engine has weights from the store alone."""
+        """Receives the learner's broadcasts; None if this engine takes weights only from the store."""
 
     def check(self, request: GroupRequest) -> None:
-        """Refuse what cannot be sampled from this model, before anything is waited for.
+        """Refuse a request that this model cannot serve, before waiting for anything.
 
         Raises:
             ConfigError: naming field, value and remedy.
@@ -137,14 +137,14 @@ class RolloutEngine(Protocol):
 
         Raises:
             ConfigError: the request cannot work with this model.
-            QueueFullError: too much is waiting; try again later.
+            QueueFullError: the queue is full; try again later.
             EngineError: the engine failed; the request may be retried elsewhere.
         """
 
     async def load_weights(self, version: int, directory: Path) -> None:
-        """Hold the weights in ``directory`` from the next token on, unless a version as new is held already.
+        """Use the weights in ``directory`` from the next token on, unless a version as new is held already.
 
-        Requests under way go on: their next tokens have the new weights' log-probabilities, given all their tokens.
+        Running requests continue: their next tokens have the new weights' log-probabilities, given all their tokens.
 
         Raises:
             WeightCorruptError: they do not fit the model, which keeps the version it has.
@@ -155,10 +155,10 @@ class RolloutEngine(Protocol):
         """How busy the engine is."""
 
     async def wait_failed(self) -> None:
-        """Return never while the engine works.
+        """Never returns while the engine works.
 
         Raises:
-            EngineError: it cannot go on; the process should be restarted.
+            EngineError: the engine has failed; the process should be restarted.
         """
 
     async def close(self) -> None:
@@ -166,7 +166,7 @@ class RolloutEngine(Protocol):
 
 
 def check_request(request: GroupRequest, limits: ModelLimits, max_queue: int) -> None:
-    """Refuse what no engine could sample from this model.
+    """Refuse a request that no engine could serve with this model.
 
     Raises:
         ConfigError: naming field, value and remedy.

@@ -1,4 +1,4 @@
-"""Which engine serves, and making it. Imports torch only once settings are found to work."""
+"""Chooses the engine and creates it. Imports torch only after the settings have been checked."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def choose_engine(
     Args:
         setting: ``auto``, ``transformers`` or ``vllm``.
         built: the engines of this build.
-        vllm_installed: whether vLLM can be imported; asked only where it matters.
-        gpu_visible: whether this process sees a CUDA device; the same.
+        vllm_installed: whether vLLM can be imported; called only if needed.
+        gpu_visible: whether this process sees a CUDA device; called only if needed.
 
     Raises:
-        ConfigError: an engine was asked for by name that this build does not have.
+        ConfigError: the job names an engine that this build does not have.
     """
     if setting != "auto":
         if setting not in built:

@@ -32,7 +32,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
 
     Raises:
         ConfigError: the engine, the model or the address cannot work.
-        EngineError: the engine failed; the process should be started again.
+        EngineError: the engine failed; the process should be restarted.
     """
     metrics = Metrics(environment.job_id)
     observe_calls(metrics.observe_object_call)
@@ -44,7 +44,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
         open_weight_store(job, environment.job_id, environment.run_dir, copies),
         environment.role,
         job.rollout.weight_poll_seconds,
-        # It is asked for some versions only, each of which is 16 GB of an 8 B policy.
+        # It is asked for few versions, and each is 16 GB for an 8 B policy.
         on_demand=environment.instance == EVALUATOR,
         on_loaded=lambda version, seconds: metrics.observe_weights(environment.role, version, seconds),
         on_refused=lambda version: metrics.count_weights_refused(environment.role),
@@ -80,7 +80,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
 async def _until_stopped(
     stop: asyncio.Event, engine: RolloutEngine, follower: WeightFollower, server: RpcServer, patience_seconds: float
 ) -> None:
-    """Return on ``stop``; raise what ends the engine or the follower."""
+    """Return on ``stop``; raise the error that ends the engine or the follower."""
     tasks = [
         asyncio.create_task(work)
         for work in (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SERVICE_NAME: str = rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name
 
-# Waits end a little before the caller's deadline, so that it hears what was waited for.
+# Waits end a little before the caller's deadline, so that the error can say what was awaited.
 _PART_OF_DEADLINE = 0.95
 
 
@@ -37,7 +37,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         """Sample one group, once a version no older than ``min_version`` is held."""
         group = _group_request(request)
         self._engine.check(group)
-        # Version 0 at least: what was in the model directory is nobody's version.
+        # At least version 0: the model directory's own weights are no version.
         with self._activity.doing("wait_weights"):
             await self._follower.wait_for(max(0, request.min_version), _seconds_left(context))
         with self._activity.doing("generate"):
@@ -47,7 +47,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     async def LoadWeights(
         self, request: rollout_pb2.RolloutServiceLoadWeightsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> rollout_pb2.RolloutServiceLoadWeightsResponse:
-        """Answer once a version no older than the one asked for is held; 0 is the newest in the store."""
+        """Answer once a version no older than the requested one is held; 0 is the newest in the store."""
         wanted = request.weights.min_version or max(0, await self._follower.newest())
         held = await self._follower.wait_for(wanted, _seconds_left(context))
         return rollout_pb2.RolloutServiceLoadWeightsResponse(weights=weights_pb2.LoadWeightsResponse(version=held))
@@ -55,7 +55,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     async def GetStatus(
         self, request: rollout_pb2.RolloutServiceGetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> rollout_pb2.RolloutServiceGetStatusResponse:
-        """Engine, role, the version held (−1 before the first) and how busy it is."""
+        """Engine, role, the version held (−1 before the first) and load."""
         status = self._engine.status()
         return rollout_pb2.RolloutServiceGetStatusResponse(
             engine=self._engine.name,
@@ -104,7 +104,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
 
     def _receiver(self) -> WeightReceiver:
         if self._engine.receiver is None:
-            problem = f"the {self._engine.name} engine has its weights from the store alone"
+            problem = f"the {self._engine.name} engine takes weights only from the store"
             raise ConfigError("weights.transport", "nccl", problem, "Set rollout.engine to vllm, or use store.")
         return self._engine.receiver
 

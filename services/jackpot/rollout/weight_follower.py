@@ -16,26 +16,26 @@ from jackpot.trajectory import Role
 
 LOG = logging.getLogger(__name__)
 
-# A refused version is looked at again after this long, since its publisher may repair it. Hashing a whole version
-# at every poll would cost more than it brings.
+# A refused version is retried after this long, since its publisher may repair it. Hashing a whole version at every
+# poll would cost too much.
 RETRY_SECONDS = 2.0
 
 
 class WeightFollower:
-    """Looks into the store again and again, and has the engine load what is newer. Run :meth:`follow` as a task.
+    """Polls the store, and has the engine load newer versions. Run :meth:`follow` as a task.
 
-    A version that is damaged or does not fit is refused: logged, counted, and the engine keeps what it has, or takes
-    the newest intact one that is newer than that.
+    A version that is damaged or does not fit is refused, logged and counted. The engine then loads the newest intact
+    version that is newer than its own, if there is one.
 
     Args:
-        engine: whose weights are kept up to date.
+        engine: the engine to keep up to date.
         store: the job's weight store.
         role: whose versions to follow.
         poll_seconds: how often to look.
-        on_demand: look only while somebody waits for a version: for an engine that is seldom asked. Every version is
-            read and verified whole.
-        on_loaded: told the version that is held now, and the seconds that verifying and loading took.
-        on_refused: told a version that was refused, once.
+        on_demand: poll only while a caller waits for a version. For engines with few requests, since each version is
+            read and verified in full.
+        on_loaded: receives the version held now, and the seconds that verifying and loading took.
+        on_refused: receives each refused version, once.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class WeightFollower:
             self._look_now.clear()
 
     async def wait_for(self, min_version: int, timeout_seconds: float) -> int:
-        """The version held, as soon as it is at least ``min_version``. Has the store looked at right away.
+        """The version held, as soon as it is at least ``min_version``. Polls the store at once.
 
         Raises:
             DeadlineError: no such version could be loaded in time.
@@ -97,7 +97,7 @@ class WeightFollower:
         return self._engine.version
 
     async def took(self, version: int, seconds: float) -> None:
-        """Tell whoever waits that the engine holds a version that did not come from the store."""
+        """Notify waiting callers that the engine holds a version that did not come from the store."""
         LOG.info("weights received", extra={"version": version, "seconds": seconds})
         self._on_loaded(version, seconds)
         async with self._changed:
@@ -123,7 +123,7 @@ class WeightFollower:
             return
         if await self._load(newest):
             return
-        # Something newer than nothing at all, or than what is held, is better than waiting for a repair.
+        # Any version newer than the one held is better than waiting for a repair.
         for version in reversed(await asyncio.to_thread(self._store.versions, self._role)):
             if version <= self._engine.version or (version < newest and await self._load(version)):
                 return

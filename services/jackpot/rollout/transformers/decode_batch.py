@@ -19,7 +19,7 @@ from jackpot.rollout.transformers.rows import Row, RowTensors
 from jackpot.rollout.transformers.sampling import draw_tokens
 from jackpot.trajectory import Trajectory, VersionSpan
 
-# Tokens of one prefill pass. Longer work is split, which bounds the memory of activations.
+# Tokens of one prefill pass. Splitting longer prefills bounds the memory of activations.
 PREFILL_TOKENS = 8192
 
 
@@ -42,11 +42,11 @@ class DecodeBatch:
         self._state: RowTensors | None = None
         self._cache: RowCache | None = None
         self._any_greedy = False
-        # How many tokens a row has follows from when it joined: the device is not asked.
+        # A row's token count follows from when it joined, so that the device need not be synchronized.
         self._steps = 0
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Let rows join, of which nothing has been sampled yet. Siblings next to each other share one prefill."""
+        """Add rows that have sampled no token yet. Adjacent siblings share one prefill."""
         cache, places = self._prefill(rows)
         _arrange(cache, places)
         for row in rows:
@@ -61,7 +61,7 @@ class DecodeBatch:
         self._any_greedy = any(row.request.sampling.temperature == 0 for row in self.rows)
 
     def step(self) -> list[tuple[Row, Trajectory]]:
-        """Sample one token for every row; the trajectories that are finished by it, which leave."""
+        """Sample one token for every row; removes and returns the trajectories that it finishes."""
         if self._state is None or self._cache is None:
             return []
         state = self._state
@@ -72,7 +72,7 @@ class DecodeBatch:
         drawn = draw_tokens(logits, state.temperatures, uniforms, state.top_k, self._any_greedy)
         ended = state.record(drawn)
         self._steps += 1
-        # The one question to the device in a step.
+        # The only synchronization with the device in a step.
         done = [place for place, has_ended in enumerate(ended.tolist()) if has_ended]
         if not done:
             return []
@@ -90,7 +90,7 @@ class DecodeBatch:
         self._keep([])
 
     def change_version(self, version: int) -> None:
-        """The model's weights are another version's now: compute keys and values of all rows anew."""
+        """The model has new weights: recompute the keys and values of all rows."""
         if self._state is None:
             return
         sampled = self._state.token_ids.cpu().numpy()
@@ -98,16 +98,16 @@ class DecodeBatch:
         for row, tokens in zip(self.rows, sampled, strict=True):
             count = self._steps - row.joined
             if row.versions[-1][1] == count:
-                row.versions.pop()  # it has sampled nothing
+                row.versions.pop()  # it has sampled no token
             row.versions.append((version, count))
             continuations.append(np.concatenate([row.request.prompt_token_ids[-1:], tokens[:count]])[:-1])
-        self._cache = None  # before the new one is made, not after: both may not fit
+        self._cache = None  # freed before the new one is allocated: both may not fit
         self._cache = self._extended(*self._prefill(self.rows), continuations)
 
     def _prefill(self, rows: Sequence[Row]) -> tuple[RowCache, list[int]]:
-        """Keys and values of prompts but for their last token, and for each row where its prompt lies there.
+        """Keys and values of all prompts without their last token, and each row's index among these prompts.
 
-        Siblings next to each other share one.
+        Adjacent siblings share one prompt.
         """
         prompts: list[NDArray[np.uint32]] = []
         prompt_of_row: list[int] = []
@@ -121,7 +121,7 @@ class DecodeBatch:
         return cache, [place_of[index] for index in prompt_of_row]
 
     def _extended(self, prompts: RowCache, places: list[int], continuations: Sequence[NDArray[Any]]) -> RowCache:
-        """Each row's prompt, which lies at its place among ``prompts``, and behind it what the row has sampled."""
+        """Each row's prompt, found by its index in ``prompts``, followed by the row's sampled tokens."""
 
         def extended(rows: list[int]) -> RowCache:
             part = prompts.taken([places[row] for row in rows])
@@ -146,7 +146,7 @@ class DecodeBatch:
         return self._head.logits(states[:, -1])
 
     def _harvest(self, state: RowTensors, finished: list[int]) -> list[Trajectory]:
-        """The trajectories of these rows, copied to numpy together."""
+        """The trajectories of these rows, copied to numpy in one transfer."""
         index = upload(np.array(finished, dtype=np.int64), self._model.device)
         tokens = state.token_ids[index].cpu().numpy().astype(np.uint32)
         logprobs = state.logprobs[index].cpu().numpy()
@@ -188,12 +188,12 @@ def _joined(parts: Iterable[RowCache]) -> RowCache:
 
 
 def _places(buckets: Sequence[Sequence[int]]) -> dict[int, int]:
-    """Where each index lies when the buckets follow one another."""
+    """Each index's position once the buckets are concatenated."""
     return {index: place for place, index in enumerate(chain.from_iterable(buckets))}
 
 
 def _arrange(cache: RowCache, places: list[int]) -> None:
-    """Have the rows be those at these places."""
+    """Keep the rows at these positions, in this order."""
     if places != list(range(len(cache.pads))):
         cache.select(places)
 

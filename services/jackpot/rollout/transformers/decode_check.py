@@ -1,4 +1,4 @@
-"""Whether decoding token by token, with padding and rows that join, samples from the very model."""
+"""Checks that decoding token by token, with padding and joining rows, samples from the same model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jackpot.rollout.transformers.decode_batch import DecodeBatch
 from jackpot.rollout.transformers.rows import Row
 from jackpot.trajectory import Trajectory
 
-# Largest |difference of log-probabilities| that rounding may cause. A cache that does not fit is off by far more.
+# Largest |difference of log-probabilities| that rounding may cause. An unsuitable cache is off by far more.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 1.0}
 _NUM_TOKENS = 4
 
@@ -23,7 +23,7 @@ def check_decoding(model: PreTrainedModel, *, field: str = "model") -> None:
     """Decode two rows of different lengths, the second joining later, and compare with full forward passes.
 
     Raises:
-        ConfigError: they differ: the architecture needs another kind of cache than keys and values per position.
+        ConfigError: they differ: the architecture needs more than a cache of keys and values per position.
     """
     rng = np.random.default_rng(0)
     vocab_size = output_head(model).weight.shape[0]
@@ -41,7 +41,7 @@ def check_decoding(model: PreTrainedModel, *, field: str = "model") -> None:
     try:
         worst = max(_error(model, request, sampled) for request, sampled in _decode(model, requests))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        # What architectures raise when they are given a cache that they do not know.
+        # Raised by architectures that receive a cache of an unknown kind.
         raise ConfigError(field, type(model).__name__, f"{problem} ({error})", remedy) from error
     # Written so that NaN fails as well.
     if not worst <= _TOLERANCE[model.dtype]:

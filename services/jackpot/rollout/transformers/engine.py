@@ -1,6 +1,6 @@
-"""The embedded engine: transformers' models with a decoding loop of our own, for tiny models and laptops.
+"""The embedded engine: transformers' models with our own decoding loop, for tiny models and laptops.
 
-One thread owns the model. Between two tokens it swaps weights, forgets cancelled requests and lets waiting ones join.
+One thread owns the model. Between two tokens it swaps weights, drops cancelled requests and admits waiting ones.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from jackpot.trajectory import Trajectory
 LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-# A full queue empties by whole groups; asking again sooner than this only costs calls.
+# A full queue empties by whole groups; retrying sooner than this only costs calls.
 RETRY_AFTER_SECONDS = 0.25
-# Of an idle engine, before it starts: no longer than this, and no longer than requests keep coming.
+# An idle engine waits for further requests before it starts: at most this long, and only while they keep coming.
 GATHER_SECONDS = 0.02
 GATHER_PAUSE_SECONDS = 0.004
 NO_VERSION = -1
@@ -63,12 +63,12 @@ class TransformersEngine:
     """Implements :class:`jackpot.rollout.engine.RolloutEngine` on a transformers model.
 
     Args:
-        model: from ``load_causal_lm``; the engine's own from here on.
+        model: from ``load_causal_lm``; the engine owns it from here on.
         max_batch_size: trajectories decoded together.
         max_queue: trajectories in the engine, running or waiting, before it refuses more.
-        groups_apart: whether each request is decoded by itself, so that its log-probabilities do not depend on its
-            company, to the bit.
-        on_tokens: told how many tokens were sampled; called from the engine's thread.
+        groups_apart: whether each request is decoded by itself, so that its log-probabilities do not depend on other
+            requests, to the bit.
+        on_tokens: receives the number of tokens sampled; called from the engine's thread.
     """
 
     name = "transformers"
@@ -95,7 +95,7 @@ class TransformersEngine:
         self._groups_apart = groups_apart
         self._on_tokens = on_tokens
         self._tokens_generated = 0
-        # Guarded by _wake: what other threads hand to the loop, and what status() reads.
+        # Guarded by _wake: the loop's input from other threads, and the fields that status() reads.
         self._wake = threading.Condition()
         self._waiting: deque[_Pending] = deque()
         self._open: dict[GroupRequest, _Pending] = {}  # waiting and running
@@ -113,7 +113,7 @@ class TransformersEngine:
     async def generate(self, request: GroupRequest) -> list[Trajectory]:
         """See :class:`RolloutEngine`."""
         self.check(request)
-        # Requests are told apart by identity, and a caller may send one twice.
+        # Requests are compared by identity, and a caller may send one twice.
         request = replace(request)
         pending = _Pending(request)
         with self._wake:
@@ -135,7 +135,7 @@ class TransformersEngine:
         """See :class:`RolloutEngine`."""
         if version <= self.version:
             return
-        # Read and checked while sampling goes on; only the copy happens between two tokens.
+        # Read and checked while sampling continues; only the copy happens between two tokens.
         state = await asyncio.to_thread(read_state, self._model, directory)
         swap = _Swap(version, state, _uncancellable())
         with self._wake:
@@ -181,13 +181,13 @@ class TransformersEngine:
                     self._forget_cancelled()
                     self._admit()
                     self._step()
-        except Exception as error:  # the border of the thread: whatever it is, callers must hear of it
+        except Exception as error:  # the thread's outermost frame: callers must receive any error
             LOG.critical("the decoding loop failed", exc_info=True)
             failure = EngineError(f"the decoding loop failed ({type(error).__name__}: {error}).")
         self._end(failure)
 
     def _end(self, failure: EngineError | None) -> None:
-        """Answer everyone who still waits."""
+        """Answer all pending requests."""
         with self._wake:
             self._closing = True
             unanswered: list[Future[Any]] = [swap.done for swap in self._swaps]
@@ -212,8 +212,8 @@ class TransformersEngine:
             return not self._closing
 
     def _gather(self) -> None:
-        """Nothing is being decoded and a first request is here: its batch, sent at the same time, comes call by call.
-        Rows that start together share every step."""
+        """Wait for the rest of a batch. The engine is idle, and the first request has arrived; the others of its batch
+        arrive in separate calls. Rows that start together share every step."""
         deadline = time.monotonic() + GATHER_SECONDS
         arrived = 0
         while arrived < len(self._waiting) and time.monotonic() < deadline and not self._closing:
@@ -240,7 +240,7 @@ class TransformersEngine:
         self._forget(cancelled)
 
     def _forget(self, requests: set[GroupRequest]) -> list[_Pending]:
-        """Take requests out of the engine, whether they wait or run."""
+        """Remove requests from the engine, whether they wait or run."""
         with self._wake:
             self._waiting = deque(pending for pending in self._waiting if pending.request not in requests)
             forgotten = [self._open.pop(request) for request in requests if request in self._open]
@@ -253,7 +253,7 @@ class TransformersEngine:
                 pending.future.set_exception(error)
 
     def _admit(self) -> None:
-        """Let waiting trajectories join, first come first served, as far as there is room."""
+        """Admit waiting trajectories, first come first served, while there is room."""
         rows: list[Row] = []
         with self._wake:
             free = self._max_batch_size - len(self._batch.rows)
@@ -294,12 +294,12 @@ class TransformersEngine:
             if len(pending.finished) < row.request.num_trajectories:
                 return
             del self._open[row.request]
-        # False if the caller has gone away in this very moment.
+        # False if the caller has just gone away.
         if pending.future.set_running_or_notify_cancel():
             pending.future.set_result([pending.finished[index] for index in range(row.request.num_trajectories)])
 
     def _attempt(self, work: Callable[[], Result], joining: Sequence[Row] = ()) -> Result | None:
-        """Do work on the batch. What torch cannot do (out of memory) fails the requests in it, not the engine."""
+        """Do work on the batch. An error of torch (out of memory) fails the requests in it, not the engine."""
         try:
             return work()
         except RuntimeError as error:
@@ -320,7 +320,7 @@ def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 def _uncancellable() -> Future[None]:
-    """A future that stays when an asyncio task that waits for it is cancelled."""
+    """A future that is not cancelled with an asyncio task that awaits it."""
     future: Future[None] = Future()
     future.set_running_or_notify_cancel()
     return future

@@ -1,4 +1,4 @@
-"""Keys and values of rows that come and go. Rows are aligned at their ends: what is missing in front is padding.
+"""Keys and values of rows that join and leave. Rows are aligned at their ends, with padding in front.
 
 Every layer keeps all positions, sliding-window layers too (their mask hides what is outside the window), so rows of
 any age fit together by padding alone.
@@ -24,9 +24,9 @@ class RowCache:
     """Keys and values ``[B, heads, L, head size]`` of every layer; row b's first ``pads[b]`` columns are padding."""
 
     past: DynamicCache
-    pads: NDArray[np.int64]  # [B]; here and not on the device, which a question would hold up
+    pads: NDArray[np.int64]  # [B]; on the host, since reading it from the device would synchronize
     length: int  # L ≥ 1
-    _pads_there: Tensor | None = field(default=None, init=False)  # on the device, once a mask was asked for
+    _pads_there: Tensor | None = field(default=None, init=False)  # on the device, once a mask was needed
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order (a row may repeat), and drop columns that are padding in all of them."""
@@ -35,7 +35,7 @@ class RowCache:
         self._drop_common_padding()
 
     def taken(self, rows: Sequence[int]) -> RowCache:
-        """A cache of these rows alone, in this order (a row may repeat); this one stays as it is."""
+        """A new cache of only these rows, in this order (a row may repeat); this one is unchanged."""
         index = upload(np.asarray(rows, dtype=np.int64), self._device)
         past = DynamicCache()
         for number, layer in enumerate(_layers(self.past)):
@@ -55,14 +55,14 @@ class RowCache:
         self.length = length
 
     def extend(self, model: PreTrainedModel, continuations: Sequence[NDArray[Any]], pass_tokens: int) -> None:
-        """Append each row's next tokens, some of which may be none, in passes of at most ``pass_tokens`` tokens."""
+        """Append each row's next tokens (a row may have none) in passes of at most ``pass_tokens`` tokens."""
         counts = np.array([len(tokens) for tokens in continuations])
         width = int(counts.max())
         ids = np.zeros((len(counts), width), dtype=np.int64)
         for row, tokens in zip(ids, continuations, strict=True):
             row[: len(tokens)] = tokens
         first = self.length - self.pads
-        # What pads a row behind its last token repeats that one's position: a later one may not exist.
+        # Padding after a row's last token repeats that token's position: a later one may not exist.
         positions = np.minimum(first[:, None] + np.arange(width), (first + np.maximum(counts, 1) - 1)[:, None])
         columns = max(1, pass_tokens // len(counts))
         for begin in range(0, width, columns):
@@ -74,7 +74,7 @@ class RowCache:
         self._set_pads(self.pads + width - counts)
 
     def mask(self, columns: int) -> Tensor | None:
-        """What may be seen of the cache and of so many tokens behind it: bool ``[B, L + columns]``; None if all."""
+        """Mask of the cache and ``columns`` tokens after it: bool ``[B, L + columns]``; None if all are visible."""
         if not self.pads.any():
             return None
         if self._pads_there is None:
@@ -82,7 +82,7 @@ class RowCache:
         return torch.arange(self.length + columns, device=self._device) >= self._pads_there[:, None]
 
     def _move_to_the_end(self, behind: NDArray[np.int64]) -> None:
-        """Bring the last ``behind[b]`` columns of row b, which are padding, to its front."""
+        """Move the last ``behind[b]`` columns of row b, which are padding, to its front."""
         if behind.any():
             shifts = upload(behind, self._device)
             for layer in _layers(self.past):
@@ -115,7 +115,7 @@ def prefill(model: PreTrainedModel, prefixes: Sequence[NDArray[Any]]) -> RowCach
     ids = np.zeros((len(prefixes), length), dtype=np.int64)
     for row, prefix in zip(ids, prefixes, strict=True):
         row[: len(prefix)] = prefix
-    # Padding behind needs no mask: attention is causal. It is moved to the front afterwards.
+    # Padding at the end needs no mask, since attention is causal. It is moved to the front afterwards.
     past = DynamicCache()
     cached_pass(model, past, input_ids=upload(ids, model.device))
     cache = RowCache(past, length - lengths, length)
@@ -124,7 +124,7 @@ def prefill(model: PreTrainedModel, prefixes: Sequence[NDArray[Any]]) -> RowCach
 
 
 def cached_pass(model: PreTrainedModel, past: DynamicCache, **inputs: Tensor | None) -> Tensor:
-    """Last hidden states ``[B, L, H]`` of the inputs behind what is cached, to which theirs is added."""
+    """Last hidden states ``[B, L, H]`` of inputs that follow the cache; their keys and values are appended to it."""
     base = model.base_model
     name = _cache_argument(type(base).forward)
     states: Tensor = base(**inputs, **{name: past}, use_cache=True).last_hidden_state
@@ -133,12 +133,12 @@ def cached_pass(model: PreTrainedModel, past: DynamicCache, **inputs: Tensor | N
 
 @cache
 def _cache_argument(forward: Callable[..., Any]) -> str:
-    """What an architecture calls its cache: transformers renames it from 5.24 on, one architecture after another."""
+    """The name of an architecture's cache argument; from 5.24 on transformers renames it for one after another."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """An array on the device. What the device has still to do is not waited for."""
+    """An array on the device, copied without waiting for the device's pending work."""
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 

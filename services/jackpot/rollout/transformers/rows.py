@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from jackpot.rollout.engine import GroupRequest
 from jackpot.rollout.transformers.sampling import DrawnTokens, trajectory_uniforms
 
-# Columns of the buffers for sampled tokens at first; doubled as trajectories grow.
+# Initial columns of the buffers for sampled tokens; doubled as trajectories grow.
 FIRST_COLUMNS = 64
 _NO_TOKEN = -1
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """Which trajectory a row is, and since when which weight version samples it."""
+    """A row's trajectory, and the weight versions that have sampled it."""
 
     request: GroupRequest
     index: int
     versions: list[tuple[int, int]]  # (version, its first token), oldest first
-    joined: int = 0  # after how many steps of its batch
+    joined: int = 0  # steps of its batch before it joined
 
 
 @dataclass(slots=True, eq=False)
@@ -37,16 +37,16 @@ class RowTensors:
     counts: Tensor  # int64 [B], tokens sampled
     max_tokens: Tensor  # int64 [B]
     temperatures: Tensor  # float32 [B]
-    stop_ids: Tensor  # int64 [B, S], filled up with −1
+    stop_ids: Tensor  # int64 [B, S], padded with −1
     uniforms: Tensor  # float32 [B, longest max_tokens]
     token_ids: Tensor  # int64 [B, W], valid up to counts
     logprobs: Tensor  # float32 [B, W]
-    topk_ids: Tensor  # int32 [B, W, k], k the largest that a row asks for
+    topk_ids: Tensor  # int32 [B, W, k], k the largest of all rows
     topk_logprobs: Tensor  # float16 [B, W, k]
 
     @classmethod
     def start(cls, rows: Sequence[Row], eos_ids: Sequence[int], device: torch.device) -> RowTensors:
-        """The state of rows of which nothing has been sampled yet."""
+        """The state of rows that have sampled no token yet."""
         requests = [row.request for row in rows]
         limits = [request.sampling.max_tokens for request in requests]
         stops = [sorted({*eos_ids, *request.sampling.stop_token_ids}) for request in requests]
@@ -103,7 +103,7 @@ class RowTensors:
             setattr(self, name, torch.cat([buffer, torch.zeros_like(buffer)], dim=1))
 
     def record(self, drawn: DrawnTokens) -> Tensor:
-        """Take up one token per row; bool ``[B]``: which rows are finished by it."""
+        """Append one token per row; bool ``[B]``: which rows it finishes."""
         at = (torch.arange(len(self.counts), device=self.counts.device), self.counts)
         self.token_ids[at] = drawn.tokens
         self.logprobs[at] = drawn.logprobs

@@ -14,7 +14,7 @@ _BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 
 
 class DrawnTokens(NamedTuple):
-    """One token per row, and what OBRS needs to know about it."""
+    """One token per row, and the values that OBRS needs."""
 
     tokens: Tensor  # int64 [B]
     logprobs: Tensor  # float32 [B], log p_inf of the token
@@ -23,9 +23,9 @@ class DrawnTokens(NamedTuple):
 
 
 def trajectory_uniforms(seed: int, index: int, num_tokens: int) -> NDArray[np.float32]:
-    """The numbers in [0, 1) ``[num_tokens]`` that trajectory ``index`` of a group is drawn with.
+    """The uniform numbers in [0, 1) ``[num_tokens]`` that sample trajectory ``index`` of a group.
 
-    A counter-based generator keyed by (seed, index): the same on every machine, whatever else is in the batch.
+    A counter-based generator keyed by (seed, index): the same on every machine and in every batch.
     """
     philox = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
     drawn = np.random.Generator(philox).random(num_tokens, dtype=np.float32)
@@ -40,14 +40,14 @@ def draw_tokens(logits: Tensor, temperatures: Tensor, uniforms: Tensor, top_k: i
         temperatures: float32 ``[B]``; 0 takes the most probable token, and log-probabilities of temperature 1.
         uniforms: float32 ``[B]``, in [0, 1).
         top_k: candidates to return, ≤ V.
-        any_greedy: whether some temperature is 0; known to the caller without asking the device.
+        any_greedy: whether some temperature is 0; the caller knows this without reading from the device.
     """
     logits = logits.float()
     greedy = temperatures == 0
     divisors = torch.where(greedy, 1.0, temperatures) if any_greedy else temperatures
     logprobs = torch.log_softmax(logits / divisors[:, None], dim=-1)
     cumulative = logprobs.exp().cumsum(dim=-1)
-    # Scaled by the last entry, which rounding keeps from being exactly 1, so every draw hits a token.
+    # Scaled by the last entry, which rounding keeps from being exactly 1, so that every draw hits a token.
     targets = (uniforms * cumulative[:, -1]).unsqueeze(1)
     tokens = torch.searchsorted(cumulative, targets, right=True).clamp_(max=logits.shape[-1] - 1)
     if any_greedy:

@@ -1,1 +1,1 @@
-"""The engine on vLLM, and what runs inside its worker processes."""
+"""The engine on vLLM, and our code inside its worker processes."""

@@ -1,7 +1,7 @@
-"""Inside vLLM's worker process: receiving what the learner broadcasts, into host memory.
+"""Inside vLLM's worker process: receives the learner's broadcasts into host memory.
 
-The bytes are staged there, not loaded as they come: a broadcast that breaks off leaves the model as it was. Every
-function here blocks and is to be called in a thread of its own.
+The bytes are staged there and not loaded as they arrive: an interrupted broadcast leaves the model unchanged. Every
+function here blocks; call it in a separate thread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# Name, dtype as torch calls it, shape; in the order in which they are sent.
+# Name, torch's name of the dtype, shape; in sending order.
 Layout = Sequence[tuple[str, str, Sequence[int]]]
 
 
@@ -23,17 +23,17 @@ class Wire(Protocol):
         """One version, as CPU tensors."""
 
     def close(self) -> None:
-        """Leave, also in the middle of a broadcast."""
+        """Leave, even in the middle of a broadcast."""
 
 
 def join_group(info: Mapping[str, Any], parallel_config: Any, device: torch.device, timeout_seconds: float) -> Wire:
-    """Join as one of the workers of this replica; returns once all members are there.
+    """Join as one of the workers of this replica; returns once all members have joined.
 
     Args:
         info: the fields of ``JoinTransferRequest``.
-        parallel_config: vLLM's, which tells this worker's rank in the replica.
+        parallel_config: vLLM's, with this worker's rank in the replica.
         device: of this worker.
-        timeout_seconds: for gloo. NCCL knows no deadline: whoever waits has to have one.
+        timeout_seconds: for gloo. NCCL has no deadline, so that the caller needs its own.
     """
     settings = dict(info)
     transport = settings.pop("transport")
@@ -46,7 +46,7 @@ class _GlooWire:
     def __init__(self, info: Mapping[str, Any], parallel_config: Any, timeout_seconds: float) -> None:
         from jackpot.compute.ranks.gloo_group import GlooGroup
 
-        # As vLLM counts workers for NCCL.
+        # The order in which vLLM numbers workers for NCCL.
         worker = parallel_config.data_parallel_index * parallel_config.world_size + parallel_config.rank
         host, port, size = info["master_address"], info["master_port"], info["world_size"]
         self._group = GlooGroup(host, port, info["rank_offset"] + worker, size, timeout_seconds)
@@ -62,7 +62,7 @@ class _GlooWire:
 
 
 class _NcclWire:
-    """vLLM's own packed broadcast; only that what arrives is staged."""
+    """vLLM's own packed broadcast, except that tensors are staged as they arrive."""
 
     def __init__(self, info: Mapping[str, Any], parallel_config: Any, device: torch.device) -> None:
         from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_process_group
@@ -79,7 +79,7 @@ class _NcclWire:
         state: dict[str, Tensor] = {}
 
         def stage(pairs: Sequence[tuple[str, Tensor]]) -> None:
-            # On the stream of the broadcast, so after it; to the host, so done when this returns.
+            # Runs on the broadcast's stream, hence after it; a copy to the host is complete when this returns.
             state.update((name, tensor.to("cpu")) for name, tensor in pairs)
 
         packed_nccl_broadcast_consumer(
@@ -94,4 +94,4 @@ class _NcclWire:
         return state
 
     def close(self) -> None:
-        self._group.destroy()  # aborts what hangs
+        self._group.destroy()  # aborts a hanging broadcast

@@ -27,7 +27,7 @@ from jackpot.trajectory import GroupKey, Trajectory
 LOG = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 0.25
-# vLLM silently raises lower temperatures to this, so that its log-probabilities would not be those asked for.
+# vLLM silently raises lower temperatures to this, and its log-probabilities would then not match the request.
 LOWEST_TEMPERATURE = 0.01
 _POLL_SECONDS = 0.01
 _HEALTH_SECONDS = 0.2
@@ -39,7 +39,7 @@ class VllmEngine:
 
     Args:
         llm: from :func:`jackpot.rollout.vllm.launch.start_vllm`.
-        counts: what its scheduler tells.
+        counts: filled by its scheduler.
         eos_ids: tokens that end every trajectory.
         max_queue: trajectories in the engine, running or waiting, before it refuses more.
         owned: whether :meth:`close` ends vLLM's processes as well.
@@ -106,13 +106,13 @@ class VllmEngine:
             self._require_running()
             try:
                 await self._read(str(directory))
-                # Not to be left paused when the caller goes away.
+                # The engine must not stay paused when the caller goes away.
                 await asyncio.shield(asyncio.create_task(self._swap(version, str(directory))))
             except EngineDeadError as error:
                 raise EngineError(f"vLLM's engine process has died ({error}).") from error
 
     def status(self) -> EngineStatus:
-        """See :class:`RolloutEngine`. vLLM's own counts are of its last step: what is over since is left out."""
+        """See :class:`RolloutEngine`. vLLM's counts, as of its last step, without trajectories ended since."""
         num_running = min(self._counts.num_running, self._num_open)
         num_waiting = min(self._counts.num_waiting, self._num_open - num_running)
         return EngineStatus(num_running, num_waiting, self._counts.tokens_generated - self._tokens_before)
@@ -136,7 +136,7 @@ class VllmEngine:
         await asyncio.gather(*running, return_exceptions=True)
         if self._owned:
             if self._llm.output_handler is not None:
-                self._llm.output_handler.cancel()  # it would take the end of the process for a failure
+                self._llm.output_handler.cancel()  # it would mistake the end of the process for a failure
             await asyncio.to_thread(self._llm.shutdown)
 
     def _require_running(self) -> None:
@@ -165,7 +165,7 @@ class VllmEngine:
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
             seed=_vllm_seed(sampling.seed),
-            # The ends of sequence are ours to say, so that both engines end trajectories at the same tokens.
+            # We set the ends of sequence, so that both engines end trajectories at the same tokens.
             ignore_eos=True,
             stop_token_ids=sorted({*self._eos_ids, *sampling.stop_token_ids}),
             logprobs=sampling.top_logprobs,
@@ -175,7 +175,7 @@ class VllmEngine:
         )
 
     async def _read(self, directory: str) -> None:
-        """Have the workers read and check the payload while sampling goes on."""
+        """Have the workers read and check the payload while sampling continues."""
         await self._llm.collective_rpc("read_weights", args=(directory,))
         while True:
             outcomes = [tuple(outcome) for outcome in await self._llm.collective_rpc("weights_read", args=("store",))]
@@ -193,7 +193,7 @@ class VllmEngine:
         raise EngineError(f"a worker could not read {directory}: {message}")
 
     async def _swap(self, version: int, source: str) -> None:
-        # `keep` and a cleared cache: what is under way goes on, and its keys and values are computed anew.
+        # `keep` and a cleared cache: running requests continue, and their keys and values are recomputed.
         await self._llm.pause_generation(mode="keep", clear_cache=True)
         try:
             await self._apply(version, source)
@@ -208,7 +208,7 @@ class VllmEngine:
             await self._llm.finish_weight_update(weight_version=str(version))
         except EngineDeadError:
             raise
-        except Exception as error:  # what a worker raised arrives as a bare Exception
+        except Exception as error:  # a worker's error arrives as a bare Exception
             LOG.exception("version %d could not be applied; version %d is restored", version, self.version)
             await self._roll_back(version, error)
 
@@ -224,13 +224,13 @@ class VllmEngine:
 
 
 def _priority(group_id: str) -> int:
-    """Lower goes first: groups that an earlier batch waits for, and before them those that no batch waits for."""
+    """Lower goes first: groups of an earlier batch precede later ones, and groups of no batch precede all."""
     try:
         return GroupKey.parse(group_id).slot
     except ValueError:
-        return -1  # an evaluation's
+        return -1  # of an evaluation
 
 
 def _vllm_seed(seed: int) -> int:
-    """vLLM gives trajectory i the seed + i: spread out, so that neighbouring seeds share no trajectory; 62 bits."""
+    """A hash of the seed, 62 bits. vLLM gives trajectory i the seed + i, and neighbouring seeds must share none."""
     return int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8).digest(), "little") >> 2

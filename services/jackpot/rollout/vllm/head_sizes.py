@@ -1,7 +1,7 @@
 """Attention heads of any size on vLLM's CPU build, whose kernel knows only some sizes, from 32 up.
 
 Zeros appended to queries, keys and values change no dot product and no output: softmax(q·k / √d) v is the same, since
-the model passes the scale √d itself. Costs time and cache for tiny models only.
+the model passes the scale √d itself. This costs time and cache only for tiny models.
 """
 
 from __future__ import annotations

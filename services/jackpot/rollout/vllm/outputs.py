@@ -10,7 +10,7 @@ from jackpot.errors import EngineError
 from jackpot.rollout.engine import GroupRequest
 from jackpot.trajectory import Trajectory, VersionSpan
 
-# What vLLM calls the weights that it started with.
+# vLLM's name for the weights that it started with.
 _FIRST_WEIGHTS = "default"
 NO_VERSION = -1
 
@@ -19,7 +19,7 @@ def trajectory_from_output(request: GroupRequest, index: int, output: Any) -> Tr
     """The trajectory in one finished ``CompletionOutput`` with flat log-probabilities.
 
     Raises:
-        EngineError: the log-probabilities are not finite, or the output is not a finished one.
+        EngineError: the log-probabilities are not finite, or the output is not finished.
     """
     if output.finish_reason not in ("stop", "length") or output.weight_versions is None:
         raise EngineError(f"vLLM ended a trajectory with {output.finish_reason!r}. Send the request again.")

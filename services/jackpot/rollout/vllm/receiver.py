@@ -1,7 +1,7 @@
-"""The replica's side of weights that the learner broadcasts: joins the group, receives beside sampling, takes up.
+"""The replica's side of the learner's broadcasts: joins the group, receives while sampling, and applies the version.
 
 Same lifecycle as from the store: the whole payload first, then pause (``keep``) → start → update → finish → resume.
-Whatever fails leaves the engine with the version it has, out of the group; the store has the version as well.
+After a failure the engine keeps its version and leaves the group; the store has the new version as well.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class VllmReceiver:
         self._held = held
         self._announced: tuple[str, int, TensorLayout] | None = None
         self._busy = asyncio.Lock()
-        # Workers of one model speak with each other while they sample: two NCCL groups at once may block each other.
+        # Workers of one model communicate while they sample; two NCCL groups in use at once can deadlock.
         parallel = llm.vllm_config.parallel_config
         self._pauses = parallel.world_size * parallel.data_parallel_size > 1
 
@@ -88,14 +88,14 @@ class VllmReceiver:
         async with self._swapping:
             if version > self._held():
                 try:
-                    # Not to be left paused when the caller goes away.
+                    # The engine must not stay paused when the caller goes away.
                     await asyncio.shield(asyncio.ensure_future(self._take_up(version, _source(session, version))))
                 except EngineDeadError as error:
                     raise EngineError(f"vLLM's engine process has died ({error}).") from error
         return self._held()
 
     async def _until_done(self, begin: Awaitable[Any], awaited: str, timeout_seconds: float) -> None:
-        """Begin work in the workers' threads and wait for it; on a failure they leave the group."""
+        """Start work in the workers' threads and wait for it; on a failure they leave the group."""
         done = False
         try:
             async with asyncio.timeout(timeout_seconds):

@@ -1,4 +1,4 @@
-"""What vLLM's scheduler tells after each step. vLLM's own metrics go to the process's registry by themselves."""
+"""Statistics of vLLM's scheduler after each step. vLLM itself adds its metrics to the process's registry."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class EngineCounts:
         return sum(self._waiting.values())
 
     def record(self, rank: int, scheduler_stats: Any, iteration_stats: Any) -> None:
-        """Take up one step's figures."""
+        """Record one step's figures."""
         if scheduler_stats is not None:
             self._running[rank] = scheduler_stats.num_running_reqs
             self._waiting[rank] = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
@@ -42,7 +42,7 @@ class EngineCounts:
 
 
 class CountLogger(StatLoggerBase):
-    """Hands vLLM's statistics to :class:`EngineCounts`."""
+    """Passes vLLM's statistics to :class:`EngineCounts`."""
 
     def __init__(self, counts: EngineCounts) -> None:
         self._counts = counts
@@ -54,4 +54,4 @@ class CountLogger(StatLoggerBase):
         self._counts.record(engine_idx, scheduler_stats, iteration_stats)
 
     def log_engine_initialized(self) -> None:
-        """Nothing to tell."""
+        """Nothing to log."""

@@ -1,8 +1,8 @@
 """Inside vLLM's worker process: new weights in place, from a directory of safetensors or from the learner's broadcast.
 
-vLLM's own transfer backends load tensors as they come, and need CUDA. This one follows the same lifecycle (start,
-update, finish; see ``vllm.distributed.weight_transfer``), but nothing in the model is touched before the whole payload
-is in memory and has been checked; what fails afterwards is rolled back while generation is still paused.
+vLLM's own transfer backends load tensors as they arrive, and need CUDA. This one follows the same lifecycle (start,
+update, finish; see ``vllm.distributed.weight_transfer``), but touches the model only once the whole payload is in
+memory and checked. A later failure is rolled back while generation is still paused.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ LOG = logging.getLogger(__name__)
 
 BACKEND = "jackpot_store"
 EXTENSION = f"{__name__}.WeightReading"
-# Where a version being read comes from.
+# The source of a version being read.
 STORE, LEARNER = "store", "learner"
 
 
 @dataclass
 class StoreInitInfo(WeightTransferInitInfo):
-    """Nothing has to be agreed upon beforehand."""
+    """Needs no initial handshake."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class StoreUpdateInfo(WeightTransferUpdateInfo):
 
 @dataclass
 class _Reading:
-    """One version being read or received by a thread, while sampling goes on."""
+    """One version that a thread reads or receives while sampling continues."""
 
     source: str
     thread: threading.Thread | None = None
@@ -76,13 +76,13 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
-        self._readings: dict[str, _Reading] = {}  # by what they came from: the store, or the learner
+        self._readings: dict[str, _Reading] = {}  # by source: the store, or the learner
         self._wire: Wire | None = None
         self._layout: Any = None
         # Open files outlive their names: the version held can be read again even after the store has pruned it.
         files = sorted(Path(self.model_config.model).glob("*.safetensors"))
         self._held: list[BinaryIO] = [path.open("rb") for path in files]
-        self._held_state: Mapping[str, Tensor] | None = None  # in place of files, of a version that was broadcast
+        self._held_state: Mapping[str, Tensor] | None = None  # instead of files, for a version that was broadcast
         self._touched = False
 
     def init_transfer_engine(self, init_info: StoreInitInfo) -> None:
@@ -100,24 +100,24 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         self.leave()
 
     def read(self, directory: str) -> None:
-        """Begin to read and check a directory, in a thread of its own."""
+        """Start reading and checking a directory, in a separate thread."""
         self._begin(STORE, directory, lambda reading: self._read(reading))
 
     def join(self, info: Mapping[str, Any], timeout_seconds: float) -> None:
-        """Begin to join a broadcast group, and leave the one before."""
+        """Start joining a broadcast group, and leave the previous one."""
         self.leave()
 
         def work(reading: _Reading) -> None:
             wire = join_group(info, self.parallel_config, self.device, timeout_seconds)
             if self._readings.get(LEARNER) is reading:
                 self._wire = wire
-            else:  # nobody waits for it any more
+            else:  # no caller waits for it any more
                 wire.close()
 
         self._begin(LEARNER, "", work)
 
     def receive(self, source: str, layout: Layout) -> None:
-        """Begin to receive what the learner broadcasts."""
+        """Start receiving the learner's broadcast."""
 
         def work(reading: _Reading) -> None:
             if self._wire is None:
@@ -127,14 +127,14 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         self._begin(LEARNER, source, work)
 
     def leave(self) -> None:
-        """Leave the broadcast group, whatever it is at, and forget what came from it."""
+        """Leave the broadcast group in any state, and drop what was received from it."""
         self._readings.pop(LEARNER, None)
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.close()
 
     def check(self, layout: Layout) -> tuple[str, str]:
-        """Whether tensors of these names and shapes are the model's: ``ready`` or ``corrupt`` with the reason."""
+        """Whether these names and shapes match the model: ``ready``, or ``corrupt`` with the reason."""
         try:
             check_layout(self._expected(), {name: shape for name, _, shape in layout})
         except WeightCorruptError as error:
@@ -164,7 +164,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         self._held_state = None if reading.files else reading.state
 
     def roll_back(self) -> None:
-        """Hold the previous weights again, from where they came from."""
+        """Restore the previous weights from their source."""
         self._readings.clear()
         if not self._touched:
             return
@@ -192,7 +192,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         reading.state = read_state(self._expected(), Path(reading.source))
 
     def _expected(self) -> Any:
-        """Names and shapes of the model as its trainer sees it (vLLM fuses and packs its own), without memory."""
+        """Names and shapes of the trainer's model (vLLM fuses and packs its own), without allocating it."""
         if self._layout is None:
             auto: Any = AutoModelForCausalLM
             config = AutoConfig.from_pretrained(self.model_config.model, local_files_only=True)
@@ -207,15 +207,15 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
             try:
                 loaded = self.model.load_weights(tensors)
             finally:
-                # Also after a failure: otherwise parameters stay without memory, and the next attempt fails.
+                # Also after a failure: otherwise parameters stay unallocated, and the next attempt fails.
                 finalize_layerwise_reload(self.model, self.model_config)
         if self.model_config.quantization is None and loaded is not None and wanted - loaded:
-            raise RuntimeError(f"vLLM did not take up {sorted(wanted - loaded)[:5]}")
+            raise RuntimeError(f"vLLM did not load {sorted(wanted - loaded)[:5]}")
         self._pack_output_layer()
 
     @contextmanager
     def _input_embeddings_unpacked(self) -> Iterator[None]:
-        """Spare the packing of embeddings that are only looked up; vLLM packs them as if they were multiplied (CPU).
+        """Skip packing embeddings that are only looked up; vLLM packs them as if for matrix multiplication (CPU).
 
         That is a quarter of the work of a reload, with half a billion parameters and a large vocabulary.
         """
@@ -235,7 +235,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
             UnquantizedEmbeddingMethod.process_weights_after_loading = pack
 
     def _pack_output_layer(self) -> None:
-        """Make the output layer's packed copy anew. vLLM's reload forgets it where embeddings are tied (CPU)."""
+        """Rebuild the output layer's packed copy, which vLLM's reload omits for tied embeddings (CPU)."""
         embeddings = [module for module in self.model.modules() if isinstance(module, VocabParallelEmbedding)]
         inputs = {module.weight.data_ptr() for module in embeddings if not isinstance(module, ParallelLMHead)}
         for module in embeddings:
@@ -251,15 +251,15 @@ class WeightReading:
     _weight_update_active: bool
 
     def read_weights(self, directory: str) -> None:
-        """Begin to read and check a directory; sampling goes on meanwhile."""
+        """Start reading and checking a directory while sampling continues."""
         self.weight_transfer_engine.read(directory)
 
     def weights_read(self, origin: str) -> tuple[str, str]:
-        """How far reading, joining or receiving is: see :meth:`StoreTransferEngine.outcome`."""
+        """The state of reading, joining or receiving; see :meth:`StoreTransferEngine.outcome`."""
         return self.weight_transfer_engine.outcome(origin)
 
     def join_group(self, info: dict[str, Any], timeout_seconds: float) -> None:
-        """Begin to join a broadcast group; sampling goes on meanwhile."""
+        """Start joining a broadcast group while sampling continues."""
         self.weight_transfer_engine.join(info, timeout_seconds)
 
     def check_layout(self, layout: Layout) -> tuple[str, str]:
@@ -267,11 +267,11 @@ class WeightReading:
         return self.weight_transfer_engine.check(layout)
 
     def receive_broadcast(self, source: str, layout: Layout) -> None:
-        """Begin to receive a version; sampling goes on meanwhile."""
+        """Start receiving a version while sampling continues."""
         self.weight_transfer_engine.receive(source, layout)
 
     def leave_group(self) -> None:
-        """Leave the broadcast group, also in the middle of a broadcast."""
+        """Leave the broadcast group, even in the middle of a broadcast."""
         self.weight_transfer_engine.leave()
 
     def roll_back_weights(self) -> None:
@@ -281,7 +281,7 @@ class WeightReading:
 
 
 def _report(reading: _Reading, work: Callable[[_Reading], None]) -> None:
-    """Run a thread's work; what becomes of it is the outcome."""
+    """Run a thread's work and record its outcome."""
     try:
         work(reading)
         reading.outcome = ("ready", "")
@@ -289,16 +289,16 @@ def _report(reading: _Reading, work: Callable[[_Reading], None]) -> None:
         reading.outcome = ("corrupt", str(error))
     except FileNotFoundError as error:
         reading.outcome = ("missing", str(error))
-    except Exception as error:  # the border of the thread: whoever waits must hear of it
+    except Exception as error:  # the thread's outermost frame: callers must receive any error
         LOG.exception("reading weights %s failed", reading.source)
         reading.outcome = ("failed", f"{type(error).__name__}: {error}")
 
 
 def _prepare_process() -> None:
-    """What has to be in place before the model is made, in whichever process imports this."""
+    """Set up the importing process before the model is created."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, StoreTransferEngine)
-    # It warns at each update of layers that have no weights of their own; we check by name what was not taken up.
+    # It warns at each update about layers without weights of their own; we check by name that every tensor was loaded.
     logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
     if current_platform.is_cpu():
         from jackpot.rollout.vllm.head_sizes import pad_head_sizes
