@@ -102,4 +102,4 @@ def test_a_missing_package_is_named_with_the_remedy(job_file: Path) -> None:
 def test_what_the_system_refuses_is_one_line(tmp_path: Path, job_file: Path) -> None:
     (tmp_path / "runs").write_text("a file where the runs would go")
     finished = jackpot_command("run", str(job_file), cwd=tmp_path)
-    assert finished.returncode == 2 and "cannot be made" in finished.stderr and "Traceback" not in finished.stderr
+    assert finished.returncode == 2 and "cannot be created" in finished.stderr and "Traceback" not in finished.stderr

@@ -1,7 +1,7 @@
-"""Write-ahead manifests: which groups each batch trains on, on disk before the first gradient.
+"""Write-ahead manifests: the groups that each batch trains on, on disk before the first gradient.
 
-Together with the checkpoints they are the system of record of what was trained: after a crash a batch beyond the
-last checkpoint is trained again from its manifest, on the same groups.
+Together with the checkpoints they are the system of record of training. After a crash each batch beyond the last
+checkpoint is trained again from its manifest, on the same groups.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ManifestLog:
     """The manifests of one job, a file per batch. The learner writes them, the orchestrator reads them.
 
     Args:
-        directory: of the run directory; made with the first manifest.
+        directory: in the run directory; created with the first manifest.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -48,7 +48,7 @@ class ManifestLog:
         return _read_if_there(self._path(batch))
 
     def all(self) -> list[Manifest]:
-        """Every manifest that there is. One that is discarded meanwhile is left out.
+        """All manifests, without any that is discarded meanwhile.
 
         Raises:
             DamagedRecordError: as :meth:`read`.
@@ -64,7 +64,7 @@ class ManifestLog:
         return [manifest for batch in range(first, last) if (manifest := self.read(batch)) is not None]
 
     def discard_from(self, batch: int) -> None:
-        """Forget batch ``batch`` and all later ones: they can no longer be trained as written."""
+        """Delete the manifests from ``batch`` on: they can no longer be trained as written."""
         discarded = [path for path in self._paths() if int(path.stem) >= batch]
         for path in discarded:
             path.unlink()

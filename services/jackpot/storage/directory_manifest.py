@@ -1,4 +1,4 @@
-"""``manifest.json`` of a directory: its files with size and SHA-256, by which damage is noticed."""
+"""``manifest.json`` of a directory: its files with size and SHA-256, which reveal damage."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from jackpot.storage.weight_manifest import (
     mismatch,
 )
 
-# Hashing is bound by one core, and does without the interpreter lock.
+# Hashing is bound by one core, and releases the interpreter lock.
 _HASHED_AT_ONCE = 4
 
 
 def describe_directory(directory: Path) -> dict[str, WeightFile]:
-    """Every file of a directory by its path in there, subdirectories and all, but for the manifest itself."""
+    """Every file of a directory by its relative path, subdirectories included, except the manifest itself."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
     return _described(directory, [str(path.relative_to(directory)) for path in paths])
 
 
 def manifest_of(files: Mapping[str, WeightFile]) -> bytes:
-    """A manifest of these files and nothing else."""
+    """A manifest of exactly these files."""
     return (json.dumps({"files": files_as_json(files)}, indent=1) + "\n").encode()
 
 
@@ -37,7 +37,7 @@ def files_of(manifest: bytes, where: str) -> dict[str, WeightFile]:
 
     Args:
         manifest: its bytes.
-        where: they were read, for messages.
+        where: their source, for messages.
 
     Raises:
         DirectoryDamagedError: it cannot be read, or names files outside of the directory.
@@ -47,15 +47,15 @@ def files_of(manifest: bytes, where: str) -> dict[str, WeightFile]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DirectoryDamagedError(f"{where} cannot be read ({error!r})") from None
     if any(part in ("", ".", "..") for key in files for part in key.split("/")):
-        raise DirectoryDamagedError(f"{where} names files that lie elsewhere")
+        raise DirectoryDamagedError(f"{where} names files outside of its directory")
     return files
 
 
 def check_directory(directory: Path) -> None:
-    """Make sure that a directory's files are those of its manifest, byte for byte.
+    """Check that a directory's files match its manifest, byte for byte.
 
     Raises:
-        DirectoryDamagedError: naming the first file that is not, or is not there.
+        DirectoryDamagedError: naming the first file that differs or is missing.
         OSError: the disk cannot be read.
     """
     try:

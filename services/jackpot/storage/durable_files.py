@@ -1,4 +1,4 @@
-"""Files that are on the disk when a call returns, whatever happens to the machine then."""
+"""Writes files durably: they are on the disk when a call returns, and survive a crash of the machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the entries of a directory, on the disk."""
+    """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -16,13 +16,13 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Have a directory and all that is in it on the disk."""
+    """Flush a directory and everything in it to the disk."""
     for path in [*directory.rglob("*"), directory]:
         sync(path)
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a file, and have its content on the disk."""
+    """Write a file, and flush its content to the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -30,7 +30,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_synced(path: Path, text: str, aside: Path) -> None:
-    """Replace a file by ``aside``, written first: readers and a crash find the old text or the new one, whole."""
+    """Write ``aside`` and rename it to the file: readers find the old text or the new, even after a crash."""
     write_synced(aside, text)
     aside.replace(path)
     sync(path.parent)

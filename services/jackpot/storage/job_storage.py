@@ -17,7 +17,7 @@ def job_objects(job: JobSpec, job_id: str) -> Objects | None:
     """The job's part of its object store; None if it keeps everything in the run directory.
 
     Raises:
-        ConfigError: the client for object stores is not installed, or its variables cannot be.
+        ConfigError: the client for object stores is not installed, or its variables are not valid.
     """
     if job.weights.store is None:
         return None
@@ -31,7 +31,7 @@ def open_weight_store(job: JobSpec, job_id: str, run_dir: Path, copies: Path) ->
         job: the job as resolved.
         job_id: its id.
         run_dir: its run directory.
-        copies: directory for this process's copies of what an object store holds.
+        copies: directory for this process's copies of objects in an object store.
 
     Raises:
         ConfigError: as :func:`job_objects`.
@@ -40,7 +40,7 @@ def open_weight_store(job: JobSpec, job_id: str, run_dir: Path, copies: Path) ->
 
 
 def weight_store_of_run(run_dir: Path, copies: Path) -> WeightStore:
-    """As :func:`open_weight_store`, of a run of which nothing is known but its directory."""
+    """As :func:`open_weight_store`, for a run of which only the directory is known."""
     return _weight_store(objects_of_run(run_dir, outage_seconds=30.0), run_dir, copies)
 
 
@@ -61,7 +61,7 @@ def stored_checkpoints(job: JobSpec, job_id: str) -> ObjectDirectories | None:
 
 
 def payload_place(job: JobSpec, job_id: str, run_dir: Path) -> Path | Objects:
-    """Where the job's payloads lie while they are on the bus, unless they are in the bus's own server.
+    """Where the job's payloads lie while they are on the bus, if not in the bus's own server.
 
     Raises:
         ConfigError: as :func:`job_objects`.
@@ -71,19 +71,19 @@ def payload_place(job: JobSpec, job_id: str, run_dir: Path) -> Path | Objects:
 
 
 def objects_of_run(run_dir: Path, outage_seconds: float = 0.0) -> Objects | None:
-    """The part of an object store that belongs to a run; None if it keeps all in its directory, or has not begun.
+    """The part of an object store that belongs to a run; None if its directory holds everything, or it has not begun.
 
     Args:
         run_dir: the run directory.
-        outage_seconds: how long a call is repeated while the store is out of reach.
+        outage_seconds: how long a call is retried while the store is out of reach.
 
     Raises:
-        ConfigError: the client for object stores is not installed, or its variables cannot be.
-        DamagedRecordError: a file that says where the objects are cannot be read.
+        ConfigError: the client for object stores is not installed, or its variables are not valid.
+        DamagedRecordError: a file that names the objects' location cannot be read.
     """
     files = RunFiles(run_dir)
     try:
-        # Not parsed: the objects of a job that an older version made can still be found.
+        # Not parsed, so that the objects of a job from an older version can still be found.
         store = read_object(files.job).get("weights", {}).get("store")
         if store is None:
             return None

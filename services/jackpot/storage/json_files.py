@@ -1,7 +1,7 @@
-"""Files of JSON and of JSON lines: written whole, read back with the damaged file and line named.
+"""Files of JSON and of JSON lines: written atomically; errors of reading name the damaged file and line.
 
-A writer of lines may be killed in the middle of one. So a last line without its end is no damage: readers leave it
-out, and the next writer removes it.
+A writer may be killed in the middle of a line. A last line without its end is therefore no damage: readers skip it,
+and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def read_object_if_whole(path: Path) -> Row | None:
-    """As :func:`read_object`, for those who can do without: None where there is no file, or a damaged one.
+    """As :func:`read_object`, for callers that can do without: None if the file is missing or damaged.
 
     Damage is logged.
     """
@@ -61,7 +61,7 @@ def read_object_if_whole(path: Path) -> Row | None:
 
 
 def read_record_if_whole(path: Path, kind: type[Record]) -> Record | None:
-    """As :func:`read_record`, for those who can do without: None where there is no file, or a damaged one.
+    """As :func:`read_record`, for callers that can do without: None if the file is missing or damaged.
 
     Damage is logged.
     """
@@ -75,10 +75,10 @@ def read_record_if_whole(path: Path, kind: type[Record]) -> Record | None:
 
 
 def parse_record(text: bytes, kind: type[Record], path: Path, line: int | None = None) -> Record:
-    """The dataclass ``kind`` from JSON; fields that it does not know are left out.
+    """The dataclass ``kind`` from JSON; unknown fields are left out.
 
     Raises:
-        DamagedRecordError: names the file and the line that the text is from.
+        DamagedRecordError: names the text's file and line.
     """
     try:
         hashable: Any = kind  # which mypy does not believe of type[Record]
@@ -91,7 +91,7 @@ def parse_record(text: bytes, kind: type[Record], path: Path, line: int | None =
 
 
 def replace_json(path: Path, content: object, indent: int | None = None) -> None:
-    """Replace a file by JSON, written aside and renamed: readers find the old content or the new, whole.
+    """Replace a file by JSON, written aside and renamed: readers find the old content or the new, complete.
 
     Not durable: use :func:`jackpot.storage.durable_files.replace_synced` where a crash of the machine matters.
 
@@ -107,7 +107,7 @@ class JsonLinesWriter:
     """Appends to a file of JSON lines. One writer at a time.
 
     Args:
-        path: of the file; made with its first row.
+        path: of the file; created with its first row.
         durable: whether rows are on the disk when :meth:`append` returns.
     """
 
@@ -116,7 +116,7 @@ class JsonLinesWriter:
         self._durable = durable
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows in one write, after removing a last line that was cut short: a row would run into it.
+        """Add rows in one write. First removes a last line that was cut short, since a row would run into it.
 
         Raises:
             OSError: the disk is full or gone.
@@ -134,7 +134,7 @@ class JsonLinesWriter:
 
 def _remove_half_line(file: BinaryIO) -> None:
     end = position = file.seek(0, os.SEEK_END)
-    size = 1  # the last byte says whether there is one; then larger and larger pieces
+    size = 1  # the last byte shows whether there is one; then ever larger pieces
     while position:
         start = max(0, position - size)
         file.seek(start)
@@ -148,13 +148,13 @@ def _remove_half_line(file: BinaryIO) -> None:
 
 
 class JsonLinesReader:
-    """The rows of a growing file, each once. A half line at the end waits for its rest.
+    """The rows of a growing file, each once. An incomplete last line is read once its rest is written.
 
     Args:
         path: of the file; it need not exist yet.
-        offset: where to begin, in bytes; one that :attr:`offset` has told.
-        strict: whether a damaged line is an error. Else it is logged and left out: those who only look at a run must
-            not fail with it.
+        offset: where to begin, in bytes; an earlier value of :attr:`offset`.
+        strict: whether a damaged line is an error. Otherwise it is logged and left out, so that observers of a run do
+            not fail.
     """
 
     def __init__(self, path: Path, offset: int = 0, *, strict: bool = False) -> None:
@@ -163,10 +163,10 @@ class JsonLinesReader:
         self.offset = offset
 
     def read(self, max_bytes: int = MAX_READ_BYTES) -> list[tuple[Row, int]]:
-        """The new rows, each with the offset behind it; at most ``max_bytes`` at once.
+        """The new rows, each with the offset after it; at most ``max_bytes`` at once.
 
         Raises:
-            DamagedRecordError: a line is no JSON object, and the reader is strict.
+            DamagedRecordError: a line is not a JSON object, and the reader is strict.
         """
         return [
             (row, offset) for line, offset in self._lines(max_bytes) if (row := self._parsed(line, offset)) is not None
@@ -199,7 +199,7 @@ class JsonLinesReader:
         return records
 
     def _lines(self, max_bytes: int) -> list[tuple[bytes, int]]:
-        """The new whole lines, each with the offset behind it."""
+        """The new complete lines, each with the offset after it."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self.offset)
@@ -207,7 +207,7 @@ class JsonLinesReader:
         except FileNotFoundError:
             return []
         lines = []
-        # Not splitlines(): that of bytes also ends a line at a lone \r.
+        # Not bytes.splitlines(), which also ends a line at a lone \r.
         for line in data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]:
             self.offset += len(line) + 1
             lines.append((line, self.offset))
@@ -230,7 +230,7 @@ class JsonLinesReader:
 
 @lru_cache(maxsize=1024)
 def warn_once(message: str) -> None:
-    """Log a warning the first time that it is given: what is polled must not fill the log."""
+    """Log a warning only the first time, so that polling does not fill the log."""
     LOG.warning("%s", message)
 
 

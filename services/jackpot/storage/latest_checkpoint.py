@@ -1,8 +1,7 @@
-"""``latest``: a small file beside a job's checkpoints, in an object store an object, that names the one to go on from.
+"""``latest``: a small file (or object) beside a job's checkpoints that names the one to resume from.
 
-It is replaced as a whole once the checkpoint that it is to name is there and durable, and before the bus is told that
-its groups are trained. A kill in between leaves a newer checkpoint that it does not name, and whose groups are still on
-the bus.
+It is replaced atomically, after the new checkpoint is durable and before its groups are acknowledged on the bus. A kill
+in between leaves a newer checkpoint that ``latest`` does not name, and whose groups are still on the bus.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from jackpot.storage.durable_files import replace_synced
 
 LATEST = "latest"
 STEP_NAME = re.compile(r"[0-9]{8,}")
-"""How a checkpoint's directory is named: its step, in eight digits."""
+"""The name of a checkpoint's directory: its step, in eight digits."""
 
 
 def read_latest(directory: Path) -> str | None:
-    """What ``latest`` in a directory says, whether there is such a checkpoint or not; None without the file."""
+    """The checkpoint named by ``latest`` in a directory, which need not exist; None without the file."""
     try:
         return (directory / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
@@ -32,5 +31,5 @@ def write_latest(directory: Path, name: str) -> None:
 
 
 def by_preference(names: Sequence[str], latest: str | None) -> list[str]:
-    """Checkpoints in the order in which to go on from them: what ``latest`` says, if it is there, then the newest."""
+    """Checkpoints in the order in which to try them: the one that ``latest`` names, if it exists, then newest first."""
     return sorted(names, key=lambda name: (name == latest, int(name)), reverse=True)

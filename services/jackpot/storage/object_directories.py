@@ -1,7 +1,7 @@
 """Directories kept as objects: the files first, then a manifest that names them with size and hash.
 
-A directory without a manifest is not there: one that is being written, or was when its writer died. One process writes
-and removes the directories below a prefix; any number reads.
+A directory without a manifest does not count: it is being written, or its writer died. One process writes and removes
+the directories below a prefix; any number reads.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from jackpot.storage.weight_manifest import MANIFEST, WeightFile, describe_file,
 
 @dataclass(frozen=True, slots=True)
 class StoredDirectory:
-    """One directory that is there whole."""
+    """One complete directory."""
 
     name: str
     bytes: int
-    """Of all its files."""
+    """Total size of its files."""
     modified: float
     """When its manifest was written, seconds since 1970."""
 
@@ -31,30 +31,30 @@ class ObjectDirectories:
     """Directories by name, below one prefix.
 
     Args:
-        objects: below which they lie.
+        objects: the prefix.
     """
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
 
     def found(self) -> list[StoredDirectory]:
-        """The directories that are there whole, by name."""
+        """The complete directories, by name."""
         return [directory for directory, whole in self._listed() if whole]
 
     def names(self) -> list[str]:
-        """The names of the directories that are there whole, in order."""
+        """The names of the complete directories, in order."""
         return [directory.name for directory in self.found()]
 
     def upload(self, name: str, directory: Path, manifest: bytes | None = None) -> None:
-        """Write a directory: its files, and last the manifest that makes it appear.
+        """Write a directory: its files first, then the manifest that makes it visible.
 
         Args:
             name: of the directory.
-            directory: with the files, subdirectories and all.
-            manifest: JSON with the ``files``; None makes one of what is there.
+            directory: with the files, subdirectories included.
+            manifest: JSON with the ``files``; None makes one of the directory's files.
 
         Raises:
-            ObjectConflictError: another writer has put a directory of this name there, with other content.
+            ObjectConflictError: another writer has written a directory of this name with other content.
             ObjectStoreError: as :class:`Objects`.
         """
         if manifest is None:
@@ -64,7 +64,7 @@ class ObjectDirectories:
         try:
             self._objects.put(f"{name}/{MANIFEST}", manifest, ABSENT)
         except ObjectConflictError:
-            # Where an answer was lost on its way, the writer that came before is this one.
+            # If the answer to an earlier attempt was lost, the other writer is this one.
             if self.manifest(name) != manifest:
                 raise
 
@@ -78,7 +78,7 @@ class ObjectDirectories:
         return self._objects.get(f"{name}/{MANIFEST}")[0]
 
     def files(self, name: str) -> dict[str, WeightFile]:
-        """What a directory consists of.
+        """The contents of a directory.
 
         Raises:
             ObjectMissingError: there is no such directory.
@@ -91,7 +91,7 @@ class ObjectDirectories:
             raise ObjectCorruptError(str(error)) from None
 
     def download(self, name: str, target: Path, files: Mapping[str, WeightFile] | None = None) -> None:
-        """Read a directory's files into ``target``, which is there, each checked by size and hash.
+        """Read a directory's files into the existing ``target``, each checked by size and hash.
 
         Raises:
             ObjectMissingError: there is no such directory (any more).
@@ -106,15 +106,15 @@ class ObjectDirectories:
                 raise ObjectCorruptError(mismatch(self.where(name, key), got, expected))
 
     def remove(self, name: str) -> None:
-        """Remove a directory, the manifest first: it disappears whole."""
+        """Remove a directory, the manifest first, so that it disappears at once."""
         self._objects.delete([f"{name}/{MANIFEST}"])
         self._objects.delete([info.key for info in self._objects.list(f"{name}/")])
 
     def sweep(self) -> list[str]:
-        """Remove what a writer that died has left unfinished. To be called while nothing is written.
+        """Remove incomplete directories of a writer that died. Call it while nothing is being written.
 
         Returns:
-            The names of the directories that are there whole, in order.
+            The names of the complete directories, in order.
         """
         listed = self._listed()
         for directory, whole in listed:
@@ -123,7 +123,7 @@ class ObjectDirectories:
         return [directory.name for directory, whole in listed if whole]
 
     def point(self, pointer: str, name: str) -> None:
-        """Have a small object beside the directories name one of them; replaced as a whole.
+        """Write a small object beside the directories that names one of them, replacing it atomically.
 
         Args:
             pointer: the object's key.
@@ -132,7 +132,7 @@ class ObjectDirectories:
         self._objects.put(pointer, f"{name}\n".encode())
 
     def pointed(self, pointer: str) -> str | None:
-        """What such an object says, whether there is a directory of that name or not; None without the object."""
+        """The name in such an object, whether or not that directory exists; None without the object."""
         try:
             return self._objects.get(pointer)[0].decode(errors="replace").strip()
         except ObjectMissingError:
@@ -143,7 +143,7 @@ class ObjectDirectories:
         return self._objects.name("/".join(filter(None, (name, key))))
 
     def _listed(self) -> list[tuple[StoredDirectory, bool]]:
-        """Every directory, and whether it is whole."""
+        """Every directory, and whether it is complete."""
         sizes: dict[str, int] = {}
         written: dict[str, float] = {}
         for info in self._objects.list():

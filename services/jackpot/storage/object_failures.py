@@ -1,4 +1,4 @@
-"""What the client for S3 raises, as errors of ours: each says what is wrong with which object, and what to do."""
+"""Translates the S3 client's errors into ours, which name the problem, the object and the remedy."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _CREDENTIALS = (
     "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE, or give pod or machine a role), and "
     "AWS_ENDPOINT_URL where the store is not AWS's."
 )
-_NO_BUCKET = "Make it, or correct weights.store; for a store that is not AWS's set AWS_ENDPOINT_URL."
+_NO_BUCKET = "Create it, or correct weights.store; for a store that is not AWS's set AWS_ENDPOINT_URL."
 NO_RIGHT = "Allow s3:GetObject, PutObject, DeleteObject, AbortMultipartUpload on the prefix, ListBucket on the bucket."
-NO_CONDITIONS = "Use a store that knows conditional writes (If-Match, If-None-Match)."
+NO_CONDITIONS = "Use a store that supports conditional writes (If-Match, If-None-Match)."
 _REMEDIES = {
     "NoSuchBucket": _NO_BUCKET,
     "InvalidAccessKeyId": _CREDENTIALS,
@@ -30,7 +30,7 @@ _REMEDIES = {
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What the client raises where the store, the way to it or the credentials are at fault."""
+    """The client's errors when the store, the network or the credentials are at fault."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
     from s3transfer.exceptions import RetriesExceededError
@@ -39,11 +39,11 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def translated(error: Exception, done: str, where: str) -> ObjectStoreError:
-    """One of :func:`failures` as an error of ours, with its remedy.
+    """One of :func:`failures` as our own error, with its remedy.
 
     Args:
-        error: what was raised.
-        done: what was to be done with the object: ``read``, ``written``, …
+        error: the client's error.
+        done: the attempted operation on the object, as a participle: ``read``, ``written``, …
         where: the object's address.
     """
     from botocore import exceptions as botocore
@@ -62,12 +62,12 @@ def translated(error: Exception, done: str, where: str) -> ObjectStoreError:
     if isinstance(error, (botocore.ParamValidationError, botocore.NoRegionError, botocore.InvalidRegionError)):
         return ObjectRefusedError(f"{where} cannot be {done} ({flat(error)}). Correct the AWS_* variables.")
     return ObjectUnavailableError(
-        f"{where} cannot be {done} now ({flat(error)}). Look whether the store is up, and at AWS_ENDPOINT_URL"
+        f"{where} cannot be {done} now ({flat(error)}). Check that the store is up, and AWS_ENDPOINT_URL"
     )
 
 
 def _of_answer(error: Any, done: str, where: str) -> ObjectStoreError:
-    """What the store's answer means."""
+    """Our error for the store's answer."""
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412:

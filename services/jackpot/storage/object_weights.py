@@ -1,7 +1,7 @@
-"""Versioned weights in an object store. A directory of this machine holds copies of the versions that were read last.
+"""Versioned weights in an object store. A local directory holds copies of the versions that were read last.
 
 Below ``<role>/`` of the prefix lie ``<version:08d>/`` with the files and ``manifest.json``, which is written last, and
-``LATEST``, which is written on the condition that nobody else has, and never moves backwards.
+``LATEST``, which is written conditionally, so that no other write is lost, and never moves backwards.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from jackpot.storage.weights import LATEST, WeightStore
 LOG = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
-"""Between two looks for a newer version, however often one is asked for: each is a request that costs."""
+"""Shortest time between two checks for a newer version, however often callers ask: each request costs money."""
 LOOK_SECONDS_IN_OUTAGE = 5.0
 COPIES = 2
-"""Versions of a role that stay on this machine, beside the one that was opened last."""
+"""Versions of a role that stay on this machine, besides the one opened last."""
 
 
 class ObjectWeightStore(WeightStore):
     """A weight store in a bucket. As with a directory, one process may publish and prune a role; anyone may read.
 
     Args:
-        objects: the prefix of the job's weights; its patience is that of publishing and opening.
+        objects: the prefix of the job's weights; publishing and opening retry for its ``outage_seconds``.
         copies: directory for copies, of this process alone; created when needed.
     """
 
@@ -76,8 +76,8 @@ class ObjectWeightStore(WeightStore):
         return manifest
 
     def latest(self, role: str) -> WeightManifest | None:
-        """The newest version of ``role``, or None before the first. Looks at most every :data:`LOOK_SECONDS`; while
-        the store is out of reach the newest that is known stays the newest.
+        """The newest version of ``role``, or None before the first. Checks at most every :data:`LOOK_SECONDS`; while
+        the store is out of reach, returns the newest known version.
 
         Raises:
             WeightError: ``LATEST`` is damaged, or names a version that is not there.
@@ -91,7 +91,7 @@ class ObjectWeightStore(WeightStore):
         except ObjectUnavailableError as error:
             self._look_at[role] = time.monotonic() + LOOK_SECONDS_IN_OUTAGE
             if not self._is_out:
-                LOG.warning("no newer weights are seen for now: %s", error)
+                LOG.warning("newer weights cannot be found for now: %s", error)
             self._is_out = True
             return self._known.get(role)
         if self._is_out:
@@ -100,7 +100,7 @@ class ObjectWeightStore(WeightStore):
         return self._known[role]
 
     def mark(self, role: str) -> object:
-        """See :meth:`WeightStore.mark`; a bucket cannot tell for less than a look costs."""
+        """See :meth:`WeightStore.mark`; for a bucket it would cost as much as :meth:`latest`."""
         return None
 
     def manifest(self, role: str, version: int) -> WeightManifest:
@@ -122,11 +122,11 @@ class ObjectWeightStore(WeightStore):
 
             try:
                 copy = self._local.publish(role, version, read, manifest.metadata)
-                if copy != manifest:  # an older copy of a version that was trained anew
+                if copy != manifest:  # an older copy of a version that was trained again
                     self._local.discard(role, version)
                     copy = self._local.publish(role, version, read, manifest.metadata)
             except ObjectMissingError:
-                self.manifest(role, version)  # says that the version is missing, if it was pruned meanwhile
+                self.manifest(role, version)  # raises that the version is missing, if it was pruned meanwhile
                 raise WeightCorruptError(
                     f"files of version {version} of the {role}'s weights are missing from {self._where(role, version)}"
                 ) from None
@@ -153,7 +153,7 @@ class ObjectWeightStore(WeightStore):
     def _write(
         self, role: str, version: int, write: Callable[[Path], None], metadata: Mapping[str, Any]
     ) -> WeightManifest:
-        self._local.discard(role, version)  # of a writer that died before anyone could see it
+        self._local.discard(role, version)  # of a writer that died before the version became visible
         manifest = self._local.publish(role, version, write, metadata)
         self._directories(role).upload(_name(version), manifest.path, (manifest.path / MANIFEST).read_bytes())
         return manifest
@@ -186,7 +186,7 @@ class ObjectWeightStore(WeightStore):
         return parse_manifest(text, role, version, directory, f"{self._where(role, version)}/{MANIFEST}")
 
     def _newest(self, objects: Objects, role: str) -> tuple[int | None, str]:
-        """What ``LATEST`` says, and its tag."""
+        """The version in ``LATEST``, and the object's tag."""
         key = f"{role}/{LATEST}"
         try:
             data, tag = objects.get(key)
@@ -205,7 +205,7 @@ class ObjectWeightStore(WeightStore):
             try:
                 return self._objects.put(f"{role}/{LATEST}", f"{version}\n".encode(), tag)
             except ObjectConflictError:
-                continue  # written meanwhile, perhaps by this very call: look again
+                continue  # written meanwhile, perhaps by this call: read again
 
     def _directories(self, role: str) -> ObjectDirectories:
         return ObjectDirectories(self._objects.below(role))

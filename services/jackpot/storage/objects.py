@@ -1,8 +1,8 @@
-"""An object store that speaks S3: a few calls with their errors as ours, repeated while the store is out of reach.
+"""An S3 object store: a few calls with our own errors, retried while the store is out of reach.
 
-Where it is and who asks comes from the environment, by AWS's own rules: ``AWS_ACCESS_KEY_ID`` and
+Endpoint and credentials come from the environment, by AWS's own rules: ``AWS_ACCESS_KEY_ID`` and
 ``AWS_SECRET_ACCESS_KEY``, or a profile, or the role of a pod or machine; ``AWS_DEFAULT_REGION``; for a store other than
-AWS's ``AWS_ENDPOINT_URL``. The store must know conditional writes (``If-Match``, ``If-None-Match``).
+AWS's ``AWS_ENDPOINT_URL``. The store must support conditional writes (``If-Match``, ``If-None-Match``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 ABSENT = ""
-"""For ``expected`` of :meth:`Objects.put`: the object must not be there yet."""
+"""For ``expected`` of :meth:`Objects.put`: the object must not exist yet."""
 
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.2, 10.0
 _CHUNK_BYTES = 1 << 20
@@ -41,38 +41,38 @@ _DELETED_AT_ONCE = 1000  # S3's own limit
 
 
 Observer = Callable[[str, str, float], object]
-"""Told of a call: ``list``, ``read``, ``write`` or ``delete``; ``done`` or ``failed``; seconds.
-That there is no such object, or another than was expected, is an answer: ``done``."""
+"""Receives each call: ``list``, ``read``, ``write`` or ``delete``; ``done`` or ``failed``; seconds.
+A missing object, or one that is not as expected, is an answer: ``done``."""
 
 _OPERATIONS = {"listed": "list", "read": "read", "written": "write", "deleted": "delete"}
 _observers: list[Observer] = []
 
 
 def observe_calls(observer: Observer) -> None:
-    """Have every call of this process to an object store told to ``observer``."""
+    """Report every call of this process to an object store to ``observer``."""
     _observers.append(observer)
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """What a listing says of an object."""
+    """An object's entry in a listing."""
 
     key: str
-    """Relative to the :class:`Objects` that was asked."""
+    """Relative to the prefix of the :class:`Objects` that listed it."""
     bytes: int
     modified: float
     """Seconds since 1970."""
 
 
 class Objects:
-    """The objects below one prefix of a bucket. Safe to be used from several threads.
+    """The objects below one prefix of a bucket. Thread-safe.
 
     Args:
         url: ``s3://bucket/prefix``.
-        outage_seconds: how long a call is repeated while the store is out of reach; 0 asks once.
+        outage_seconds: how long a call is retried while the store is out of reach; 0 tries once.
 
     Raises:
-        ConfigError: the client for S3 is not installed, or its variables cannot be.
+        ConfigError: the client for S3 is not installed, or its variables are not valid.
     """
 
     def __init__(self, url: str, outage_seconds: float = 0.0, *, client: Any = None) -> None:
@@ -82,7 +82,7 @@ class Objects:
         self._client = client if client is not None else _connect(url)
 
     def below(self, *parts: str, outage_seconds: float | None = None) -> Objects:
-        """The objects below a longer prefix, by the same connections."""
+        """The objects below a longer prefix, over the same connections."""
         patience = self._outage_seconds if outage_seconds is None else outage_seconds
         return Objects(self.name("/".join(parts)), patience, client=self._client)
 
@@ -95,7 +95,7 @@ class Objects:
 
         Raises:
             ObjectMissingError: it is not there.
-            ObjectStoreError: the store refuses, or is out of reach for too long; as all methods.
+            ObjectStoreError: the store refuses, or is out of reach for too long; all methods raise this.
         """
 
         def read() -> tuple[bytes, str]:
@@ -119,17 +119,17 @@ class Objects:
         Args:
             key: of the object.
             data: its bytes.
-            expected: the tag that it has now, or :data:`ABSENT`; None writes in any case.
+            expected: the object's current tag, or :data:`ABSENT`; None writes unconditionally.
 
         Raises:
-            ObjectConflictError: the object is not as expected. After a failure on the way it may be so because this
-                very call has written it: look.
+            ObjectConflictError: the object is not as expected. After a network failure this call itself may have
+                written it: read it to find out.
         """
         condition = {} if expected is None else {"IfMatch": expected} if expected else {"IfNoneMatch": "*"}
         self._call("written", key, lambda: self._client.put_object(**self._at(key), Body=data, **condition))
 
     def upload(self, path: Path, key: str) -> None:
-        """Write a file of any size, in parts beside one another where it is large."""
+        """Write a file of any size; a large one in parts, concurrently."""
 
         def send() -> None:
             with path.open("rb") as file:
@@ -138,7 +138,7 @@ class Objects:
         self._call("written", key, send)
 
     def download(self, key: str, path: Path) -> None:
-        """Read an object of any size into a file, in parts beside one another where it is large.
+        """Read an object of any size into a file; a large one in parts, concurrently.
 
         Raises:
             ObjectMissingError: it is not there.
@@ -146,10 +146,10 @@ class Objects:
         self._call("read", key, lambda: self._client.download_file(self._bucket, self._key(key), str(path)))
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
-        """An object of ``size`` bytes piece by piece; a broken connection is taken up where it broke.
+        """An object of ``size`` bytes piece by piece; after a broken connection the read resumes where it broke.
 
         Raises:
-            ObjectUnavailableError: connections break, again and again, before a single byte.
+            ObjectUnavailableError: connections keep breaking before a single byte arrives.
         """
         done, fruitless = 0, 0
         while done < size:
@@ -164,7 +164,7 @@ class Objects:
                     fruitless = 0 if done > start else fruitless + 1
                     if not isinstance(raised, ObjectUnavailableError) or fruitless > _FRUITLESS:
                         raise raised from None
-                    LOG.warning("%s; taken up at byte %d", raised, done)
+                    LOG.warning("%s; resumed at byte %d", raised, done)
 
     def list(self, prefix: str = "") -> Sequence[ObjectInfo]:
         """Every object whose key begins with ``prefix``, in order."""
@@ -182,7 +182,7 @@ class Objects:
         return self._call("listed", prefix, look)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove objects; those that are gone already do no harm."""
+        """Remove objects; missing ones are ignored."""
         for first in range(0, len(keys), _DELETED_AT_ONCE):
             named = [{"Key": self._key(key)} for key in keys[first : first + _DELETED_AT_ONCE]]
 
@@ -200,8 +200,8 @@ class Objects:
         """Write, read, list and delete a small object below the prefix, each once.
 
         Raises:
-            ObjectRefusedError: there is no such bucket, no credentials, or not the rights.
-            ObjectStoreError: something else is in the way.
+            ObjectRefusedError: the bucket does not exist, or credentials or permissions are missing.
+            ObjectStoreError: anything else fails.
         """
         probe = f".jackpot-check-{random.randrange(1 << 48):012x}"
         self.put(probe, b"", ABSENT)
@@ -212,7 +212,7 @@ class Objects:
                 self.put(probe, b"", ABSENT)
             except ObjectConflictError:
                 return
-            raise ObjectRefusedError(f"{self.name()} takes no heed of If-None-Match. {NO_CONDITIONS}")
+            raise ObjectRefusedError(f"{self.name()} ignores If-None-Match. {NO_CONDITIONS}")
         finally:
             self.delete([probe])
 
@@ -226,7 +226,7 @@ class Objects:
         return {"Bucket": self._bucket, "Key": self._key(key)}
 
     def _call(self, done: str, key: str, call: Callable[[], Result]) -> Result:
-        """Do it, again and again while the store is out of reach."""
+        """Run a call, with retries while the store is out of reach."""
         passing, delay, deadline = failures(), FIRST_DELAY_SECONDS, time.monotonic() + self._outage_seconds
         while True:
             started, result = time.monotonic(), "failed"
@@ -242,7 +242,7 @@ class Objects:
             pause = delay * random.uniform(0.5, 1.0)
             if not isinstance(raised, ObjectUnavailableError) or time.monotonic() + pause > deadline:
                 raise raised from None
-            LOG.warning("%s; tried again in %.1f s", raised, pause)
+            LOG.warning("%s; retry in %.1f s", raised, pause)
             time.sleep(pause)
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)
 
@@ -266,12 +266,12 @@ def _connect(url: str) -> Any:
         read_timeout=60,
         max_pool_connections=16,
         retries={"mode": "standard", "total_max_attempts": 3},
-        # What travels is checked by our own hashes; stores other than AWS's often refuse these newer checksums.
+        # Our own hashes check the data; stores other than AWS's often refuse these newer checksums.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
     try:
         return boto3.session.Session().client("s3", config=settings)
     except (BotoCoreError, ValueError) as error:
-        problem = f"the client cannot be made ({flat(error)})"
+        problem = f"the client cannot be created ({flat(error)})"
         raise ConfigError("weights.store", url, problem, "Correct the AWS_* variables.") from None

@@ -1,6 +1,6 @@
-"""The directory of one run: the name of every file in it, who may hold it, and how its job is read and written.
+"""The directory of one run: the name of every file in it, its lock, and its job's reader and writer.
 
-Nothing else in the package spells these names. What the files hold is in :mod:`jackpot.storage.run_records`.
+No other module spells these names. :mod:`jackpot.storage.run_records` has the files' contents.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jackpot.storage.json_files import Row, read_object, replace_json
 
 MAX_JOB_ID_LENGTH = 63
 
-# Names that an object store uses for the same things.
+# The same names are used in an object store.
 WEIGHTS = "weights"
 CHECKPOINTS = "checkpoints"
 PAYLOADS = "payloads"
@@ -43,7 +43,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """The paths of a run directory. Directories are made by those who write into them.
+    """The paths of a run directory. Each writer creates its directories.
 
     Args:
         root: the run directory.
@@ -54,18 +54,18 @@ class RunFiles:
     job = _Entry("job.json", "launcher")
     """The job as resolved."""
     identity = _Entry("run.json", "launcher")
-    """Job id and time of creation; written last, so that without it the rest may be half."""
+    """Job id and time of creation; written last, so that without it the rest may be incomplete."""
     metrics = _Entry("metrics.jsonl", "learner")
     """A row per optimizer step. After a restart a step may appear again: the last row counts."""
     resumed = _Entry("resumed.json", "learner")
-    """Which step training last went on from."""
+    """The step that training last resumed from."""
     alarms = _Entry("alarms.jsonl", "learner")
     evaluations = _Entry("evaluations.jsonl", "orchestrator")
     reward_failures = _Entry("reward_failures.jsonl", "orchestrator")
     ledger = _Entry("ledger.jsonl", "orchestrator")
     """How every group ended."""
     manifests = _Entry("manifests", "learner")
-    """What each batch trains on, written before it does."""
+    """The groups of each batch, written before it trains."""
     checkpoints = _Entry(CHECKPOINTS, "learner")
     weights = _Entry(WEIGHTS, "learner")
     """Published versions, ``<role>/<version>/``."""
@@ -73,19 +73,19 @@ class RunFiles:
     """Both models in Hugging Face format."""
     profile = _Entry("profile", "learner")
     trajectories = _Entry("trajectories", "learner")
-    """Scored groups of the last batches, where ``run.keep_trajectories`` asks for them."""
+    """Scored groups of the last batches, if ``run.keep_trajectories`` is set."""
     payloads = _Entry(PAYLOADS, "bus")
-    """Groups while they are on the bus, where ``bus.payload_store`` is ``file``."""
+    """Groups while they are on the bus, if ``bus.payload_store`` is ``file``."""
     bus_server = _Entry("redis", "launcher")
     """The data of the embedded server."""
     scratch = _Entry("scratch", "every service")
-    """Copies of what an object store holds; may be lost at any time."""
+    """Copies of objects in an object store; may be lost at any time."""
     activities = _Entry("activity", "every service")
-    """What each spent its time on."""
+    """What each process spent its time on."""
     metrics_addresses = _Entry("metrics", "every service")
-    """Where each serves /metrics, as Prometheus's service discovery reads it."""
+    """Where each process serves /metrics, in Prometheus's service discovery format."""
     rollouts = _Entry("rollouts", "rollout")
-    """Addresses of the replicas that joined later."""
+    """Addresses of the rollout replicas that joined later."""
     scale = _Entry("scale.json", "control plane")
     """How many rollout replicas are wanted."""
     scalings = _Entry("scalings.jsonl", "launcher")
@@ -93,16 +93,16 @@ class RunFiles:
     sockets = _Entry("sockets.json", "launcher")
     """Where the session's unix sockets are."""
     session = _Entry("session.json", "launcher")
-    """How the session under the control plane is doing."""
+    """The status of the session under the control plane."""
     telemetry = _Entry("telemetry.jsonl", "launcher")
-    """Queue depths and throughput, a row a second."""
+    """Queue depths and throughput, one row a second."""
     samples = _Entry("samples.jsonl", "launcher")
     """Sample trajectories."""
     tensorboard = _Entry("tensorboard", "launcher")
     wandb = _Entry("wandb", "launcher")
     """Made by the client of Weights & Biases."""
     trackers = _Entry("trackers.json", "launcher")
-    """How far the trackers have been fed."""
+    """The last rows passed to the trackers."""
     logs = _Entry("logs", "launcher")
     """One file per process."""
     summary = _Entry("summary.json", "launcher")
@@ -121,15 +121,15 @@ class RunFiles:
         """The job as resolved by the launcher.
 
         Args:
-            field: what the run directory was given as, for errors.
+            field: the setting that names the run directory, for errors.
 
         Raises:
-            ConfigError: there is no such file, it is damaged, or of a version that this one does not understand.
+            ConfigError: there is no such file, it is damaged, or it has an unknown version.
         """
         return parse_job(self.job_settings(field))
 
     def job_settings(self, field: str) -> Row:
-        """The job as JSON, not yet parsed: for what has to be read of any version, or is changed before.
+        """The job as JSON, not yet parsed: for fields read in any version, or changed before parsing.
 
         Raises:
             ConfigError: there is no such file, or it is damaged.
@@ -154,7 +154,7 @@ class RunFiles:
         """The run's job id.
 
         Raises:
-            FileNotFoundError: this is no run directory.
+            FileNotFoundError: this is not a run directory.
             DamagedRecordError: the file that holds it cannot be read.
         """
         job_id = read_object(self.identity).get("job_id")
@@ -173,16 +173,16 @@ def load_service_job(environment: ServiceEnvironment) -> JobSpec:
 
 
 def scratch_directory(environment: ServiceEnvironment) -> Path:
-    """Where a job's processes on this machine keep copies of what an object store holds."""
+    """Where a job's processes on this machine keep copies of objects in an object store."""
     if environment.scratch_dir:
         return Path(environment.scratch_dir) / environment.job_id
     return RunFiles(environment.run_dir).scratch
 
 
 def new_job_id(name: str) -> str:
-    """A job id: the job's name, the time, and a few random digits against two starts in one second.
+    """A job id: the job's name, the time, and a few random digits in case two jobs start in one second.
 
-    A long name is cut: an id has at most 63 characters, as a label in Kubernetes has.
+    A long name is cut: an id has at most 63 characters, like a Kubernetes label.
     """
     suffix = f"-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     return name[: MAX_JOB_ID_LENGTH - len(suffix)].rstrip("-") + suffix
@@ -190,17 +190,17 @@ def new_job_id(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A run directory that is there, with its job id. Only its launcher and those who look at the run need one."""
+    """An existing run directory with its job id, for its launcher and for observers of the run."""
 
     path: Path
     job_id: str
 
     @classmethod
     def create(cls, path: Path, job_id: str, job: JobSpec) -> RunDirectory:
-        """Make a new run directory and write the job into it as resolved.
+        """Create a run directory and write the job into it as resolved.
 
         Raises:
-            ConfigError: the directory is there and not empty, or cannot be made.
+            ConfigError: the directory exists and is not empty, or cannot be created.
         """
         files = RunFiles(path)
         try:
@@ -213,15 +213,15 @@ class RunDirectory:
             files.write_job(job)
             replace_json(files.identity, {"job_id": job_id, "created": time.time()})
         except OSError as error:
-            raise ConfigError("run directory", str(path), f"cannot be made ({error})", "Name another.") from None
+            raise ConfigError("run directory", str(path), f"cannot be created ({error})", "Name another.") from None
         return cls(path.resolve(), job_id)
 
     @classmethod
     def open(cls, path: Path, field: str = "--resume") -> RunDirectory:
-        """An existing run directory; ``field`` is what the path was given as.
+        """An existing run directory; ``field`` is the setting that names it.
 
         Raises:
-            ConfigError: it is not one.
+            ConfigError: it is not a run directory.
         """
         try:
             job_id = RunFiles(path).job_id()
@@ -249,7 +249,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run directory: two launchers on one run would each restart the other's processes.
+        """Lock the run directory: two launchers of one run would each restart the other's processes.
 
         Raises:
             JackpotError: another launcher holds it.
@@ -275,7 +275,7 @@ class RunDirectory:
 
 
 def last_lines(log: Path, count: int = 5) -> str:
-    """The last ``error:`` line near the end of a log, or else its last lines."""
+    """The last ``error:`` line near the end of a log, else its last lines."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

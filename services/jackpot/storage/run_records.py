@@ -1,7 +1,7 @@
-"""What the files of a run directory hold: each record's class, its one writer and its one reader.
+"""The contents of a run directory's files: each record's class, its one writer and its one reader.
 
-Rows of figures (``metrics.jsonl`` and what the launcher observes) have columns that depend on the job: those are read
-as they stand, by :class:`StepRows` or :class:`jackpot.storage.json_files.JsonLinesReader`.
+Rows of figures (``metrics.jsonl`` and the launcher's observations) have columns that depend on the job. They are read
+untyped, by :class:`StepRows` or :class:`jackpot.storage.json_files.JsonLinesReader`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class TerminalRecord:
 
 
 def read_ledger(files: RunFiles) -> list[TerminalRecord]:
-    """How each group ended, in the order of the file; of a group with two rows the last counts.
+    """How each group ended, in the order of the file; if a group has two rows, the last counts.
 
-    For those who look at the run: a damaged line is logged and left out.
+    For observers of the run: a damaged line is logged and left out.
     """
     return list({record.group_id: record for record in JsonLinesReader(files.ledger).records(TerminalRecord)}.values())
 
@@ -63,7 +63,7 @@ class EvaluationRow:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutAccuracy:
-    """What decisions during training need of an :class:`EvaluationRow`."""
+    """The fields of an :class:`EvaluationRow` that training decides by."""
 
     step: int
     policy_accuracy: float
@@ -71,7 +71,7 @@ class HeldOutAccuracy:
 
 
 def read_accuracies(evaluations: Path) -> list[HeldOutAccuracy]:
-    """The held-out accuracies so far, in the order of the file. A row that is just being written is left out.
+    """The held-out accuracies so far, in the order of the file. An incomplete last row is left out.
 
     Raises:
         DamagedRecordError: names the file and the line.
@@ -80,7 +80,7 @@ def read_accuracies(evaluations: Path) -> list[HeldOutAccuracy]:
 
 
 def best_step(evaluations: Path, among: Collection[int]) -> int | None:
-    """The step of greatest held-out accuracy among the given; the newest of equals. None where none was evaluated.
+    """The given step with the greatest held-out accuracy; the newest of equals. None if none was evaluated.
 
     Evaluations in which too many rewards failed are not compared.
 
@@ -93,9 +93,9 @@ def best_step(evaluations: Path, among: Collection[int]) -> int | None:
 
 
 class StepRows:
-    """The rows of a growing file with a ``step`` column, by step; of a step written twice the last.
+    """The rows of a growing file with a ``step`` column, by step; if a step has two rows, the last counts.
 
-    For those who look at the run: a damaged line is logged and left out.
+    For observers of the run: a damaged line is logged and left out.
 
     Args:
         path: of the file; it need not exist yet.
@@ -106,7 +106,7 @@ class StepRows:
         self._rows: dict[int, Row] = {}
 
     def refresh(self) -> list[Row]:
-        """All rows so far, in the order of their steps; reads only what is new."""
+        """All rows so far, in the order of their steps; reads only new ones."""
         for row in self._reader.rows():
             if isinstance(row.get("step"), int):
                 self._rows[row["step"]] = row
@@ -132,7 +132,7 @@ class ActivityRecord:
     wall_seconds: float
 
     def write(self, files: RunFiles, instance: str) -> None:
-        """Leave it in the run directory.
+        """Write it into the run directory.
 
         Raises:
             OSError: the disk is full or gone.
@@ -152,14 +152,14 @@ def read_activities(files: RunFiles) -> dict[str, ActivityRecord]:
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """Where training last went on."""
+    """Where training last resumed."""
 
     resumed_from_step: int
     time: float  # seconds since the epoch
 
 
 def write_resumption(files: RunFiles, step: int) -> None:
-    """Record that training goes on from the checkpoint of ``step``.
+    """Record that training resumes from the checkpoint of ``step``.
 
     Raises:
         OSError: the disk is full or gone.
@@ -168,7 +168,7 @@ def write_resumption(files: RunFiles, step: int) -> None:
 
 
 def read_resumption(files: RunFiles) -> Resumption | None:
-    """Where training last went on; None if it never did."""
+    """Where training last resumed; None if it never did."""
     return read_record_if_whole(files.resumed, Resumption)
 
 

@@ -1,4 +1,4 @@
-"""What a version of the weights consists of: its files with size and hash, and what readers are told beside them."""
+"""The manifest of a weight version: its files with size and hash, and metadata for readers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jackpot.errors import WeightCorruptError
 
 MANIFEST = "manifest.json"
 RESTORE = "The learner publishes intact versions: delete this one, or wait for the next."
-"""What to do about a damaged version."""
+"""The remedy for a damaged version."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One file of a version, as it must be."""
+    """One file of a version, with its expected size and hash."""
 
     sha256: str
     bytes: int
@@ -27,7 +27,7 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """What a version consists of."""
+    """The manifest of one version."""
 
     role: str
     version: int
@@ -37,14 +37,14 @@ class WeightManifest:
 
 
 def describe_file(path: Path) -> WeightFile:
-    """Size and hash of a file as it is."""
+    """A file's actual size and hash."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return WeightFile(digest, os.fstat(file.fileno()).st_size)
 
 
 def mismatch(where: str, actual: WeightFile, expected: WeightFile) -> str:
-    """How to say that a file is not what its manifest says."""
+    """The message for a file that differs from its manifest."""
     return (
         f"{where} does not match its manifest ({actual.bytes} bytes, sha256 {actual.sha256[:12]}…, "
         f"expected {expected.bytes} bytes, sha256 {expected.sha256[:12]}…)"
@@ -52,7 +52,7 @@ def mismatch(where: str, actual: WeightFile, expected: WeightFile) -> str:
 
 
 def files_as_json(files: Mapping[str, WeightFile]) -> dict[str, dict[str, str | int]]:
-    """What a manifest says of files, by name."""
+    """A manifest's entries for files, by name."""
     return {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in files.items()}
 
 
@@ -60,7 +60,7 @@ def files_from_json(content: Any) -> dict[str, WeightFile]:
     """The reverse of :func:`files_as_json`.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is something else.
+        ValueError, KeyError, TypeError, AttributeError: it has another form.
     """
     return {name: WeightFile(str(f["sha256"]), int(f["bytes"])) for name, f in content.items()}
 
@@ -78,9 +78,9 @@ def parse_manifest(text: str, role: str, version: int, directory: Path, where: s
     Args:
         text: the JSON.
         role: whose version it must be.
-        version: which it must be.
+        version: the version it must be.
         directory: where the files are, or will be.
-        where: the text was read, for messages; None is in the directory.
+        where: the text's source, for messages; None is the directory.
 
     Raises:
         WeightCorruptError: it is not the manifest of this version.

@@ -1,7 +1,7 @@
 """Versioned weights on a shared directory: one writer per role, any number of readers, no locks.
 
 A version is a directory ``<root>/<role>/<version:08d>`` with safetensors files and ``manifest.json``. It appears
-whole (written aside, fsynced, renamed) and disappears whole, so a reader finds all of it or nothing.
+atomically (written aside, fsynced, renamed) and disappears atomically, so that a reader finds all of it or nothing.
 ``<root>/<role>/LATEST`` names the newest version and never moves backwards.
 """
 
@@ -46,15 +46,15 @@ class WeightStore:
     def publish(
         self, role: str, version: int, write: Callable[[Path], None], metadata: Mapping[str, Any]
     ) -> WeightManifest:
-        """Make a version visible, whole or not at all.
+        """Publish a version atomically.
 
-        A version that is there already and intact is left as it is; a damaged one is replaced.
+        An intact version of this number is left as it is; a damaged one is replaced.
 
         Args:
             role: whose weights these are: ``policy`` or ``actor``.
-            version: the optimizer step that made them, ≥ 0.
-            write: puts the files (no subdirectories) into the directory that it is given.
-            metadata: JSON values that readers get with the manifest.
+            version: the optimizer step that produced them, ≥ 0.
+            write: writes the files (no subdirectories) into the directory that it receives.
+            metadata: JSON values that readers receive with the manifest.
 
         Raises:
             WeightError: the version is negative or ``write`` wrote no files.
@@ -70,10 +70,10 @@ class WeightStore:
         return manifest
 
     def latest(self, role: str) -> WeightManifest | None:
-        """The newest version of ``role``, or None before the first. Reads two small files: cheap enough to poll.
+        """The newest version of ``role``, or None before the first. Reads two small files, and so is cheap to poll.
 
         Raises:
-            WeightError: ``LATEST`` is damaged, or names a version that is not there.
+            WeightError: ``LATEST`` is damaged, or names a missing version.
         """
         version = self._read_latest(role)
         while version is not None:
@@ -88,8 +88,8 @@ class WeightStore:
         return None
 
     def mark(self, role: str) -> object:
-        """What is another after each publication, without a look at the version: a hundred times cheaper than
-        :meth:`latest`. A store that cannot tell gives always the same."""
+        """A value that changes with each publication. It does not read the version: a hundred times cheaper than
+        :meth:`latest`. A store without such a value always returns the same one."""
         try:
             status = (self._root / role / LATEST).stat()
         except FileNotFoundError:
@@ -97,7 +97,7 @@ class WeightStore:
         return status.st_ino, status.st_mtime_ns
 
     def manifest(self, role: str, version: int) -> WeightManifest:
-        """What a version consists of, its files not yet verified.
+        """The manifest of a version, its files not yet verified.
 
         Raises:
             WeightMissingError: the store does not hold the version (any more).
@@ -116,7 +116,7 @@ class WeightStore:
     def open(self, role: str, version: int) -> Path:
         """The directory of a version, every file's size and SHA-256 checked.
 
-        The files may be pruned later: whoever reads them then gets FileNotFoundError and should take the latest.
+        The files may be pruned later: a reader then gets FileNotFoundError and should take the latest.
 
         Raises:
             WeightMissingError: the store does not hold the version (any more).
@@ -125,12 +125,12 @@ class WeightStore:
         return self._verified(role, version).path
 
     def versions(self, role: str) -> list[int]:
-        """The versions of ``role`` that are there, ascending."""
+        """The existing versions of ``role``, ascending."""
         names = _names_in(self._root / role)
         return sorted(int(name) for name in names if _VERSION_NAME.fullmatch(name))
 
     def prune(self, role: str, keep: int, pinned: Collection[int] = ()) -> list[int]:
-        """Delete all but the newest ``keep`` versions, and what a crashed writer left behind.
+        """Delete all but the newest ``keep`` versions, and leftovers of a crashed writer.
 
         The latest version and those in ``pinned`` always stay.
 
@@ -145,13 +145,13 @@ class WeightStore:
             self._remove(self._directory(role, version))
         for name in _names_in(role_directory):
             path = role_directory / name
-            # One writer per role: an unfinished write that is not ours is nobody's.
+            # One writer per role: any other unfinished write is abandoned.
             if name.startswith(".") and path not in self._being_written:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         return removed
 
     def discard(self, role: str, version: int) -> None:
-        """Remove a version, whatever state it is in; no-op if it is not there."""
+        """Remove a version in any state; no-op if it does not exist."""
         directory = self._directory(role, version)
         if directory.exists():
             self._remove(directory)
@@ -189,7 +189,7 @@ class WeightStore:
             try:
                 actual = describe_file(path)
             except FileNotFoundError:
-                self.manifest(role, version)  # says that the version is missing, if it was pruned meanwhile
+                self.manifest(role, version)  # raises that the version is missing, if it was pruned meanwhile
                 raise WeightCorruptError(f"{path} is missing although its manifest names it. {RESTORE}") from None
             if actual != expected:
                 raise WeightCorruptError(f"{mismatch(str(path), actual, expected)}. {RESTORE}")

@@ -60,7 +60,7 @@ def test_a_directory_that_holds_something_is_not_taken(tmp_path: Path, job: JobS
     with pytest.raises(ConfigError, match=r"is not empty\. Name another, or continue it with --resume"):
         RunDirectory.create(tmp_path, "tiny-1", job)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(ConfigError, match="cannot be created"):
         RunDirectory.create(tmp_path / "file" / "run", "tiny-1", job)
 
 
