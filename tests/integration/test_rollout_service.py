@@ -144,7 +144,7 @@ async def test_a_call_without_a_deadline_is_refused(stub: Any) -> None:
         (rollout_pb2.GenerateRequest(), "group_id = '': is empty"),
         (
             rollout_pb2.GenerateRequest(group_id="g", prompt_token_ids=b"abc"),
-            "prompt_token_ids: 3 bytes are no whole number of uint32",
+            "prompt_token_ids: 3 bytes are not a whole number of uint32",
         ),
         (
             rollout_pb2.GenerateRequest(

@@ -20,13 +20,13 @@ _MAX_UNIX_PATH_BYTES = 107
 
 
 def check_address(address: str, tls_dir: str, field: str, *, serving: bool = True) -> None:
-    """Refuse an address of neither form, and plaintext served beyond this machine.
+    """Refuse an address of neither form, and serving plaintext beyond this machine.
 
     Args:
         address: of a server.
         tls_dir: directory of its certificates; empty is plaintext.
-        field: what the address was given as.
-        serving: whether this process serves there. Else it connects to it, or serves health alone.
+        field: the setting that holds the address.
+        serving: whether this process serves there. Otherwise it connects to it, or serves health checks only.
 
     Raises:
         ConfigError: names the field, the address and the remedy.

@@ -31,7 +31,7 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, int | str]] = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
-    # A replica that was restarted is found again within seconds.
+    # A restarted replica is found again within seconds.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -40,17 +40,17 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, int | str]] = (
 _POLL_SECONDS = 0.05
 _CHECK_TIMEOUT_SECONDS = 2.0
 
-# Channels do not tell where they lead; errors have to.
+# Channels do not expose their address, which errors must name.
 _ADDRESSES: weakref.WeakKeyDictionary[grpc.aio.Channel, str] = weakref.WeakKeyDictionary()
 
 
 def open_channel(address: str, *, tls_dir: str = "", tls_peer_name: str = "") -> grpc.aio.Channel:
-    """A channel to ``unix:/path`` or ``host:port``; connects on the first call. To be closed.
+    """A channel to ``unix:/path`` or ``host:port``; connects on the first call. Close it after use.
 
     Args:
-        address: of the server; several processes may answer to its name.
+        address: of the server; its name may resolve to several processes.
         tls_dir: directory with ``tls.crt``, ``tls.key`` and ``ca.crt``; empty is plaintext.
-        tls_peer_name: the name that the server's certificate must carry, in place of the address's host.
+        tls_peer_name: the name that the server's certificate must carry, instead of the address's host.
 
     Raises:
         ConfigError: the address has neither form, or the TLS files cannot be read.
@@ -80,7 +80,7 @@ async def wait_ready(channel: grpc.aio.Channel, service: str, timeout_seconds: f
         timeout_seconds: how long to wait.
 
     Raises:
-        DeadlineError: it did not; names service, address and the last answer.
+        DeadlineError: it did not in time; names service, address and the last answer.
     """
     stub = health_pb2_grpc.HealthStub(channel)
     deadline = time.monotonic() + timeout_seconds
@@ -109,13 +109,13 @@ async def call(
     Args:
         method: a stub's method, e.g. ``stub.Generate``.
         request: its request message.
-        timeout_seconds: the deadline that the server sees, too.
-        awaited: what is asked of whom, for errors: ``"Generate on unix:/…"``.
+        timeout_seconds: the deadline, which the server receives, too.
+        awaited: the call and its server, for errors: ``"Generate on unix:/…"``.
 
     Raises:
         QueueFullError: try again after its ``retry_after_seconds``.
         DeadlineError: no answer in time.
-        WeightMissingError: the server lacks the weight version that was asked for.
+        WeightMissingError: the server lacks the requested weight version.
         RequestRefusedError: the request can never work.
         EngineError: anything else; the request may be retried elsewhere.
     """
@@ -132,7 +132,7 @@ def _from_status(error: grpc.aio.AioRpcError, timeout_seconds: float, awaited: s
         for key, value in error.trailing_metadata() or ():
             if key == RETRY_AFTER:
                 return QueueFullError(int(value) / 1000)
-        # Without the hint it is gRPC's own refusal of a message that is too large, which waiting does not cure.
+        # Without the hint gRPC itself refused a message that is too large, and waiting does not help.
         return RequestRefusedError(message)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineError(awaited, timeout_seconds)

@@ -1,4 +1,4 @@
-"""What happens around every unary call on a server: the caller's name checked, a deadline required, errors turned into
+"""The interceptor of every unary call on a server: checks the caller's name, requires a deadline, turns errors into
 status codes, counts and times."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOG = logging.getLogger(__name__)
 
 RETRY_AFTER = "retry-after-ms"
 
-# First match wins, so subclasses stand before their bases.
+# The first match wins, so that subclasses precede their bases.
 _STATUS: tuple[tuple[type[JackpotError], grpc.StatusCode], ...] = (
     (ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnsupportedSamplingError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -47,7 +47,7 @@ Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Awaitable[Any]]
 
 
 def status_of(error: JackpotError) -> grpc.StatusCode:
-    """The status code that stands for an error on the wire."""
+    """The status code of an error."""
     for kind, status in _STATUS:
         if isinstance(error, kind):
             return status
@@ -59,7 +59,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         metrics: where calls are counted and timed.
-        peer_name: the name that a caller's certificate must carry; empty asks for none.
+        peer_name: the name that a caller's certificate must carry; empty requires none.
     """
 
     def __init__(self, metrics: Metrics | None, peer_name: str = "") -> None:
@@ -86,7 +86,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _around(self, inner: Any, service: str, method: str) -> Any:
         async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             started = time.monotonic()
-            code = grpc.StatusCode.CANCELLED  # what it is if nothing below says otherwise
+            code = grpc.StatusCode.CANCELLED  # unless set below
             if self._metrics:
                 self._metrics.rpc_started(service, method)
             try:

@@ -1,8 +1,8 @@
-"""Is a service of this machine well? What a container's health check runs: ``python -m jackpot.rpc.probe [URL]``.
+"""Checks the health of a local service, for a container's health check: ``python -m jackpot.rpc.probe [URL]``.
 
-Without a URL it asks ``JACKPOT_PROBE_URL``, which the images set.
+Without a URL it uses ``JACKPOT_PROBE_URL``, which the images set.
 ``grpc://host:port/readiness`` asks gRPC's health service (the plaintext port of ``JACKPOT_HEALTH_LISTEN``),
-``http://`` and ``https://`` want an answer below 400. Exit code 0 is well, 1 is not, 2 is a URL that cannot be asked.
+``http://`` and ``https://`` expect a status below 400. Exit code 0 is healthy, 1 unhealthy, 2 an unusable URL.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 4.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Ask the URL in ``arguments``; the exit code. Says on stderr what is wrong."""
+    """Check the URL in ``arguments``; the exit code. Writes to stderr what is wrong."""
     url = arguments[0] if len(arguments) == 1 else "" if arguments else os.environ.get("JACKPOT_PROBE_URL", "")
     parts = urlsplit(url)
     if not parts.hostname or not parts.port or parts.scheme not in ("grpc", "http", "https"):
@@ -52,7 +52,7 @@ def _ask_grpc(address: str, service: str) -> str:
 def _ask_http(host: str, port: int, path: str, *, tls: bool) -> str:
     connection: http.client.HTTPConnection
     if tls:
-        # The process asks itself, by an address that its certificate need not carry; no secret is sent.
+        # The process probes itself at an address that its certificate need not carry; no secret is sent.
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_SECONDS, context=context)

@@ -1,7 +1,7 @@
 """Trajectories, groups and scores as protocol buffers: arrays as raw little-endian bytes.
 
-Reading checks every length against the shape that the message states; anything off is a PayloadError that
-names the trajectory and the field. Arrays that are read are the caller's own (writable, native byte order).
+Reading checks every length against the message's shape; a mismatch is a PayloadError that names the trajectory and
+the field. The caller owns the arrays that it receives (writable, native byte order).
 Rewards and a group's metadata stay with the orchestrator: they do not travel over gRPC.
 """
 
@@ -26,7 +26,7 @@ _FINISH_FROM_PROTO: dict[int, FinishReason] = {int(value): name for name, value 
 
 
 def ids_to_bytes(ids: Sequence[int] | NDArray[np.uint32]) -> bytes:
-    """Token ids as the wire carries them: uint32, little-endian."""
+    """Token ids in the wire format: uint32, little-endian."""
     return _to_bytes(np.asarray(ids), "<u4")
 
 
@@ -37,7 +37,7 @@ def ids_from_bytes(data: bytes, where: str = "token ids") -> NDArray[np.uint32]:
         PayloadError: the length is not a multiple of four bytes.
     """
     if len(data) % 4:
-        raise PayloadError(f"{where}: {len(data)} bytes are no whole number of uint32. Send little-endian uint32.")
+        raise PayloadError(f"{where}: {len(data)} bytes are not a whole number of uint32. Send little-endian uint32.")
     return _from_bytes(data, np.uint32, (len(data) // 4,), where)
 
 
@@ -167,7 +167,7 @@ def scored_group_to_proto(scored: ScoredGroup) -> scoring_pb2.ScoreResponse:
 
 
 def scored_group_from_proto(group: Group, message: scoring_pb2.ScoreResponse) -> ScoredGroup:
-    """The scored group that a Score call's answer makes of the group that was sent.
+    """The sent group with the scores of a Score call's answer.
 
     Raises:
         PayloadError: the answer belongs to another group or does not fit its trajectories.
@@ -215,8 +215,8 @@ def _to_bytes(array: NDArray[Any], dtype: str) -> bytes:
 
 def _from_bytes(data: bytes, dtype: DTypeLike, shape: tuple[int, ...], where: str) -> NDArray[Any]:
     little_endian = np.dtype(dtype).newbyteorder("<")
-    expected = little_endian.itemsize * math.prod(shape)  # not numpy's, which takes longer than all the rest
+    expected = little_endian.itemsize * math.prod(shape)  # not numpy's, which takes longer than everything else here
     if len(data) != expected:
         raise PayloadError(f"{where}: {len(data)} bytes where shape {shape} of {np.dtype(dtype)} takes {expected}.")
-    # A copy: arrays over foreign bytes are read-only, which torch warns about.
+    # A copy: arrays over another object's bytes are read-only, which torch warns about.
     return np.frombuffer(data, dtype=little_endian).reshape(shape).astype(dtype)

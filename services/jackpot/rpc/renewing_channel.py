@@ -1,4 +1,4 @@
-"""A gRPC channel whose certificate may be renewed while it is in use: gRPC itself reads a client's files only once."""
+"""A gRPC channel whose certificate may be renewed while in use; gRPC itself reads a client's files only once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from jackpot.rpc.tls import stamp
 LOG = logging.getLogger(__name__)
 
 CLOSE_GRACE_SECONDS = 3600.0
-"""Calls that are under way over the old connection may end as they began; their own deadlines are shorter."""
+"""Time for running calls to finish on the old connection; their own deadlines are shorter."""
 
 
 class RenewingChannel(grpc.aio.Channel):
-    """Looks at the files of ``tls_dir`` before each unary call, and opens a new channel when they were replaced.
+    """Checks the files of ``tls_dir`` before each unary call, and opens a new channel when they were replaced.
 
-    Calls under way go on where they are. Streaming calls stay on the channel that was open when they were prepared.
+    Running calls finish on the old channel. Streaming calls stay on the channel that was open when they were created.
 
     Args:
         tls_dir: see :mod:`jackpot.rpc.tls`.
-        connect: opens a channel with the files as they are now.
+        connect: opens a channel with the current files.
 
     Raises:
         ConfigError: the files cannot be used.
@@ -94,7 +94,7 @@ class RenewingChannel(grpc.aio.Channel):
         try:
             renewed = self._connect()
         except ConfigError as error:
-            # Half replaced: the next call looks again.
+            # Half replaced: the next call checks again.
             LOG.warning("the old certificate stays in use: %s", error)
             return self._channel
         self._seen, old, self._channel = current, self._channel, renewed

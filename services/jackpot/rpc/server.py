@@ -2,7 +2,7 @@
 
 Health under ``liveness``, ``readiness`` and each service's name, reflection, a deadline required on every call,
 Jackpot's errors as status codes, counted and timed. Messages up to 256 MiB. Plaintext only on unix sockets and
-loopback; elsewhere mutual TLS, with health alone on a plaintext port of its own for probes that speak no TLS.
+loopback; elsewhere mutual TLS, with only health checks on a separate plaintext port for probes without TLS.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SERVER_OPTIONS: Sequence[tuple[str, int]] = (
 
 
 class HealthReporter:
-    """What health checks are told. ``liveness`` holds from the start, ``readiness`` once :meth:`set_ready` says so."""
+    """The answers to health checks. ``liveness`` holds from the start, ``readiness`` once :meth:`set_ready` sets it."""
 
     def __init__(self, servicer: health_aio.HealthServicer, service_names: Sequence[str]) -> None:
         self._servicer = servicer
@@ -53,9 +53,9 @@ class RpcServer:
     """A server made by :func:`create_server`.
 
     Attributes:
-        address: where clients find it, with the real port if port 0 was asked for.
-        health: what its health checks are told.
-        health_address: where health alone is answered in plaintext, with the real port; empty if nowhere.
+        address: its address for clients, with the real port if port 0 was requested.
+        health: the answers to its health checks.
+        health_address: plaintext address for health checks only, with the real port; empty without one.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RpcServer:
         self._servers = (server,) if probed is None else (server, probed)
 
     async def start(self) -> None:
-        """Serve: alive, but not ready until ``health.set_ready(True)``."""
+        """Start serving: alive, but not ready until ``health.set_ready(True)``."""
         await self.health.set_live()
         await self.health.set_ready(False)
         for server in self._servers:
@@ -80,9 +80,9 @@ class RpcServer:
         LOG.info("serving", extra={"address": self.address, "health_address": self.health_address})
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
-        """Report not ready, let calls under way finish for ``grace_seconds``, then cancel them."""
+        """Report not ready, let running calls finish for ``grace_seconds``, then cancel them."""
         await self.health.set_ready(False)
-        # The probes' port last: until the calls under way are done, the process is alive.
+        # The probes' port is closed last: the process is alive until its calls are done.
         for server in self._servers:
             await server.stop(grace_seconds if server is self._servers[0] else 0)
 
@@ -105,7 +105,7 @@ def create_server(
         service_names: full names of the services that ``register`` adds, e.g. ``jackpot.v1.RolloutService``.
         metrics: where calls are counted and timed.
         tls_dir: directory with ``tls.crt``, ``tls.key`` and ``ca.crt``; empty is plaintext.
-        tls_peer_name: the name that a client's certificate must carry to call ``service_names``; empty takes every
+        tls_peer_name: the name that a client's certificate must carry to call ``service_names``; empty accepts every
             certificate of the authority.
         health_listen: ``host:port`` that answers health checks in plaintext, and nothing else; empty is none.
 

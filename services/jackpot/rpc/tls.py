@@ -1,7 +1,7 @@
-"""Mutual TLS between the services: one directory of PEM files per process, as a Kubernetes TLS secret lays them out.
+"""Mutual TLS between the services: one directory of PEM files per process, laid out as in a Kubernetes TLS secret.
 
-``ca.crt`` (authorities that both sides trust), ``tls.crt`` and ``tls.key`` (this process's certificate). Whoever renews
-them replaces the files; the next handshake uses the new ones, without a restart.
+``ca.crt`` (authorities that both sides trust), ``tls.crt`` and ``tls.key`` (this process's certificate). To renew
+them, replace the files; the next handshake uses the new ones, without a restart.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Stamp = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """The PEM files of one process, read at one moment."""
+    """The PEM files of one process, as last read."""
 
     authority: bytes
     certificate: bytes
@@ -48,7 +48,7 @@ class TlsFiles:
             context.load_cert_chain(directory / CERTIFICATE, directory / KEY, password=_no_password)
             parts = [(directory / name).read_bytes() for name in (AUTHORITY, CERTIFICATE, KEY)]
         except ssl.SSLError as error:
-            raise ConfigError("JACKPOT_TLS_DIR", tls_dir, f"holds files that do not fit ({error})", _REMEDY) from None
+            raise ConfigError("JACKPOT_TLS_DIR", tls_dir, f"holds files that do not match ({error})", _REMEDY) from None
         except OSError as error:
             problem = f"{error.strerror}: {error.filename}" if error.filename else str(error)
             missing = ", ".join(n for n in (CERTIFICATE, KEY, AUTHORITY) if not (directory / n).is_file()) or problem
@@ -57,7 +57,7 @@ class TlsFiles:
 
 
 def stamp(tls_dir: str) -> Stamp:
-    """What changes when a file of the directory is replaced; empty while one is missing."""
+    """A value that changes when a file of the directory is replaced; empty while one is missing."""
     try:
         states = [(Path(tls_dir) / name).stat() for name in (AUTHORITY, CERTIFICATE, KEY)]
     except OSError:
@@ -66,11 +66,11 @@ def stamp(tls_dir: str) -> Stamp:
 
 
 class _Renewal:
-    """What gRPC asks before each handshake: a new configuration, or None to keep the present one."""
+    """gRPC's callback before each handshake: a new configuration, or None to keep the current one."""
 
     def __init__(self, tls_dir: str) -> None:
         self._tls_dir = tls_dir
-        self._lock = threading.Lock()  # gRPC asks from its own threads
+        self._lock = threading.Lock()  # gRPC calls this from its own threads
         self._seen = stamp(tls_dir)
 
     def __call__(self) -> grpc.ServerCertificateConfiguration | None:
@@ -81,7 +81,7 @@ class _Renewal:
             try:
                 files = TlsFiles.read(self._tls_dir)
             except ConfigError as error:
-                # Half replaced: the next handshake looks again.
+                # Half replaced: the next handshake checks again.
                 LOG.warning("the old certificate stays in use: %s", error)
                 return None
             self._seen = current
@@ -90,7 +90,7 @@ class _Renewal:
 
 
 def server_credentials(tls_dir: str) -> grpc.ServerCredentials:
-    """Credentials of a server that asks every client for a certificate of its authority, and takes up renewed files.
+    """Credentials of a server that requires from every client a certificate of its authority, and reloads files.
 
     Raises:
         ConfigError: the files cannot be used.
@@ -104,7 +104,7 @@ def server_credentials(tls_dir: str) -> grpc.ServerCredentials:
 
 
 def channel_credentials(tls_dir: str) -> grpc.ChannelCredentials:
-    """Credentials of a client that shows its certificate and checks the server's.
+    """Credentials of a client that presents its certificate and verifies the server's.
 
     Raises:
         ConfigError: the files cannot be used.
@@ -123,5 +123,5 @@ def _configuration(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
 
 
 def _no_password() -> str:
-    """Without it OpenSSL would ask on the terminal for the password of an encrypted key."""
+    """Without it OpenSSL would prompt on the terminal for an encrypted key's password."""
     return ""

@@ -195,7 +195,7 @@ def test_a_group_needs_an_id_and_trajectories() -> None:
         group_from_proto(proto)
     with pytest.raises(PayloadError, match="has no trajectories"):
         group_from_proto(trajectory_pb2.Group(group_id=GROUP_ID))
-    with pytest.raises(PayloadError, match="3 bytes are no whole number of uint32"):
+    with pytest.raises(PayloadError, match="3 bytes are not a whole number of uint32"):
         ids_from_bytes(b"abc")
 
 

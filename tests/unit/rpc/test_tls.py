@@ -229,10 +229,10 @@ async def test_a_client_calls_with_renewed_files_without_being_opened_again(
     ("spoil", "problem"),
     [
         (lambda d: (d / "tls.key").unlink(), r"cannot be read \(tls.key\)"),
-        (lambda d: (d / "ca.crt").write_text("no PEM"), "holds files that do not fit"),
+        (lambda d: (d / "ca.crt").write_text("no PEM"), "holds files that do not match"),
         (
             lambda d: Authority().issue(d / "x", "a") and shutil.copy(d / "x" / "tls.key", d),
-            "holds files that do not fit",
+            "holds files that do not match",
         ),
     ],
     ids=["missing", "not PEM", "another's key"],
