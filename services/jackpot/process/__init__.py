@@ -1,1 +1,1 @@
-"""What each process of a job does from its start to its end."""
+"""The life of a job's processes, from start to exit."""

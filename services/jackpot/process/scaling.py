@@ -1,8 +1,7 @@
-"""How many rollout replicas a running job should have, and where those that there are can be reached.
+"""How many rollout replicas a running job should have, and the addresses of those that joined.
 
 Both are files in the run directory, which every process of a job shares: ``scale.json`` holds the number wanted, and
-each replica that joins writes ``rollouts/<instance>.json``. A process that comes back after a crash finds them as they
-were.
+each replica that joins writes ``rollouts/<instance>.json``. A restarted process finds both.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from jackpot.storage.json_files import read_object_if_whole, read_record_if_whol
 from jackpot.storage.run_directory import RunFiles
 
 MAX_ROLLOUT_REPLICAS = 1024
-"""More would be a slip: the orchestrator keeps a connection to each."""
+"""A larger number is likely a typo: the orchestrator keeps a connection to each replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,7 @@ class _Announcement:
 
 
 def set_wanted_replicas(run_dir: Path, replicas: int) -> None:
-    """Write down how many rollout replicas a job should have from now on.
+    """Record how many rollout replicas a job should have from now on.
 
     Args:
         run_dir: of the job.
@@ -46,25 +45,25 @@ def set_wanted_replicas(run_dir: Path, replicas: int) -> None:
 
 
 def wanted_replicas(run_dir: Path) -> int | None:
-    """How many rollout replicas the job should have; None where nobody has asked for other than the job file does."""
+    """How many rollout replicas the job should have; None if only the job file sets the number."""
     path = RunFiles(run_dir).scale
     content = read_object_if_whole(path)
     if content is None:
         return None
     wanted = content.get("rollout_replicas")
     if not isinstance(wanted, int) or not 1 <= wanted <= MAX_ROLLOUT_REPLICAS:
-        warn_once(f"{path} is damaged: rollout_replicas = {wanted!r}; the job file's number holds")
+        warn_once(f"{path} is damaged: rollout_replicas = {wanted!r}; using the job file's number")
         return None
     return wanted
 
 
 def announce_rollout(run_dir: Path, instance: str, address: str) -> None:
-    """Write down where a rollout replica is reached.
+    """Record the address of a rollout replica.
 
     Args:
         run_dir: of the job.
-        instance: the replica's number among its like.
-        address: gRPC address, as others see it.
+        instance: the replica's number.
+        address: its gRPC address for other processes.
 
     Raises:
         OSError: the file cannot be written.
@@ -75,7 +74,7 @@ def announce_rollout(run_dir: Path, instance: str, address: str) -> None:
 
 
 def withdraw_rollout(run_dir: Path, instance: str) -> None:
-    """Take back what :func:`announce_rollout` wrote, if it did."""
+    """Remove the file of :func:`announce_rollout`, if there is one."""
     (RunFiles(run_dir).rollouts / f"{instance}.json").unlink(missing_ok=True)
 
 
@@ -83,12 +82,12 @@ def announced_rollouts(run_dir: Path) -> dict[int, str]:
     """Addresses of the replicas that have announced themselves, by instance."""
     addresses: dict[int, str] = {}
     for path in RunFiles(run_dir).rollouts.glob("[0-9]*.json"):
-        announcement = read_record_if_whole(path, _Announcement)  # it may be withdrawn just now
+        announcement = read_record_if_whole(path, _Announcement)  # it may have just been withdrawn
         if announcement is not None:
             addresses[int(path.stem)] = announcement.address
     return addresses
 
 
 def forget_rollouts(run_dir: Path) -> None:
-    """Remove what replicas of an earlier session have announced. The number wanted stays."""
+    """Remove the addresses of an earlier session's replicas. The number wanted stays."""
     shutil.rmtree(RunFiles(run_dir).rollouts, ignore_errors=True)

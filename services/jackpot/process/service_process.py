@@ -1,7 +1,7 @@
 """The life of a service process: settings, logs, signals, metrics, exit code.
 
-Settings are read before anything heavy is imported, so that a mistake in them shows at once. Exit codes:
-0 done, 75 stopped before it was done, 2 settings that cannot work (never restarted), anything else may be restarted.
+Settings are read before heavy imports, so that a mistake shows at once. Exit codes: 0 done, 75 stopped before it was
+done, 2 settings that cannot work (never restarted); any other may be restarted.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LOG = logging.getLogger(__name__)
 
 ServiceMain = Callable[[ServiceEnvironment, JobSpec, asyncio.Event], Awaitable[int]]
 
-# How long an orphaned service may take to stop cleanly before it ends all the same.
+# How long an orphaned service may take to stop cleanly before it is killed.
 ORPHAN_GRACE_SECONDS = 30
 
-# Exit code of a service that was stopped before its work was done: nothing is wrong, start it again (EX_TEMPFAIL).
+# Exit code of a service stopped before its work was done: nothing is wrong, restart it (EX_TEMPFAIL).
 STOPPED_EARLY = 75
 
-# Whose GPUs are shown; the orchestrator on the same machine would show them a second time.
+# Services that export GPU metrics; the orchestrator on the same machine would export them twice.
 USES_GPU = ("rollout", "scorer", "learner")
 EVALUATOR = "evaluator"
 
@@ -41,9 +41,9 @@ EVALUATOR = "evaluator"
 def run_service(name: str, main: ServiceMain, environ: Mapping[str, str] | None = None) -> NoReturn:
     """Run one service from start to exit.
 
-    ``main`` gets the settings, the job and an event that is set on SIGTERM and SIGINT; it finishes its current unit of
-    work and returns the exit code. It imports heavy modules inside, after the settings have been checked.
-    Never returns: ends the process with SystemExit.
+    ``main`` receives the settings, the job, and an event that is set on SIGTERM and SIGINT; it then finishes its
+    current unit of work and returns the exit code. It imports heavy modules itself, once the settings are checked.
+    Never returns: ends the process.
 
     Args:
         name: the service, for logs: ``rollout``, ``scorer``, …
@@ -73,8 +73,8 @@ def run_service(name: str, main: ServiceMain, environ: Mapping[str, str] | None 
     LOG.info("finished", extra={"exit_code": code})
     logging.shutdown()
     sys.stdout.flush()
-    # Everything is closed and flushed: taking torch and gRPC apart would only cost a second of both cores, just when a
-    # user waits for Ctrl-C to be done.
+    # Everything is closed and flushed. Tearing down torch and gRPC would take another second, while a user waits for
+    # Ctrl-C to finish.
     os._exit(code)
 
 
@@ -83,17 +83,17 @@ def _serve_metrics(name: str, environment: ServiceEnvironment) -> None:
         GpuCollector(environment.job_id, REGISTRY)
     port = serve_metrics(environment.metrics_address)
     address = f"{reachable_host(environment.metrics_address, environment.metrics_host)}:{port}"
-    # The evaluator is a rollout service with a job of its own: to Prometheus, a service of its own.
+    # The evaluator is a rollout service with its own purpose, and so a separate service in Prometheus.
     evaluates = environment.instance == EVALUATOR
     service, instance = (EVALUATOR, EVALUATOR) if evaluates else (name, f"{name}-{environment.instance}")
     try:
         announce_target(environment.run_dir, environment.job_id, service, instance, address)
     except OSError as error:
-        LOG.warning("the address of /metrics cannot be written down, Prometheus will not find it: %s", error)
+        LOG.warning("the address of /metrics cannot be recorded, so Prometheus will not find it: %s", error)
 
 
 def announce_ready(**details: object) -> None:
-    """Log that this process does its work from now on."""
+    """Log that this process is ready."""
     LOG.info("ready", extra=details)
 
 
@@ -105,7 +105,7 @@ async def _until_stopped(main: ServiceMain, environment: ServiceEnvironment, job
         if not stop.is_set():
             LOG.info("stopping on %s", number.name)
         if os.getppid() != parent:
-            # Nobody is left to kill a service that hangs: the alarm ends the process even if the loop is stuck.
+            # An orphan has no supervisor to kill it if it hangs: the alarm ends the process even if the loop is stuck.
             signal.alarm(ORPHAN_GRACE_SECONDS)
         stop.set()
 

@@ -1,4 +1,4 @@
-"""The one home of every metric of a job: the names of its Prometheus series and of the columns of ``metrics.jsonl``."""
+"""All metrics of a job: the names of its Prometheus series and of the columns of ``metrics.jsonl``."""
 
 from prometheus_client import REGISTRY
 

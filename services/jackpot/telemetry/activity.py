@@ -1,7 +1,7 @@
 """What a service spends its time on: seconds by activity, for metrics and for the run's summary.
 
-An activity is either work or a wait for something. Work of several kinds may overlap (weights go out while the next
-step trains), so each activity is measured by itself: the seconds in which at least one such piece was under way.
+An activity is either work or a wait for something. Several kinds of work may overlap (weights are published while the
+next step trains), so each activity is measured separately: the seconds in which at least one piece of it was running.
 A service's busy fraction is its main work's share of the wall time.
 """
 
@@ -18,14 +18,14 @@ from jackpot.storage.run_records import ActivityRecord
 from jackpot.telemetry import Metrics
 
 WRITE_SECONDS = 2.0
-"""How often a record is written again while its service works."""
+"""How often a record is rewritten while its service works."""
 
 
 class Activity:
     """The clock of one process. Safe to use from several threads.
 
     Args:
-        metrics: where seconds are counted, see :meth:`Metrics.count_activity`.
+        metrics: counts the seconds, see :meth:`Metrics.count_activity`.
         service: ``rollout``, ``scorer``, ``learner`` or ``orchestrator``.
         instance: which replica.
         run_dir: the run directory, or None to write no record.
@@ -48,7 +48,7 @@ class Activity:
         self._lock = threading.Lock()
         self._began = self._written = clock()
         self._seconds: dict[str, float] = {}
-        self._open: dict[str, tuple[int, float]] = {}  # pieces under way, and since when that is counted
+        self._open: dict[str, tuple[int, float]] = {}  # running pieces, and since when they are counted
 
     @contextmanager
     def doing(self, name: str) -> Iterator[None]:
@@ -71,14 +71,14 @@ class Activity:
                 self.write()
 
     def seconds(self) -> Mapping[str, float]:
-        """Seconds by activity so far, those under way included."""
+        """Seconds by activity so far, running pieces included."""
         with self._lock:
             for name in self._open:
                 self._settle(name)
             return dict(self._seconds)
 
     def write(self) -> None:
-        """Leave the record in the run directory, whole or not at all.
+        """Write the record into the run directory, atomically.
 
         Raises:
             OSError: the disk is full or gone.
@@ -90,7 +90,7 @@ class Activity:
                 ActivityRecord(self._service, seconds, self._written - self._began).write(self._files, self._instance)
 
     def _settle(self, name: str) -> None:
-        """Move what has passed since the last look into the sum."""
+        """Add the time since the last look to the sum."""
         pieces, since = self._open[name]
         now = self._clock()
         self._seconds[name] = self._seconds.get(name, 0.0) + now - since

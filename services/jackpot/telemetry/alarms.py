@@ -22,7 +22,7 @@ _REWARD_MEMORY = 0.9  # weight of the past in the smoothed reward
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """Something that looks like collapse."""
+    """A sign of collapse."""
 
     name: str
     step: int
@@ -30,7 +30,7 @@ class Alarm:
 
 
 class AlarmWatch:
-    """Looks at steps and evaluations in their order. An alarm is given when it begins and again once it had passed.
+    """Checks steps and evaluations in order. An alarm is raised when it begins, and again only after it has ended.
 
     Args:
         config: what counts as an alarm.
@@ -47,7 +47,7 @@ class AlarmWatch:
 
     @property
     def active(self) -> Mapping[str, bool]:
-        """Every alarm, and whether it lasts."""
+        """Every alarm, and whether it is active."""
         return {name: name in self._active for name in ALARM_NAMES}
 
     def observe_step(self, row: Mapping[str, float]) -> list[Alarm]:
@@ -66,7 +66,7 @@ class AlarmWatch:
         return [alarm for alarm in alarms if alarm is not None]
 
     def _collapses(self, step: int, row: Mapping[str, float], reward: float) -> list[Alarm | None]:
-        """Signs that nothing is learned any more."""
+        """Signs that the policy learns nothing any more."""
         broken = sorted(name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value))
         return [
             self._turn(
@@ -79,8 +79,8 @@ class AlarmWatch:
                 EQUAL_REWARDS,
                 step,
                 0 < self._config.equal_rewards_steps <= self._equal_steps,
-                f"every reward has been {reward:g} for {self._equal_steps} steps, so that nothing is learned: the task "
-                "is solved, or the policy or the actor has collapsed. Look at the policy accuracy.",
+                f"every reward has been {reward:g} for {self._equal_steps} steps, and the policy learns nothing: the "
+                "task is solved, or the policy or the actor has collapsed. Look at the policy accuracy.",
             ),
             self._turn(
                 ZERO_GRADIENT,
@@ -92,7 +92,7 @@ class AlarmWatch:
         ]
 
     def _mismatches(self, step: int, row: Mapping[str, float]) -> list[Alarm | None]:
-        """Signs that actor and policy have nothing to say to each other any more."""
+        """Signs that actor and policy have drifted too far apart."""
         divergence, bound = row.get("kl/policy_actor", row.get("rollout_corr/k3_kl", 0.0)), self._config.kl_bound
         acceptance = row.get("rollout_corr/obrs_acceptance_rate", 1.0)
         return [
@@ -100,7 +100,7 @@ class AlarmWatch:
                 KL_TOO_LARGE,
                 step,
                 bound is not None and divergence > bound,
-                f"policy and actor are {divergence:.3g} nats per token apart, more than {bound}: the actor is left "
+                f"policy and actor are {divergence:.3g} nats per token apart, more than {bound}: the actor falls "
                 "behind. Raise learner.actor_lr or algorithm.distillation.weight.",
             ),
             self._turn(
@@ -108,7 +108,7 @@ class AlarmWatch:
                 step,
                 acceptance < self._config.acceptance_bound,
                 f"only {acceptance:.1%} of the actor's tokens are accepted, less than "
-                f"{self._config.acceptance_bound:.1%}: next to nothing is left to learn from. Lower obrs_lambda, or "
+                f"{self._config.acceptance_bound:.1%}: almost nothing is left to learn from. Lower obrs_lambda, or "
                 "distil more.",
             ),
         ]

@@ -1,4 +1,4 @@
-"""The table of a job's Prometheus metrics: every name, type, label and meaning. ``docs/metrics.md`` is made from it.
+"""The table of a job's Prometheus metrics: every name, type, label and meaning. ``docs/metrics.md`` comes from it.
 
 Names are ``jackpot_*`` and end with their base unit. Every metric has the label ``job_id``; the scraper adds
 ``service`` and ``instance`` to each target, so no metric has a label of those names (it would come out as
@@ -27,11 +27,11 @@ UNITS: Mapping[str, str] = {
     "steps": "steps",
     "per_second": "per second",
 }
-"""Endings of names (before ``_total``) and what they say; a name with none of them counts things or has no unit."""
+"""Endings of names (before ``_total``) and their units; a name with none of them counts things or has no unit."""
 
 LABELS: Mapping[str, str] = {
     "job_id": "the job; one per process",
-    "activity": "what the time went into, see the metric",
+    "activity": "what the time was spent on, see the metric",
     "alarm": "an alarm of the section `alarms` of the job file",
     "clip": "`c1` or `c2`",
     "gpu": "index of a GPU that the process sees",
@@ -44,20 +44,20 @@ LABELS: Mapping[str, str] = {
     "model": "`policy` or `actor`",
     "obrs": "`before` or `after` rejection",
     "operation": "`list`, `read`, `write` or `delete`",
-    "outcome": "what became of a broadcast: `sent`, `failed` or `skipped`; of a reward: `failed` or `unreadable`",
+    "outcome": "outcome of a broadcast: `sent`, `failed` or `skipped`; of a reward: `failed` or `unreadable`",
     "phase": "a phase of the learner's batch",
     "python": "version of Python; one per process",
     "quantile": "`p01`, `p10`, `p50`, `p90` or `p99`",
     "reason": "why a group was dropped; empty otherwise",
     "result": "`done`, or `failed`: refused or out of reach",
     "role": "whose weights: `policy` or `actor`",
-    "route": "a route's pattern, such as `/v1/jobs/{job_id}`; never a path that was asked for",
+    "route": "a route's pattern, such as `/v1/jobs/{job_id}`; never a requested path",
     "state": "see the metric",
     "status": "an HTTP status",
     "stream": "`rollouts` (to be scored) or `scored` (to be trained on)",
     "version": "version of Jackpot; one per process",
 }
-"""Every label and the bounded set that its values come from."""
+"""Every label and the bounded set of its values."""
 
 DROP_REASONS = (
     "rollout_failed",
@@ -93,8 +93,8 @@ class MetricSpec:
         name: without the endings that the client library adds (``_total``, ``_bucket``, ``_info``).
         kind: its type.
         description: what it means.
-        labels: beside ``job_id``.
-        services: who exports it.
+        labels: in addition to ``job_id``.
+        services: the services that export it.
         buckets: upper bounds of a histogram's buckets.
     """
 
@@ -107,7 +107,7 @@ class MetricSpec:
 
     @property
     def exposed_name(self) -> str:
-        """The name as queries write it; a histogram's is the common part of its three series."""
+        """The name in queries; for a histogram the common part of its three series."""
         return self.name + {"counter": "_total", "info": "_info"}.get(self.kind, "")
 
     @property
@@ -131,11 +131,11 @@ _SPECS = (
     MetricSpec("jackpot_build", "info", "What is running; always 1", ("python", "version"), WORKERS),
     # --- progress ---
     MetricSpec("jackpot_step", "gauge", "Last optimizer step", (), (LEARNER,)),
-    MetricSpec("jackpot_planned_steps", "gauge", "Optimizer steps that the job is to make", (), (LEARNER,)),
+    MetricSpec("jackpot_planned_steps", "gauge", "Optimizer steps of the whole job", (), (LEARNER,)),
     MetricSpec(
         "jackpot_last_step_timestamp_seconds",
         "gauge",
-        "Unix time at which the last batch was trained; before the first, at which the learner was ready",
+        "Unix time when the last batch was trained; before the first, when the learner was ready",
         (),
         (LEARNER,),
     ),
@@ -185,12 +185,12 @@ _SPECS = (
         (LEARNER,),
     ),
     MetricSpec("jackpot_alarms", "counter", "Alarms that began, by the bounds of the job file", ("alarm",), (LEARNER,)),
-    MetricSpec("jackpot_alarm_active", "gauge", "1 while an alarm lasts, else 0", ("alarm",), (LEARNER,)),
+    MetricSpec("jackpot_alarm_active", "gauge", "1 while an alarm is active, else 0", ("alarm",), (LEARNER,)),
     # --- pipeline ---
     MetricSpec(
         "jackpot_activity_seconds",
         "counter",
-        "Time in which an activity was under way: its rate is the fraction of the wall time. "
+        "Time in which an activity was running: its rate is the fraction of the wall time. "
         + "; ".join(f"{service}: {', '.join(names)}" for service, names in ACTIVITIES.items()),
         ("activity",),
         WORKERS,
@@ -199,7 +199,7 @@ _SPECS = (
     MetricSpec(
         "jackpot_rollout_replicas",
         "gauge",
-        "Rollout replicas of the actor: `wanted` by the job, `ready` as their health checks say",
+        "Rollout replicas of the actor: `wanted` by the job, `ready` by their health checks",
         ("state",),
         (ORCHESTRATOR,),
     ),
@@ -223,7 +223,7 @@ _SPECS = (
     MetricSpec(
         "jackpot_weights_broadcast",
         "counter",
-        "Weight versions by what became of their broadcast to the replicas: `sent`, `failed`, `skipped`",
+        "Weight versions by the outcome of their broadcast to the replicas: `sent`, `failed`, `skipped`",
         ("outcome",),
         (LEARNER,),
     ),
@@ -231,14 +231,14 @@ _SPECS = (
     MetricSpec(
         "jackpot_object_store_calls",
         "counter",
-        "Calls to the object store of `weights.store`, also those that were tried again",
+        "Calls to the object store of `weights.store`, including those that were retried",
         ("operation", "result"),
         WORKERS,
     ),
     MetricSpec(
         "jackpot_object_store_call_seconds",
         "histogram",
-        "Time of a call to the object store that was answered; a read or write is of a whole object",
+        "Time of an answered call to the object store; a read or write covers a whole object",
         ("operation",),
         WORKERS,
         LOAD_BUCKETS,
@@ -261,7 +261,7 @@ _SPECS = (
     MetricSpec(
         "jackpot_bus_groups",
         "gauge",
-        "Groups on the bus: `waiting` for a consumer (its lag), or `pending` in the hands of one",
+        "Groups on the bus: `waiting` for a consumer (its lag), or `pending` with one",
         ("stream", "state"),
         (ORCHESTRATOR,),
     ),

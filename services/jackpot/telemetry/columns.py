@@ -1,6 +1,6 @@
 """The columns of ``metrics.jsonl`` and the gauges that show them.
 
-The columns have the names of verl's trackers where the meaning is the same; raw and clipped values both.
+Columns have the names of verl's trackers where the meaning is the same. There are raw and clipped values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class StepColumn:
     """A column of ``metrics.jsonl`` and the gauge that shows its newest value.
 
-    ``labels`` tell gauges of one name apart, e.g. the policy's and the actor's gradient norm.
+    ``labels`` distinguish gauges of one name, e.g. the policy's and the actor's gradient norm.
     """
 
     gauge: str
@@ -49,7 +49,7 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
     ),
     "policy/entropy": StepColumn("jackpot_policy_entropy_nats", "Mean entropy of the policy per token, in nats"),
     "policy/kl_initial": StepColumn(
-        "jackpot_policy_initial_kl_nats", "KL(policy || initial policy) per token, estimated; with a KL penalty alone"
+        "jackpot_policy_initial_kl_nats", "KL(policy || initial policy) per token, estimated; only with a KL penalty"
     ),
     "policy/kl_initial_clipped_fraction": StepColumn(
         "jackpot_policy_initial_kl_clipped_ratio",
@@ -96,21 +96,21 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
     ),
     "rollout_corr/obrs_lambda": StepColumn("jackpot_obrs_lambda", "OBRS's lambda of the batch"),
     "rollout_corr/obrs_lambda_next": StepColumn(
-        "jackpot_obrs_lambda_next", "OBRS's lambda that goes out with the weights of this step"
+        "jackpot_obrs_lambda_next", "OBRS's lambda published with the weights of this step"
     ),
     "rollout_corr/weight_mean": StepColumn("jackpot_weight_mean", "Mean correction weight of a token, clipped"),
     "rollout_corr/weight_raw_max": StepColumn("jackpot_weight_raw_max", "Largest correction weight before clipping"),
     "rollout_corr/clipped_fraction_c1": StepColumn("jackpot_weight_clipped_ratio", _CLIPPED, {"clip": "c1"}),
     "rollout_corr/clipped_fraction_c2": StepColumn("jackpot_weight_clipped_ratio", _CLIPPED, {"clip": "c2"}),
-    "rollout_corr/nonfinite": StepColumn("jackpot_nonfinite_tokens", "Tokens of the batch that gave no finite number"),
+    "rollout_corr/nonfinite": StepColumn("jackpot_nonfinite_tokens", "Tokens of the batch without a finite value"),
     "kl/policy_actor": StepColumn(
         "jackpot_policy_actor_kl_nats", "Exact KL(policy || actor) per token, from distillation"
     ),
     "staleness/mean": StepColumn("jackpot_staleness_mean_steps", "Mean optimizer steps from sampling to training"),
-    "staleness/max": StepColumn("jackpot_staleness_max_steps", "Most optimizer steps from sampling to training"),
+    "staleness/max": StepColumn("jackpot_staleness_max_steps", "Maximum optimizer steps from sampling to training"),
     "response/length_mean": StepColumn("jackpot_response_length_mean_tokens", "Mean completion length"),
     "response/truncated_fraction": StepColumn(
-        "jackpot_response_truncated_ratio", "Fraction of completions that the token limit ended"
+        "jackpot_response_truncated_ratio", "Fraction of completions cut off by the token limit"
     ),
     "response/cut_tokens": StepColumn(
         "jackpot_response_cut_tokens", "Tokens of the batch left out of the loss, beyond learner.max_sequence_tokens"
@@ -122,6 +122,6 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
     "time/train_seconds": StepColumn("jackpot_phase_seconds", _PHASE, {"phase": "train"}),
     "time/publish_seconds": StepColumn("jackpot_phase_seconds", _PHASE, {"phase": "publish"}),
     "time/checkpoint_seconds": StepColumn("jackpot_phase_seconds", _PHASE, {"phase": "checkpoint"}),
-    "time/step_seconds": StepColumn("jackpot_step_seconds", "Wall time of one optimizer step, waiting included"),
+    "time/step_seconds": StepColumn("jackpot_step_seconds", "Wall time of one optimizer step, including waiting"),
 }
-"""Every column of ``metrics.jsonl`` beside ``step`` and ``time``. A row may lack columns that do not apply to it."""
+"""Every column of ``metrics.jsonl`` besides ``step`` and ``time``. A row lacks columns that do not apply to it."""

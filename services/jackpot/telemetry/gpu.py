@@ -1,4 +1,4 @@
-"""How busy the GPUs of this process are, asked from NVML when Prometheus asks: nothing runs in between."""
+"""Utilization of this process's GPUs, read from NVML at each scrape; nothing runs in between."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class GpuCollector(Collector):
     def __init__(self, job_id: str, registry: CollectorRegistry) -> None:
         self._job_id = job_id
         self._nvml: Any = None
-        self._handles: Sequence[tuple[str, Any]] | None = None  # None: not asked for yet
+        self._handles: Sequence[tuple[str, Any]] | None = None  # None: not read yet
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
@@ -64,7 +64,7 @@ class GpuCollector(Collector):
             count = pynvml.nvmlDeviceGetCount()
             return [(name, self._handle(name)) for name in visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), count)]
         except pynvml.NVMLError as error:
-            LOG.info("no figures about GPUs: %s", error)
+            LOG.info("no GPU metrics: %s", error)
             return ()
 
     def _handle(self, name: str) -> Any:
@@ -84,7 +84,7 @@ def visible_gpus(variable: str | None, count: int) -> Sequence[str]:
     if variable is None:
         return [str(index) for index in range(count)]
     names = [name.strip() for name in variable.split(",")]
-    # As CUDA reads it: whatever follows the first name that is no device is not visible.
+    # CUDA's rule: everything after the first name that is not a device is invisible.
     valid: list[str] = []
     for name in names:
         if not (name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and int(name) < count)):

@@ -1,4 +1,4 @@
-"""A histogram that takes a whole batch at once: the client library's own takes one value at a time, under a lock."""
+"""A histogram that records a whole batch at once; the client library's own takes one value at a time, under a lock."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from jackpot.telemetry.catalogue import MetricSpec
 
 
 class BatchHistogram(Collector):
-    """A histogram of one job. Exported once it has taken a batch.
+    """A histogram of one job. Exported once it has recorded a batch.
 
     Args:
-        spec: what it is.
+        spec: its entry in the catalogue.
         job_id: label of its only series.
         registry: where it registers itself.
     """
@@ -33,14 +33,14 @@ class BatchHistogram(Collector):
         registry.register(self)
 
     def observe(self, values: ArrayLike) -> None:
-        """Add a batch; values that are no finite number are left out.
+        """Record a batch; values that are not finite are left out.
 
         Args:
             values: [n].
         """
         batch: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
         batch = batch[np.isfinite(batch)]
-        # A value that equals a bound belongs to the bucket below it, as `le` says.
+        # A value equal to a bound belongs to the bucket below it: `le` means ≤.
         counts = np.bincount(np.searchsorted(self._bounds, batch, side="left"), minlength=len(self._counts))
         with self._lock:
             self._counts += counts

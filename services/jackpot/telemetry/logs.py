@@ -1,6 +1,6 @@
 """Logs: plain lines on stderr, one per record, secrets redacted.
 
-A line reads ``time level process/instance logger message key=value …``; the pairs are what a call passes as ``extra``:
+A line reads ``time level process/instance logger message key=value …``; the pairs are a call's ``extra``:
 ``LOG.info("weights loaded", extra={"version": 3})``. A traceback follows its line.
 """
 
@@ -28,7 +28,7 @@ def setup_logging(
     """Send this process's records to ``stream`` (stderr): Jackpot's from ``level`` on, other packages' warnings.
 
     Returns:
-        The handler, so that a test can take it off again.
+        The handler, so that a test can remove it.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(LineFormatter(f"{process}/{instance}"))
@@ -48,7 +48,7 @@ class LineFormatter(logging.Formatter):
         self._source = source
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and the traceback after it if the record has one."""
+        """One line, followed by the record's traceback if it has one."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         pairs = [f"{key}={_value(value)}" for key, value in vars(record).items() if key not in _STANDARD]
         message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")

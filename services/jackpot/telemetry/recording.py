@@ -1,4 +1,4 @@
-"""Where the processes of a job record their metrics."""
+"""Records the metrics of a job's processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jackpot.telemetry.histograms import BatchHistogram
 
 
 class Depths(Protocol):
-    """What the bus tells about itself: groups waiting and pending per stream, bytes used and allowed."""
+    """The bus's own figures: groups waiting and pending per stream, bytes used and allowed."""
 
     @property
     def rollouts_waiting(self) -> int: ...
@@ -35,17 +35,17 @@ class Depths(Protocol):
 
 
 class Metrics:
-    """The metrics of one process of one job. Make one per registry.
+    """The metrics of one process of one job. Create one per registry.
 
     Attributes ending in ``_total`` count (``.inc(n)``); everything else goes through a method. A series is exported
     only once it has a value, so that a process that never evaluates does not report an accuracy of 0. Recording one
-    value takes about a microsecond; nothing here waits for anything.
+    value takes about a microsecond; nothing here blocks.
     """
 
     def __init__(self, job_id: str, registry: CollectorRegistry = REGISTRY) -> None:
         self._job_id = job_id
         self._registry = registry
-        # Those of the GPUs are not recorded but asked for: gpu.py.
+        # GPU metrics are not recorded but read at each scrape: gpu.py.
         gauges = [spec for spec in CATALOGUE.values() if spec.kind == "gauge" and "gpu" not in spec.labels]
         counters = [spec for spec in CATALOGUE.values() if spec.kind == "counter"]
         self._gauges = {
@@ -88,13 +88,13 @@ class Metrics:
     # --- learner ---
 
     def observe_plan(self, planned_steps: int, staleness_limit: int) -> None:
-        """Show what the job is to do, and that from now on it is being done: the clock of the stuck step starts."""
+        """Export the job's total steps and start the clock of the stuck-step alert."""
         self._set("jackpot_planned_steps", planned_steps)
         self._set("jackpot_staleness_limit_steps", staleness_limit)
         self._set("jackpot_last_step_timestamp_seconds", time.time())
 
     def observe_step(self, row: Mapping[str, float]) -> None:
-        """Show one optimizer step's row of ``metrics.jsonl``; columns that Prometheus does not know are skipped."""
+        """Export one optimizer step's row of ``metrics.jsonl``; columns without a gauge are skipped."""
         for name, value in row.items():
             if name == "step":
                 self._set("jackpot_step", value)
@@ -109,16 +109,16 @@ class Metrics:
         self._normalizer.observe(normalizer)
 
     def count_alarm(self, alarm: str) -> None:
-        """Count an alarm that begins."""
+        """Count the start of an alarm."""
         self._counter("jackpot_alarms", alarm).inc()
 
     def observe_alarms(self, active: Mapping[str, bool]) -> None:
-        """Show which alarms last."""
+        """Export which alarms are active."""
         for alarm, on in active.items():
-            self._counter("jackpot_alarms", alarm)  # at 0 from the start: an increase from nothing is not seen
+            self._counter("jackpot_alarms", alarm)  # at 0 from the start: Prometheus misses an increase from no value
             self._set("jackpot_alarm_active", float(on), alarm)
 
-    # --- what time goes to ---
+    # --- activities ---
 
     def count_activity(self, activity: str, seconds: float) -> None:
         """Count time spent on an activity; its rate is the fraction of the wall time."""
@@ -127,7 +127,7 @@ class Metrics:
     # --- orchestrator ---
 
     def observe_bus(self, depths: Depths) -> None:
-        """Show how full the bus is."""
+        """Export how full the bus is."""
         for stream, waiting, pending in (
             ("rollouts", depths.rollouts_waiting, depths.rollouts_pending),
             ("scored", depths.scored_waiting, depths.scored_pending),
@@ -138,37 +138,37 @@ class Metrics:
         self._set("jackpot_bus_budget_bytes", depths.bytes_budget)
 
     def observe_bus_ages(self, seconds_by_stream: Mapping[str, float]) -> None:
-        """Show how old the oldest group of each stream is."""
+        """Export the age of the oldest group of each stream."""
         for stream, seconds in seconds_by_stream.items():
             self._set("jackpot_bus_oldest_seconds", seconds, stream)
 
     def observe_bus_server(self, used_bytes: int, limit_bytes: int) -> None:
-        """Show the memory of the bus's server."""
+        """Export the memory of the bus's server."""
         self._set("jackpot_bus_server_used_bytes", used_bytes)
         self._set("jackpot_bus_server_limit_bytes", limit_bytes)
 
     def observe_ledger(self, counts: Mapping[str, int]) -> None:
-        """Show the job's ledger by state."""
+        """Export the job's ledger by state."""
         for state, count in counts.items():
             self._set("jackpot_ledger_groups", count, state)
 
     def observe_run_volume(self, free_bytes: int, size_bytes: int) -> None:
-        """Show the space where the run directory lies."""
+        """Export the disk space of the run directory's volume."""
         self._set("jackpot_run_volume_free_bytes", free_bytes)
         self._set("jackpot_run_volume_size_bytes", size_bytes)
 
     def observe_newest_weights(self, version_by_role: Mapping[str, int]) -> None:
-        """Show the newest version published of each role."""
+        """Export the newest version published of each role."""
         for role, newest in version_by_role.items():
             self._set("jackpot_newest_weight_version", newest, role)
 
     def observe_replicas(self, ready: int, wanted: int) -> None:
-        """Show how many rollout replicas there are."""
+        """Export the number of rollout replicas."""
         self._set("jackpot_rollout_replicas", ready, "ready")
         self._set("jackpot_rollout_replicas", wanted, "wanted")
 
     def observe_evaluation(self, step: int, accuracy: float) -> None:
-        """Show an evaluation of weight version ``step``."""
+        """Export an evaluation of weight version ``step``."""
         self._set("jackpot_evaluated_step", step)
         self._set("jackpot_policy_accuracy_ratio", accuracy)
 
@@ -177,23 +177,23 @@ class Metrics:
         self._counter("jackpot_reward_failures", outcome).inc()
 
     def observe_in_flight(self, num_groups: int) -> None:
-        """Show how many groups are being made."""
+        """Export how many groups are being generated."""
         self._set("jackpot_groups_in_flight", num_groups)
 
     def expect_groups(self) -> None:
-        """Begin the counters of ended groups at 0: an increase from nothing is not seen by Prometheus."""
+        """Start the counters of ended groups at 0: Prometheus misses an increase from no value."""
         self._counter("jackpot_groups", "trained", "")
         for reason in DROP_REASONS:
             self._counter("jackpot_groups", "dropped", reason)
 
     def count_group(self, state: str, reason: str = "") -> None:
-        """Count a group that reached its end: ``trained``, or ``dropped`` with a reason."""
+        """Count a group that ended: ``trained``, or ``dropped`` with a reason."""
         self._counter("jackpot_groups", state, reason).inc()
 
     # --- weights ---
 
     def observe_weights(self, role: str, held_version: int, load_seconds: float) -> None:
-        """Show that this replica now holds a weight version, and how long the swap took."""
+        """Export the weight version that this replica now holds, and how long the swap took."""
         self._set("jackpot_weight_version", held_version, role)
         self._weight_load.labels(self._job_id, role).observe(load_seconds)
 
@@ -206,7 +206,7 @@ class Metrics:
         self._counter("jackpot_weights_broadcast", outcome).inc()
 
     def observe_object_call(self, operation: str, result: str, seconds: float) -> None:
-        """Show a call to an object store; see :func:`jackpot.storage.objects.observe_calls`."""
+        """Record a call to an object store; see :func:`jackpot.storage.objects.observe_calls`."""
         self._counter("jackpot_object_store_calls", operation, result).inc()
         if result == "done":
             self._object_seconds.labels(self._job_id, operation).observe(seconds)
@@ -214,11 +214,11 @@ class Metrics:
     # --- RPC ---
 
     def rpc_started(self, service: str, method: str) -> None:
-        """An RPC is being answered; follow with :meth:`rpc_finished`."""
+        """Count the start of an RPC; follow with :meth:`rpc_finished`."""
         self._gauges["jackpot_rpc_in_flight"].labels(self._job_id, service, method).inc()
 
     def rpc_finished(self, service: str, method: str, code: str, seconds: float) -> None:
-        """An RPC was answered with a status code's name, such as ``OK``."""
+        """Count an RPC answered with a status code's name, such as ``OK``."""
         self._gauges["jackpot_rpc_in_flight"].labels(self._job_id, service, method).dec()
         self._counter("jackpot_rpc_requests", service, method, code).inc()
         self._rpc_seconds.labels(self._job_id, service, method).observe(seconds)

@@ -1,6 +1,6 @@
-"""Where the processes of a job serve /metrics, in Prometheus's own format for service discovery.
+"""The addresses at which a job's processes serve /metrics, in Prometheus's own service discovery format.
 
-Each process writes one file once it has its port: no port is picked for it that another process may take meanwhile.
+Each process writes one file once it has bound its port: a port chosen in advance could be taken meanwhile.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jackpot.storage.run_directory import RunFiles
 
 
 def announce_target(run_dir: Path, job_id: str, service: str, instance: str, address: str) -> None:
-    """Write down where this process serves ``/metrics``.
+    """Record the address at which this process serves ``/metrics``.
 
     Args:
         run_dir: of the job.
         job_id: a label of the target, as are ``service`` and ``instance``.
         service: ``learner``, ``rollout``, …
         instance: this process's name among the job's.
-        address: ``host:port`` under which a Prometheus reaches it.
+        address: ``host:port`` at which a Prometheus reaches it.
 
     Raises:
         OSError: the file cannot be written.
@@ -35,23 +35,23 @@ def announce_target(run_dir: Path, job_id: str, service: str, instance: str, add
 
 
 def forget_targets(run_dir: Path) -> None:
-    """Remove what processes of an earlier session have written."""
+    """Remove the files of an earlier session's processes."""
     shutil.rmtree(RunFiles(run_dir).metrics_addresses, ignore_errors=True)
 
 
 def forget_target(run_dir: Path, instance: str) -> None:
-    """Remove what one process has written, ``rollout-3`` for example: it is not coming back."""
+    """Remove the file of a process that will not return, such as ``rollout-3``."""
     (RunFiles(run_dir).metrics_addresses / f"{instance}.json").unlink(missing_ok=True)
 
 
 def read_targets(run_dir: Path) -> Sequence[dict[str, Any]]:
-    """One group per process: ``{"targets": ["host:port"], "labels": {…}}``; none of those that are not up yet."""
+    """One group per process: ``{"targets": ["host:port"], "labels": {…}}``; without processes that are not up yet."""
     groups: list[dict[str, Any]] = []
     for path in sorted(RunFiles(run_dir).metrics_addresses.glob("[!.]*.json")):
         try:
             content = json.loads(path.read_bytes())
         except OSError:
-            continue  # removed just now
+            continue  # just removed
         except ValueError as error:
             warn_once(f"{path} is damaged ({error}) and is left out")
             continue

@@ -13,15 +13,15 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from jackpot.errors import ConfigError
 
-IDLE_SECONDS = 60.0  # a connection that stays silent for so long is closed
+IDLE_SECONDS = 60.0  # a connection that is silent for longer is closed
 _EVERYWHERE = ("0.0.0.0", "::")
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers every GET with the metrics, in Prometheus's own text format whatever is asked for.
+    """Answers every GET with the metrics, in Prometheus's own text format whatever the request accepts.
 
-    The client library's server would, to a Prometheus that asks for OpenMetrics, write vLLM's names with ``_`` in place
-    of ``:``; which names there are would hang on who asks.
+    To a Prometheus that accepts OpenMetrics, the client library's server would write vLLM's names with ``_`` in place
+    of ``:``, so that names would depend on the client.
     """
 
     registry: CollectorRegistry
@@ -30,7 +30,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Part of the standard library's interface."""
         body = generate_latest(self.registry)
-        with contextlib.suppress(ConnectionError):  # whoever asked has not waited for the answer
+        with contextlib.suppress(ConnectionError):  # the client has not waited for the answer
             self.send_response(200)
             self.send_header("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)
             self.send_header("Content-Length", str(len(body)))
@@ -38,14 +38,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Scrapes are no news."""
+        """Scrapes are not logged."""
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def server_bind(self) -> None:
-        """Without the standard library's look-up of this machine's full name, which may take seconds."""
+        """Bind without the standard library's look-up of this machine's full name, which may take seconds."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
@@ -61,7 +61,7 @@ def serve_metrics(address: str, registry: CollectorRegistry = REGISTRY) -> int:
         The port; port 0 takes a free one.
 
     Raises:
-        ConfigError: the address is not of that form or cannot be bound.
+        ConfigError: the address does not have that form, or cannot be bound.
     """
     host, colon, port = address.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
@@ -80,11 +80,11 @@ def serve_metrics(address: str, registry: CollectorRegistry = REGISTRY) -> int:
 
 
 def reachable_host(address: str, name: str = "") -> str:
-    """The host under which ``host:port`` is reached.
+    """The host at which ``host:port`` is reached.
 
     Args:
         address: where a process listens.
-        name: what others call this machine; empty: a process that listens everywhere is found under its host's name.
+        name: other hosts' name for this machine; if empty, a process that listens everywhere uses its host name.
     """
     host = address.rpartition(":")[0]
     return name or (socket.gethostname() if host.strip("[]") in _EVERYWHERE else host)
