@@ -80,7 +80,7 @@ async def test_roles_do_all_that_they_ever_do(server: SecuredRedis, tmp_path: Pa
         assert await orchestrator.publish(group) == "published"
     await orchestrator.drop(groups[5].group_id, "engine_failed", "for the test")
     [first, *others] = await scorer.take_groups(4, 5.0)
-    assert await scorer.renew([first]) == []
+    assert await scorer.renew() == []
     await scorer.publish_scored(first, make_scored(first.value))
     await scorer.fail(others[0], "scoring_failed")
     await scorer.release(others[1:2])
@@ -95,7 +95,7 @@ async def test_roles_do_all_that_they_ever_do(server: SecuredRedis, tmp_path: Pa
     taken = []
     while len(taken) < 5:
         taken += await learner.take_scored(4, 5.0)
-    assert await learner.renew(taken) == []
+    assert await learner.renew() == []
     ids = [delivery.group_id for delivery in taken]
     assert set(await learner.fetch_scored(ids)) == set(ids)
     await learner.set_value("lambda", "1.5")

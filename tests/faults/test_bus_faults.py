@@ -204,7 +204,7 @@ async def test_a_call_whose_reply_is_cut_succeeds_as_if_it_were_not(job: Job, sh
             await cut(bus.release([delivery]))
             (delivery,) = await bus.take_groups(1, 1.0)
             assert delivery.attempt == 2
-            assert await cut(bus.renew([delivery])) == []
+            assert await cut(bus.renew()) == []
             await cut(bus.publish_scored(delivery, make_scored(delivery.value)))
             (ready,) = await cut(bus.take_scored(1, 1.0))
             assert await bus.take_scored(1, 0.05) == []
@@ -269,7 +269,7 @@ async def test_a_server_out_of_memory_refuses_whole_publications_and_can_be_empt
         with pytest.raises(BusError, match="maxmemory"):
             await bus.publish_scored(held, make_scored(held.value))
         assert set((await bus.dispatched()).values()) == {"published", "dispatched"}
-        assert await bus.renew([held]) == []
+        assert await bus.renew() == []
         job.dispatched.add(job.group(1).group_id)
         await bus.drop(job.group(1).group_id, "lost")
         await redis.config_set("maxmemory", 0)

@@ -399,8 +399,9 @@ async def test_an_expired_lease_goes_to_another_scorer_and_the_first_is_fenced(j
         (zombie,) = await slow.take_groups(1, 1.0)
         (delivery,) = await quick.take_groups(1, PATIENCE_SECONDS)
         assert (delivery.group_id, delivery.attempt) == (group_id, 2)
+        assert await slow.renew() == [group_id]
         await slow.fail(zombie, "scoring_failed")  # not its business any more
-        assert await slow.renew([zombie]) == [group_id]
+        assert await slow.renew() == []
         await quick.publish_scored(delivery, make_scored(delivery.value))
         with pytest.raises(LeaseLostError):
             await slow.publish_scored(zombie, make_scored(zombie.value))
@@ -409,17 +410,41 @@ async def test_an_expired_lease_goes_to_another_scorer_and_the_first_is_fenced(j
         assert await job.assert_closed(quick) == Ledger(dispatched=1, trained=1)
 
 
-async def test_renewed_leases_stay(job: Job) -> None:
-    # A lease that one stall of a busy machine does not outlast.
+async def test_a_unit_of_work_longer_than_a_lease_keeps_it(job: Job, caplog: pytest.LogCaptureFixture) -> None:
     async with job.connect("a", lease_seconds=2) as slow, job.connect("b", lease_seconds=2) as greedy:
         await job.publish(slow, 0)
-        held = await slow.take_groups(1, 1.0)
-        taking = asyncio.create_task(greedy.take_groups(1, 5.0))  # two and a half leases
-        while not taking.done():
-            assert await slow.renew(held) == []
-            await asyncio.wait([taking], timeout=0.05)
-        assert taking.result() == []
-        await slow.publish_scored(held[0], make_scored(held[0].value))
+        async with slow.leases_renewed():
+            (held,) = await slow.take_groups(1, 1.0)
+            assert await greedy.take_groups(1, 5.0) == []  # two and a half leases
+            await slow.publish_scored(held, make_scored(held.value))
+            assert await slow.renew() == []  # done with, not lost
+            assert await greedy.take_scored(1, 0.2)
+        assert not [message for message in caplog.messages if "was lost" in message]
+
+
+async def test_the_learner_keeps_its_leases_until_the_commit(job: Job) -> None:
+    async with job.connect("a", lease_seconds=2) as learner, job.connect("b", lease_seconds=2) as other:
+        first, second = await job.publish_deferred(learner, 0, 1)
+        async with learner.leases_renewed():
+            assert ids(await learner.take_scored(2, 1.0)) == [first, second]
+            await learner.commit_trained({first: 1})
+            assert await other.take_scored(2, 5.0) == []  # two and a half leases
+        assert ids(await other.take_scored(2, PATIENCE_SECONDS)) == [second]  # nobody renews it any more
+
+
+async def test_a_renewal_that_finds_a_lease_lost_says_so_once(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    async with job.connect("a") as slow, job.connect("b") as quick:
+        (group_id,) = await job.publish(slow, 0)
+        (zombie,) = await slow.take_groups(1, 1.0)
+        (delivery,) = await quick.take_groups(1, 5.0)  # once the lease has run out
+        async with slow.leases_renewed():
+            assert await quick.take_groups(1, 1.0) == []  # several renewals later
+        assert [message for message in caplog.messages if "was lost" in message] == [
+            f"the lease of group {group_id} was lost: another consumer took it over, or it has ended"
+        ]
+        await quick.publish_scored(delivery, make_scored(delivery.value))
+        with pytest.raises(LeaseLostError):
+            await slow.publish_scored(zombie, make_scored(zombie.value))
 
 
 async def test_a_lease_that_the_same_process_let_lapse_is_handed_out_again(job: Job, bus: TrajectoryBus) -> None:
@@ -480,7 +505,7 @@ async def test_the_learner_gets_each_group_once_while_it_holds_them(job: Job, bu
     deliveries += await bus.take_scored(2, 1.0)
     assert ids(deliveries) == group_ids
     assert await bus.take_scored(4, 1.0) == []  # more than three leases without renewal: it is the only learner
-    assert await bus.renew(deliveries) == []
+    assert await bus.renew() == []
     await bus.commit_trained(dict.fromkeys(group_ids, 1))
     await job.assert_closed(bus)
 
@@ -500,13 +525,13 @@ async def test_a_restarted_learner_gets_everything_uncommitted_in_order(job: Job
 
 async def test_who_joins_reads_groups_that_another_holds_and_takes_nothing(job: Job, bus: TrajectoryBus) -> None:
     group_ids = await job.publish_scored(bus, 0, 1)
-    deliveries = await bus.take_scored(2, 1.0)
+    assert len(await bus.take_scored(2, 1.0)) == 2
     async with job.connect(opened=False) as reader:
         with pytest.raises(BusError, match="has not been opened"):
             await reader.fetch_scored(group_ids)
         await reader.join()
         assert list(await reader.fetch_scored(group_ids)) == group_ids
-    assert await bus.renew(deliveries) == []
+    assert await bus.renew() == []
     await bus.commit_trained(dict.fromkeys(group_ids, 1))
     await job.assert_closed(bus)
 
@@ -562,7 +587,7 @@ async def test_a_stream_that_the_server_lost_alone_is_lost_state_too(job: Job, b
 
 async def test_a_job_begun_anew_fences_off_who_has_not_noticed(job: Job, bus: TrajectoryBus) -> None:
     (group_id,) = await job.publish_scored(bus, 0)
-    deliveries = await bus.take_scored(1, 1.0)
+    assert ids(await bus.take_scored(1, 1.0)) == [group_id]
     async with Redis.from_url(job.url) as redis:
         await redis.delete(*[key async for key in redis.scan_iter(f"jackpot:{{{job.job_id}}}:*")])
     calls = (
@@ -572,7 +597,7 @@ async def test_a_job_begun_anew_fences_off_who_has_not_noticed(job: Job, bus: Tr
         bus.take_groups(1, 0.0),
         bus.take_scored(1, 0.0),
         bus.fetch_scored([group_id]),
-        bus.renew(deliveries),
+        bus.renew(),
         bus.drop(group_id, "lost"),
         bus.commit_trained({group_id: 1}),
         bus.ledger(),

@@ -13,11 +13,13 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from jackpot.bus.client import BusClient
 from jackpot.bus.coalesce import all_ended
+from jackpot.bus.lease_renewal import leases_renewed
 from jackpot.bus.ledger import Delivery, PublishOutcome, Value
 from jackpot.bus.object_payloads import ObjectPayloads
 from jackpot.bus.payload_format import decode_group, decode_scored, encode_group, encode_scored
@@ -261,14 +263,13 @@ class TrajectoryBus(BusReadings):
 
     # --- everyone ---
 
-    async def renew(self, deliveries: Sequence[Delivery[Any]]) -> list[str]:
-        """Renew the leases of what is held; the ids of groups whose leases were lost already."""
-        lost = []
-        for reader, kind in ((self._rollouts, Group), (self._scored, ScoredGroup)):
-            held = [(d.group_id, d.entry_id) for d in deliveries if isinstance(d.value, kind)]
-            if held:
-                lost += await reader.renew(held)
-        return lost
+    async def renew(self) -> list[str]:
+        """Renew the leases of every group that was taken and is not done with; the ids of those lost already."""
+        return [*await self._rollouts.renew(), *await self._scored.renew()]
+
+    def leases_renewed(self) -> AbstractAsyncContextManager[None]:
+        """Renew the leases of whatever is taken, for as long as the ``async with`` block runs; lost ones are logged."""
+        return leases_renewed(self.renew, self._settings.lease_seconds)
 
     async def drop(self, group_id: str, reason: str, detail: str = "") -> None:
         """End a group as ``dropped:<reason>``; no-op if it has ended already.

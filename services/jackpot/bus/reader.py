@@ -97,10 +97,18 @@ class StreamReader:
         self._queue = returned | self._queue
         self._released.set()
 
-    async def renew(self, entries: Sequence[tuple[str, str]]) -> list[str]:
-        """Renew the leases of (group, entry) pairs; the groups whose leases were lost already."""
-        held = await self._hold([(entry_id, group_id, 0) for group_id, entry_id in entries])
-        return [group_id for (group_id, _), mine in zip(entries, held, strict=True) if not mine]
+    async def renew(self) -> list[str]:
+        """Renew the leases of all entries handed out and not released; the groups whose leases were lost already."""
+        entries = list(self._held.values())
+        if not entries:
+            return []
+        mine = await self._hold([(entry.entry_id, entry.group_id, 0) for entry in entries])
+        # One that this process released meanwhile was not lost.
+        return [
+            entry.group_id
+            for entry, is_mine in zip(entries, mine, strict=True)
+            if not is_mine and self._held.get(entry.group_id) is entry
+        ]
 
     def _held_back(self) -> bool:
         """Whether nothing may be handed out until something held is released: see the module's docstring."""

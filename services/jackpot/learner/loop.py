@@ -11,16 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
 from jackpot.bus import TrajectoryBus
 from jackpot.bus.kept_trajectories import KeptTrajectories
 from jackpot.config import JobSpec
-from jackpot.errors import BusError
 from jackpot.learner.batches.collector import BatchCollector
 from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.publishing.background import BackgroundWork
@@ -93,7 +91,7 @@ class Learner:
             AlarmError: an alarm, with ``alarms.action`` = stop.
         """
         await self._in_thread(self._restore)
-        async with self._leases_renewed():
+        async with self._bus.leases_renewed():
             await self._publish()
             await self._background.finish()
             await self._commit(self._progress.batch)
@@ -273,22 +271,3 @@ class Learner:
             steps = dict.fromkeys(manifest.group_ids, manifest.start_step + size)
             await self._collector.with_bus(partial(self._bus.commit_trained, steps))
         self._committed_batch = batch
-        self._collector.committed(batch)
-
-    @asynccontextmanager
-    async def _leases_renewed(self) -> AsyncIterator[None]:
-        async def renew() -> None:
-            while True:
-                await asyncio.sleep(self._job.bus.lease_seconds / 3)
-                try:
-                    await self._bus.renew(self._collector.deliveries)
-                except BusError as error:
-                    LOG.warning("leases not renewed: %s", error)
-
-        task = asyncio.create_task(renew())
-        try:
-            yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task

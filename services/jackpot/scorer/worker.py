@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 
 from jackpot.bus import Delivery, TrajectoryBus
 from jackpot.bus.coalesce import all_ended
@@ -50,13 +50,12 @@ class ScorerWorker:
         self._bus = bus
         self._engine = engine
         self._stop = stop
-        self._held: dict[str, Delivery[Group]] = {}  # taken, neither published nor given up: leases to renew
 
     async def run(self) -> None:
         """Work until stopped."""
         fetching = asyncio.create_task(self._fetch())
         try:
-            async with self._leases_renewed():
+            async with self._bus.leases_renewed():
                 while deliveries := await self._fetched(fetching):
                     fetching = asyncio.create_task(self._fetch())
                     await self._process(deliveries)
@@ -85,26 +84,19 @@ class ScorerWorker:
         async def take() -> None:
             nonlocal deliveries
             deliveries = await self._bus.take_groups(self._job.scorer.max_groups_per_batch, BLOCK_SECONDS)
-            self._held.update((delivery.group_id, delivery) for delivery in deliveries)
 
         while not deliveries and not self._stop.is_set():
             await self._on_bus("taking groups", take)
         return deliveries
 
     async def _process(self, deliveries: Sequence[Delivery[Group]]) -> None:
-        try:
-            await self._engine.refresh_soon()
-            held = self._engine.version
-            early = [d for d in deliveries if held is None or d.value.dispatch_version > held]
-            ready = [d for d in deliveries if d not in early]
-            await self._settle(ready)
-            if early and await self._newer_weights_came(early):
-                await self._settle(early)
-        finally:
-            for delivery in deliveries:
-                # A group that was given back may have been taken again by the fetch beside this.
-                if self._held.get(delivery.group_id) is delivery:
-                    del self._held[delivery.group_id]
+        await self._engine.refresh_soon()
+        held = self._engine.version
+        early = [d for d in deliveries if held is None or d.value.dispatch_version > held]
+        ready = [d for d in deliveries if d not in early]
+        await self._settle(ready)
+        if early and await self._newer_weights_came(early):
+            await self._settle(early)
 
     async def _newer_weights_came(self, deliveries: Sequence[Delivery[Group]]) -> bool:
         """Wait for the version that all of these need. If it does not come, they are given back, and it is false."""
@@ -224,21 +216,3 @@ class ScorerWorker:
             LOG.warning("the bus cannot be opened: %s", error)
             return False
         return True
-
-    @asynccontextmanager
-    async def _leases_renewed(self) -> AsyncIterator[None]:
-        async def renew() -> None:
-            while True:
-                await asyncio.sleep(self._job.bus.lease_seconds / 3)
-                try:
-                    await self._bus.renew(list(self._held.values()))
-                except BusError as error:
-                    LOG.warning("leases not renewed: %s", error)
-
-        task = asyncio.create_task(renew())
-        try:
-            yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task

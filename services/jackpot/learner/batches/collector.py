@@ -47,20 +47,9 @@ class BatchCollector:
         self._size = job.learner.groups_per_batch
         self._timeout = job.learner.batch_timeout_seconds
         self._held: dict[int, Delivery[ScoredGroup]] = {}  # by slot: taken from the bus, not yet in a batch
-        self._trained: list[Delivery[ScoredGroup]] = []  # in a batch, acknowledged with the next checkpoint
         self._first_slot = 0  # of the batch being gathered; what lies before it is in a batch already
         self._last_arrival = 0.0
         self._gathering: asyncio.Task[Collected] | None = None
-
-    @property
-    def deliveries(self) -> list[Delivery[ScoredGroup]]:
-        """Everything whose lease is to be renewed."""
-        return [*self._held.values(), *self._trained]
-
-    def committed(self, batch: int) -> None:
-        """What was trained in the batches before ``batch`` is acknowledged."""
-        first_open = batch * self._size
-        self._trained = [d for d in self._trained if GroupKey.parse(d.group_id).slot >= first_open]
 
     def prefetch(self, batch: int) -> None:
         """Begin to gather a batch, which :meth:`collect` asks for next, beside what the caller does until then."""
@@ -140,16 +129,16 @@ class BatchCollector:
     async def _hold(self, delivery: Delivery[ScoredGroup]) -> None:
         slot = GroupKey.parse(delivery.group_id).slot
         if slot < self._first_slot:
-            # Delivered again after a restart; its batch has just been trained from the manifest.
-            self._trained.append(delivery)
-        elif slot in self._held and self._held[slot].group_id != delivery.group_id:
+            return  # delivered again after a restart; its batch has just been trained from the manifest
+        if slot in self._held and self._held[slot].group_id != delivery.group_id:
             detail = "its slot was already filled"
             await self.with_bus(partial(self._bus.drop, delivery.group_id, "unused", detail))
         else:
             self._held[slot] = delivery
 
     def _used(self, batch: int, collected: Collected) -> Collected:
-        self._trained += [self._held.pop(slot) for slot in self._slots(batch)]
+        for slot in self._slots(batch):
+            del self._held[slot]  # the bus holds it until the commit
         self._first_slot = (batch + 1) * self._size
         return collected
 

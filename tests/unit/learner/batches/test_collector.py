@@ -57,11 +57,6 @@ async def test_the_next_batch_is_there_when_it_is_asked_for(
     second = await collector.collect(1, lambda: False)
     assert second is not None
     assert [group.group_id for group in second.groups] == ids
-    assert len(collector.deliveries) == 4  # leases of all are renewed until the commit
-    collector.committed(1)
-    assert [delivery.group_id for delivery in collector.deliveries] == ids  # batch 1 waits for its own checkpoint
-    collector.committed(2)
-    assert collector.deliveries == []
 
 
 async def test_what_is_delivered_again_of_a_batch_already_trained_waits_for_its_commit_alone(
