@@ -100,18 +100,18 @@ async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> Non
 
 async def assert_closed(bus: TrajectoryBus, url: str, job_id: str, payload_dir: Path, dispatched: set[str]) -> Ledger:
     """Every dispatched group has one terminal state, the counters add up, and nothing is left behind."""
-    ledger = await bus.ledger()
+    ledger = await bus.readings.ledger()
     assert ledger.open == 0
     assert ledger.dispatched == len(dispatched) == ledger.trained + sum(ledger.dropped.values())
-    records = [record for _, record in await bus.read_terminal("", 1_000_000)]
+    records = [record for _, record in await bus.readings.read_terminal("", 1_000_000)]
     assert len(records) == len(dispatched)
     assert {record.group_id for record in records} == dispatched
     assert sum(record.state == "trained" for record in records) == ledger.trained
-    states = await bus.terminal_states(sorted(dispatched))
+    states = await bus.readings.terminal_states(sorted(dispatched))
     for record in records:
         assert states[record.group_id] == (f"dropped:{record.reason}" if record.reason else "trained")
 
-    depths = await bus.depths()
+    depths = await bus.readings.depths()
     assert depths.bytes_used == 0
     assert (depths.rollouts_waiting, depths.rollouts_pending) == (0, 0)
     assert (depths.scored_waiting, depths.scored_pending) == (0, 0)

@@ -166,7 +166,7 @@ async def carry_a_group(urls: dict[str, str], directory: Path) -> None:
         await buses["scorer"].publish_scored(taken, make_scored(group))
         (scored,) = await buses["learner"].take_scored(1, 1.0)
         await buses["learner"].commit_trained({scored.group_id: 1})
-        ledger = await buses["orchestrator"].ledger()
+        ledger = await buses["orchestrator"].readings.ledger()
         assert (ledger.dispatched, ledger.trained, ledger.open) == (1, 1, 0)
 
 

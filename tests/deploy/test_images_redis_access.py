@@ -71,7 +71,7 @@ async def test_roles_do_all_that_they_ever_do(server: SecuredRedis, tmp_path: Pa
     scorer = await connect(server, "scorer", tmp_path, lease_seconds=0.2)
     taking_over = await connect(server, "scorer", tmp_path, lease_seconds=0.2)
     learner = await connect(server, "learner", tmp_path)
-    observer = BusObserver(JOB_ID, BusConfig(), tmp_path / "payloads")
+    observer = BusObserver(JOB_ID, BusConfig())
     *groups, straight = [make_group(JOB_ID, slot) for slot in range(7)]
     assert await orchestrator.reserve(straight.group_id, 4096)
     assert await orchestrator.publish_deferred(deferred(straight, 0)) == "published"
@@ -105,9 +105,9 @@ async def test_roles_do_all_that_they_ever_do(server: SecuredRedis, tmp_path: Pa
     assert await observer.depths(url) is not None
     ledger = await observer.ledger(url)
     assert ledger is not None and ledger.trained == 4
-    assert await orchestrator.dispatched() == {}
-    assert (await orchestrator.depths()).bytes_used == 0
-    assert await orchestrator.read_terminal("", 100)
+    assert await orchestrator.readings.dispatched() == {}
+    assert (await orchestrator.readings.depths()).bytes_used == 0
+    assert await orchestrator.readings.read_terminal("", 100)
     assert await orchestrator.close_job() == 0
     await observer.close()
     for bus in (orchestrator, scorer, taking_over, learner):

@@ -194,7 +194,7 @@ async def test_a_call_whose_reply_is_cut_succeeds_as_if_it_were_not(job: Job, sh
             group = job.group(0)
             job.dispatched.add(group.group_id)
             assert await cut(bus.reserve(group.group_id, 3000))
-            assert (await bus.depths()).bytes_used == 3000
+            assert (await bus.readings.depths()).bytes_used == 3000
             assert await cut(bus.publish(group)) == "published"
             (delivery,) = await cut(bus.take_groups(1, 1.0))
             assert delivery.attempt == 1
@@ -213,7 +213,7 @@ async def test_a_call_whose_reply_is_cut_succeeds_as_if_it_were_not(job: Job, sh
             job.dispatched.add(straight.group_id)
             assert await bus.reserve(straight.group_id, 3000)
             assert await cut(bus.publish_deferred(straight)) == "published"
-            depths = await bus.depths()
+            depths = await bus.readings.depths()
             assert (depths.scored_waiting, depths.bytes_used < 3000) == (1, True)
             (ready,) = await cut(bus.take_scored(1, 1.0))
             assert ready.group_id == straight.group_id
@@ -240,10 +240,10 @@ async def test_a_flushed_server_is_noticed_by_everyone_and_begun_anew(
         with pytest.raises(BusLostError):
             await blocked
         with pytest.raises(BusLostError):
-            await bus.dispatched()
+            await bus.readings.dispatched()
         assert await bus.open() is True
         assert await other.open() is False
-        assert await bus.dispatched() == {}
+        assert await bus.readings.dispatched() == {}
         # What the services' own records know goes back into the ledger; the rest is dispatched again.
         await bus.commit_trained({done: 1})
         await bus.drop(held, "lost", "the server was flushed")
@@ -268,7 +268,7 @@ async def test_a_server_out_of_memory_refuses_whole_publications_and_can_be_empt
             await bus.publish(job.group(1))
         with pytest.raises(BusError, match="maxmemory"):
             await bus.publish_scored(held, make_scored(held.value))
-        assert set((await bus.dispatched()).values()) == {"published", "dispatched"}
+        assert set((await bus.readings.dispatched()).values()) == {"published", "dispatched"}
         assert await bus.renew() == []
         job.dispatched.add(job.group(1).group_id)
         await bus.drop(job.group(1).group_id, "lost")
@@ -378,7 +378,7 @@ async def test_unreadable_payloads_are_dead_lettered_and_their_neighbours_surviv
         await bus.commit_trained(dict.fromkeys(survivors, 1))
         ledger = await job.assert_closed(bus)
         assert ledger.dropped == {"corrupt_payload": len(DAMAGES) + 1, "lost": 1}
-        for _, record in await bus.read_terminal("", 100):
+        for _, record in await bus.readings.read_terminal("", 100):
             if record.group_id in expected:
                 reason, message = expected[record.group_id]
                 assert record.reason == reason
@@ -467,7 +467,7 @@ async def test_a_scorer_that_stalls_before_reading_does_not_drop_what_another_ha
         await quick.publish_scored(delivery, make_scored(delivery.value))
         store.go_on.set()
         assert await asyncio.wait_for(taking, PATIENCE_SECONDS) == []
-        assert await quick.dispatched() == {group_id: "scored"}
+        assert await quick.readings.dispatched() == {group_id: "scored"}
         await quick.commit_trained({group_id: 1})
         await job.assert_closed(quick)
     await stalled.close()
@@ -512,9 +512,9 @@ async def test_a_group_that_kills_its_scorers_ends_alone(valkey_url: str, tmp_pa
         assert statuses == [-signal.SIGKILL] * 3 + [0]
         poison = group_ids.pop(2)
         assert sorted(ids(await bus.take_scored(20, 1.0))) == sorted(group_ids)
-        assert await bus.terminal_states([poison]) == {poison: "dropped:scoring_failed"}
+        assert await bus.readings.terminal_states([poison]) == {poison: "dropped:scoring_failed"}
         await bus.commit_trained(dict.fromkeys(group_ids, 1))
         ledger = await job.assert_closed(bus)
         assert ledger == Ledger(dispatched=8, trained=7, dropped={"scoring_failed": 1})
-        (record,) = [r for _, r in await bus.read_terminal("", 100) if r.state == "dropped"]
+        (record,) = [r for _, r in await bus.readings.read_terminal("", 100) if r.state == "dropped"]
         assert record.detail == "taken up 3 times and never finished"

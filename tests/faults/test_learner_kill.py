@@ -137,11 +137,11 @@ async def train(environment: ServiceEnvironment, job: JobSpec, *, kill_after_ste
             process = start_learner(environment)
         await wait_until(lambda: process.poll() is not None, "the learner to finish")
         assert process.returncode == 0, (environment.run_dir / "learner.log").read_text()
-        ledger = await bus.ledger()
+        ledger = await bus.readings.ledger()
         assert (ledger.dispatched, ledger.trained, ledger.dropped, ledger.open) == (12, 12, {}, 0)
-        steps = {GroupKey.parse(row.group_id).slot: row.step for _, row in await bus.read_terminal("", 100)}
+        steps = {GroupKey.parse(row.group_id).slot: row.step for _, row in await bus.readings.read_terminal("", 100)}
         assert steps == {slot: slot // GROUPS_PER_BATCH + 1 for slot in range(12)}  # the step with the group's effect
-        assert (await bus.depths()).bytes_used == 0
+        assert (await bus.readings.depths()).bytes_used == 0
     finally:
         process.kill()
         process.wait()
@@ -186,7 +186,7 @@ async def test_a_latest_checkpoint_that_is_damaged_gives_way_and_the_job_still_e
     process = start_learner(environment)
     try:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while (await bus.ledger()).trained < 8:
+        while (await bus.readings.ledger()).trained < 8:
             assert process.poll() is None and time.monotonic() < deadline, (run_dir / "learner.log").read_text()
             await asyncio.sleep(0.02)
         assert (run_dir / "checkpoints" / "latest").read_text() == "00000004\n"
@@ -200,7 +200,7 @@ async def test_a_latest_checkpoint_that_is_damaged_gives_way_and_the_job_still_e
         await wait_until(lambda: process.poll() is not None, "the learner to finish")
         log = (run_dir / "learner.log").read_text()
         assert process.returncode == 0, log
-        ledger = await bus.ledger()
+        ledger = await bus.readings.ledger()
         assert (ledger.dispatched, ledger.trained, ledger.dropped, ledger.open) == (12, 12, {}, 0)
     finally:
         process.kill()
@@ -248,7 +248,7 @@ async def test_two_ranks_end_together_and_go_on_together(
         process = start_learner(environment)
         await wait_until(lambda: process.poll() is not None, "the learner to finish")
         assert process.returncode == 0, (run_dir / "learner.log").read_text()
-        ledger = await bus.ledger()
+        ledger = await bus.readings.ledger()
         assert (ledger.dispatched, ledger.trained, ledger.dropped, ledger.open) == (80, 80, {}, 0)
         # Rank 1 read its own groups from the bus, always.
         assert "cannot read its groups" not in (run_dir / "learner.log").read_text()

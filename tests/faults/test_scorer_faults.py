@@ -142,12 +142,12 @@ async def test_a_scorer_killed_while_scoring_is_restarted_and_scores_everything_
         await publish(bus, groups)
 
         async def some_are_scored() -> bool:
-            return (await bus.depths()).scored_waiting >= 3
+            return (await bus.readings.depths()).scored_waiting >= 3
 
         await until(some_are_scored, "the first scores")
         first.kill()
         first.wait()
-        at_kill = await bus.depths()
+        at_kill = await bus.readings.depths()
         assert at_kill.rollouts_pending > 0, "the kill was to meet it at work"
         assert at_kill.scored_waiting < len(groups)
 
@@ -161,9 +161,9 @@ async def test_a_scorer_killed_while_scoring_is_restarted_and_scores_everything_
 
         await until(all_are_scored, "all groups to be scored")
         assert times == {group.group_id: 1 for group in groups}
-        depths = await bus.depths()
+        depths = await bus.readings.depths()
         assert (depths.rollouts_waiting, depths.rollouts_pending, depths.scored_waiting) == (0, 0, 0)
-        assert (await bus.ledger()).open == len(groups), "none was dropped"
+        assert (await bus.readings.ledger()).open == len(groups), "none was dropped"
 
     second.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(second.wait, PATIENCE_SECONDS) == 0, processes.log

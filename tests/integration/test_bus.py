@@ -12,7 +12,7 @@ from bus_world import STORES, Job, bus_settings, eventually, ids, make_group, ma
 from patience import PATIENCE_SECONDS, TEST_SECONDS
 from redis.asyncio import Redis
 
-from jackpot.bus import BusDepths, Ledger, TrajectoryBus, reader
+from jackpot.bus import BusDepths, BusReadings, Ledger, TrajectoryBus, reader
 from jackpot.bus.payload_format import encode_scored
 from jackpot.errors import BusError, BusLostError, ConfigError, LeaseLostError, PayloadError
 from jackpot.trajectory import GroupKey, deferred
@@ -37,21 +37,21 @@ async def bus(job: Job) -> AsyncIterator[TrajectoryBus]:
 async def test_a_group_travels_from_dispatch_to_trained(job: Job, bus: TrajectoryBus) -> None:
     group = job.group(7)
     assert await bus.reserve(group.group_id, 5000)
-    assert await bus.dispatched() == {group.group_id: "dispatched"}
+    assert await bus.readings.dispatched() == {group.group_id: "dispatched"}
     assert await bus.publish(group) == "published"
-    assert await bus.dispatched() == {group.group_id: "published"}
+    assert await bus.readings.dispatched() == {group.group_id: "published"}
     (taken,) = await bus.take_groups(4, 1.0)
     assert plain(taken.value) == plain(group)
     assert taken.attempt == 1
     scored = make_scored(taken.value)
     await bus.publish_scored(taken, scored)
-    assert await bus.dispatched() == {group.group_id: "scored"}
+    assert await bus.readings.dispatched() == {group.group_id: "scored"}
     (ready,) = await bus.take_scored(4, 1.0)
     assert plain(ready.value) == plain(scored)
     assert await bus.commit_trained({group.group_id: 3}) == []
     job.dispatched.add(group.group_id)
     assert await job.assert_closed(bus) == Ledger(dispatched=1, trained=1)
-    ((_, record),) = await bus.read_terminal("", 10)
+    ((_, record),) = await bus.readings.read_terminal("", 10)
     assert (record.group_id, record.state, record.reason, record.step) == (group.group_id, "trained", "", 3)
 
 
@@ -59,16 +59,16 @@ async def test_a_deferred_group_goes_straight_to_the_learner(job: Job, bus: Traj
     scored = deferred(job.group(7), policy_version=5)
     assert await bus.reserve(scored.group_id, 5000)
     assert await bus.publish_deferred(scored) == "published"
-    assert await bus.dispatched() == {scored.group_id: "scored"}
-    depths = await bus.depths()
+    assert await bus.readings.dispatched() == {scored.group_id: "scored"}
+    depths = await bus.readings.depths()
     size = len(encode_scored(scored, compress=job.store == "redis"))
     assert depths == BusDepths(0, 0, 1, 0, size, 1 << 20)  # what it takes has replaced the estimate
     assert await bus.take_groups(4, 0.0) == []
     assert plain((await bus.fetch_scored([scored.group_id]))[scored.group_id]) == plain(scored)
     (ready,) = await bus.take_scored(4, 1.0)
     assert plain(ready.value) == plain(scored)
-    assert await bus.depths() == BusDepths(0, 0, 0, 1, size, 1 << 20)
-    assert await bus.ledger() == Ledger(dispatched=1, trained=0, open=1)
+    assert await bus.readings.depths() == BusDepths(0, 0, 0, 1, size, 1 << 20)
+    assert await bus.readings.ledger() == Ledger(dispatched=1, trained=0, open=1)
     assert await bus.commit_trained({scored.group_id: 3}) == []
     job.dispatched.add(scored.group_id)
     assert await job.assert_closed(bus) == Ledger(dispatched=1, trained=1)
@@ -78,10 +78,10 @@ async def test_depths_follow_the_groups(job: Job, bus: TrajectoryBus) -> None:
     first, _, _ = await job.publish(bus, 0, 1, 2)
     one, _ = await bus.take_groups(2, 1.0)
     await bus.publish_scored(one, make_scored(one.value))
-    depths = await bus.depths()
+    depths = await bus.readings.depths()
     assert depths == BusDepths(1, 1, 1, 0, depths.bytes_used, 1 << 20)
     await bus.take_scored(2, 1.0)
-    assert (await bus.depths()).scored_pending == 1
+    assert (await bus.readings.depths()).scored_pending == 1
     await bus.commit_trained({first: 1})
     assert await bus.close_job() == 2
     ledger = await job.assert_closed(bus)
@@ -97,11 +97,11 @@ async def test_dispatch_holds_when_the_budget_is_spent(job: Job) -> None:
         assert await bus.reserve(first, 6000)
         assert await bus.reserve(first, 6000)  # again: no second reservation
         assert not await bus.reserve(second, 6000)
-        assert second not in await bus.dispatched()
+        assert second not in await bus.readings.dispatched()
         assert await bus.reserve(third, 6000, urgent=True)
-        assert (await bus.depths()).bytes_used == 12_000
+        assert (await bus.readings.depths()).bytes_used == 12_000
         await bus.publish(job.group(0))  # its real size replaces the estimate
-        assert 0 < (await bus.depths()).bytes_used - 6000 < 2000
+        assert 0 < (await bus.readings.depths()).bytes_used - 6000 < 2000
         await bus.drop(third, "rollout_failed")
         assert await bus.reserve(second, 6000)
         await bus.close_job()
@@ -115,7 +115,7 @@ async def test_the_budget_may_be_spent_to_the_last_byte(job: Job) -> None:
         assert await bus.reserve(first, 6000)
         assert not await bus.reserve(second, 4001)
         assert await bus.reserve(third, 4000)
-        assert (await bus.depths()).bytes_used == 10_000
+        assert (await bus.readings.depths()).bytes_used == 10_000
 
 
 async def test_a_group_larger_than_the_whole_budget_is_a_configuration_error(job: Job) -> None:
@@ -153,7 +153,7 @@ async def test_publishing_twice_is_recognised(job: Job, bus: TrajectoryBus) -> N
 
 async def test_publishing_a_deferred_group_twice_is_recognised(job: Job, bus: TrajectoryBus) -> None:
     (group_id,) = await job.publish_deferred(bus, 0)
-    held = (await bus.depths()).bytes_used
+    held = (await bus.readings.depths()).bytes_used
     again = deferred(job.group(0), policy_version=6)
     assert await bus.publish_deferred(again) == "duplicate"
     assert await bus.publish(job.group(0)) == "duplicate"
@@ -161,9 +161,9 @@ async def test_publishing_a_deferred_group_twice_is_recognised(job: Job, bus: Tr
     (delivery,) = await bus.take_scored(4, 1.0)
     assert delivery.value.policy_version == 5  # the first counts
     assert await bus.publish_deferred(again) == "duplicate"
-    depths = await bus.depths()
+    depths = await bus.readings.depths()
     assert (depths.scored_waiting, depths.scored_pending, depths.bytes_used) == (0, 1, held)
-    assert await bus.ledger() == Ledger(dispatched=1, trained=0, open=1)
+    assert await bus.readings.ledger() == Ledger(dispatched=1, trained=0, open=1)
     await bus.commit_trained({group_id: 1})
     assert await bus.publish_deferred(again) == "terminal"
     assert await job.assert_closed(bus) == Ledger(dispatched=1, trained=1)
@@ -188,7 +188,7 @@ async def test_deferred_groups_count_against_the_budget(job: Job) -> None:
         assert await bus.reserve(first, 6000)
         assert not await bus.reserve(second, 6000)
         await bus.publish_deferred(deferred(job.group(0), 5))
-        assert 0 < (await bus.depths()).bytes_used < 2000
+        assert 0 < (await bus.readings.depths()).bytes_used < 2000
         assert await bus.reserve(second, 6000)
         assert await bus.close_job() == 2
         job.dispatched = {first, second}
@@ -203,7 +203,7 @@ async def test_a_group_that_the_server_forgot_is_registered_when_published(
     outcome = await bus.publish_deferred(deferred(group, 5)) if straight else await bus.publish(group)
     assert outcome == "published"
     job.dispatched.add(group.group_id)
-    assert (await bus.ledger()) == Ledger(dispatched=1, trained=0, open=1)
+    assert (await bus.readings.ledger()) == Ledger(dispatched=1, trained=0, open=1)
     await bus.close_job()
     await job.assert_closed(bus)
 
@@ -225,7 +225,7 @@ async def test_every_group_ends_once(job: Job, bus: TrajectoryBus) -> None:
     assert await bus.commit_trained({trained: 4, stale: 4}) == [stale]
     await bus.drop(trained, "unused")
     assert await bus.commit_trained({trained: 5}) == []
-    assert await bus.terminal_states([trained, stale, "none"]) == {trained: "trained", stale: "dropped:stale"}
+    assert await bus.readings.terminal_states([trained, stale, "none"]) == {trained: "trained", stale: "dropped:stale"}
     ledger = await job.assert_closed(bus)
     assert ledger == Ledger(dispatched=2, trained=1, dropped={"stale": 1})
 
@@ -256,7 +256,7 @@ async def test_the_ledger_is_read_on_from_any_position(job: Job, bus: Trajectory
         await bus.drop(group_id, "stale", f"detail of {group_id}")
     read: list[str] = []
     position = ""
-    while page := await bus.read_terminal(position, 2):
+    while page := await bus.readings.read_terminal(position, 2):
         position = page[-1][0]
         read += [record.group_id for _, record in page]
         assert all(r.detail == f"detail of {r.group_id}" and (r.reason, r.step) == ("stale", -1) for _, r in page)
@@ -264,9 +264,9 @@ async def test_the_ledger_is_read_on_from_any_position(job: Job, bus: Trajectory
 
 
 async def test_small_values_are_kept(bus: TrajectoryBus) -> None:
-    assert await bus.get_value("cursor") is None
+    assert await bus.readings.get_value("cursor") is None
     await bus.set_value("cursor", "12")
-    assert await bus.get_value("cursor") == "12"
+    assert await bus.readings.get_value("cursor") == "12"
 
 
 # --- scorers ---
@@ -296,7 +296,7 @@ async def test_groups_that_come_close_together_are_taken_together(
 
 
 async def _is_assigned(bus: TrajectoryBus) -> bool:
-    return (await bus.depths()).rollouts_pending == 1
+    return (await bus.readings.depths()).rollouts_pending == 1
 
 
 async def test_nobody_waits_for_more_than_is_enough(
@@ -324,8 +324,8 @@ async def test_a_failed_group_is_tried_again_and_dropped_after_the_last_attempt(
             assert delivery.attempt == attempt
             await bus.fail(delivery, "scoring_failed", f"attempt {attempt}")
         assert await bus.take_groups(4, 0.05) == []
-        assert (await bus.terminal_states([group_id])) == {group_id: "dropped:scoring_failed"}
-        ((_, record),) = await bus.read_terminal("", 10)
+        assert (await bus.readings.terminal_states([group_id])) == {group_id: "dropped:scoring_failed"}
+        ((_, record),) = await bus.readings.read_terminal("", 10)
         assert record.detail == "attempt 3"
         await job.assert_closed(bus)
 
@@ -536,6 +536,20 @@ async def test_who_joins_reads_groups_that_another_holds_and_takes_nothing(job: 
     await job.assert_closed(bus)
 
 
+async def test_an_observer_reads_and_creates_nothing(job: Job) -> None:
+    settings = bus_settings(job.store)
+    with pytest.raises(BusError, match="holds no state"):
+        await BusReadings.connect(job.url, job.job_id, settings)
+    async with Redis.from_url(job.url) as redis:
+        assert [key async for key in redis.scan_iter(f"jackpot:{{{job.job_id}}}:*")] == []
+    async with job.connect() as bus:
+        (group_id,) = await job.publish(bus, 0)
+        observer = await BusReadings.connect(job.url, job.job_id, settings)
+        assert await observer.dispatched() == {group_id: "published"}
+        assert await observer.depths() == await bus.readings.depths()
+        await observer.close()
+
+
 async def test_only_scored_groups_are_fetched(job: Job, bus: TrajectoryBus) -> None:
     await job.publish(bus, 0)
     assert await bus.fetch_scored([job.group(0).group_id, job.group(1).group_id]) == {}
@@ -549,12 +563,12 @@ async def test_opening_twice_changes_nothing(job: Job, bus: TrajectoryBus) -> No
     await job.publish(bus, 0)
     assert await bus.open() is False
     async with job.connect("1") as other:
-        assert list(await other.dispatched()) == [job.group(0).group_id]
+        assert list(await other.readings.dispatched()) == [job.group(0).group_id]
 
 
 async def test_calls_before_open_are_refused(job: Job) -> None:
     bus = await TrajectoryBus.connect(job.url, job.job_id, bus_settings(job.store), "0", job.payload_dir)
-    for call in (bus.dispatched(), bus.take_groups(1, 0.0), bus.set_value("x", "y")):
+    for call in (bus.readings.dispatched(), bus.take_groups(1, 0.0), bus.set_value("x", "y")):
         with pytest.raises(BusError, match=r"call open\(\) first"):
             await call
     await bus.close()
@@ -571,7 +585,7 @@ async def test_jobs_do_not_see_each_other(job: Job, bus: TrajectoryBus) -> None:
     other = Job(job.url, job.store, job.payload_dir)
     await job.publish(bus, 0)
     async with other.connect() as other_bus:
-        assert await other_bus.dispatched() == {}
+        assert await other_bus.readings.dispatched() == {}
         assert await other_bus.take_groups(1, 0.05) == []
 
 
@@ -591,7 +605,7 @@ async def test_a_job_begun_anew_fences_off_who_has_not_noticed(job: Job, bus: Tr
     async with Redis.from_url(job.url) as redis:
         await redis.delete(*[key async for key in redis.scan_iter(f"jackpot:{{{job.job_id}}}:*")])
     calls = (
-        bus.dispatched(),
+        bus.readings.dispatched(),
         bus.reserve(group_id, 1),
         bus.publish(job.group(0)),
         bus.take_groups(1, 0.0),
@@ -600,9 +614,9 @@ async def test_a_job_begun_anew_fences_off_who_has_not_noticed(job: Job, bus: Tr
         bus.renew(),
         bus.drop(group_id, "lost"),
         bus.commit_trained({group_id: 1}),
-        bus.ledger(),
-        bus.depths(),
-        bus.get_value("x"),
+        bus.readings.ledger(),
+        bus.readings.depths(),
+        bus.readings.get_value("x"),
         bus.set_value("x", "y"),
     )
     async with job.connect("1"):
@@ -610,7 +624,7 @@ async def test_a_job_begun_anew_fences_off_who_has_not_noticed(job: Job, bus: Tr
             with pytest.raises(BusLostError, match="Open the bus again"):
                 await call
         assert await bus.open() is False
-        assert await bus.dispatched() == {}
+        assert await bus.readings.dispatched() == {}
         assert await bus.take_scored(1, 0.05) == []
         assert await bus.reserve(GroupKey(9, 0, 9).group_id(job.job_id), 10)
         assert await bus.close_job() == 1

@@ -242,7 +242,7 @@ async def until(condition: Callable[[], bool], what: str, timeout_seconds: float
 
 async def assert_ledger_adds_up(world: World) -> None:
     bus = await world.connect("check")
-    counters = await bus.ledger()
+    counters = await bus.readings.ledger()
     await bus.close()
     ledger = Counter(world.ledger().values())
     assert counters.open == 0

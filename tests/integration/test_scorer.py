@@ -117,7 +117,7 @@ async def test_what_goes_in_as_groups_comes_out_scored(
         )
         np.testing.assert_allclose(scored.scores[0].target_logprobs, expected.target_logprobs, atol=1e-4)
         np.testing.assert_allclose(scored.scores[0].normalizer_head, expected.normalizer_head, rtol=1e-3, atol=1e-4)
-    assert (await bus.ledger()).open == 5 and (await bus.depths()).rollouts_pending == 0
+    assert (await bus.readings.ledger()).open == 5 and (await bus.readings.depths()).rollouts_pending == 0
 
 
 async def test_a_trajectory_gets_the_same_mask_whichever_worker_scores_it(
@@ -151,9 +151,9 @@ async def test_a_group_older_than_allowed_is_dropped_as_stale(
     await publish(bus, stale, fresh)
     async with working(world, valkey_url, job_id, world.job(orchestrator={"max_staleness": 1})):
         assert set(await scored_groups(bus, 1)) == {fresh.group_id}
-        await until(lambda: bus.terminal_states([stale.group_id]), "the stale group to be dropped")
-    assert await bus.terminal_states([stale.group_id]) == {stale.group_id: "dropped:stale"}
-    ((_, record),) = await bus.read_terminal("", 10)
+        await until(lambda: bus.readings.terminal_states([stale.group_id]), "the stale group to be dropped")
+    assert await bus.readings.terminal_states([stale.group_id]) == {stale.group_id: "dropped:stale"}
+    ((_, record),) = await bus.readings.read_terminal("", 10)
     assert record.detail == "3 versions old when it was scored, 1 are allowed"
 
 
@@ -175,11 +175,11 @@ async def test_a_group_that_newer_weights_make_stale_just_before_its_forward_pas
 
         engine.score = score_with_newer_weights  # type: ignore[method-assign]
         await publish(bus, stale)
-        await until(lambda: bus.terminal_states([stale.group_id]), "the stale group to be dropped")
+        await until(lambda: bus.readings.terminal_states([stale.group_id]), "the stale group to be dropped")
         engine.score = score  # type: ignore[method-assign]
         await publish(bus, fresh)
         assert set(await scored_groups(bus, 1)) == {fresh.group_id}
-    ((_, record),) = await bus.read_terminal("", 10)
+    ((_, record),) = await bus.readings.read_terminal("", 10)
     assert (record.reason, record.detail) == ("stale", "2 versions old when it was scored, 1 are allowed")
 
 
@@ -194,8 +194,8 @@ async def test_a_group_whose_actor_version_is_gone_is_dropped_as_stale(
     await publish(bus, gone, there)
     async with working(world, valkey_url, job_id, world.job({"name": "jackpot", "normalizer": "union_tail"})):
         assert set(await scored_groups(bus, 1)) == {there.group_id}
-        await until(lambda: bus.terminal_states([gone.group_id]), "the group to be dropped")
-    assert await bus.terminal_states([gone.group_id]) == {gone.group_id: "dropped:stale"}
+        await until(lambda: bus.readings.terminal_states([gone.group_id]), "the group to be dropped")
+    assert await bus.readings.terminal_states([gone.group_id]) == {gone.group_id: "dropped:stale"}
 
 
 async def test_a_group_waits_for_its_version_and_others_do_not_wait_with_it(
@@ -210,7 +210,7 @@ async def test_a_group_waits_for_its_version_and_others_do_not_wait_with_it(
         (first,) = (await scored_groups(bus, 1)).values()
         assert (first.group_id, first.policy_version) == (ready.group_id, 0)
         await asyncio.sleep(3.0)  # the lease's length, twice
-        assert (await bus.depths()).rollouts_pending == 1 and engine.version == 0
+        assert (await bus.readings.depths()).rollouts_pending == 1 and engine.version == 0
         world.publish_policy(1, obrs_lambda=0.7)
         (second,) = (await scored_groups(bus, 1)).values()
     assert (second.group_id, second.policy_version, second.obrs_lambda) == (early.group_id, 1, 0.7)
@@ -223,8 +223,8 @@ async def test_a_version_that_never_comes_ends_the_group_by_name(
     await publish(bus, group)
     job = world.job(scorer={"version_timeout_seconds": 0.1}, bus={"max_attempts": 2})
     async with working(world, valkey_url, job_id, job):
-        await until(lambda: bus.terminal_states([group.group_id]), "the group's end")
-    ((_, record),) = await bus.read_terminal("", 10)
+        await until(lambda: bus.readings.terminal_states([group.group_id]), "the group's end")
+    ((_, record),) = await bus.readings.read_terminal("", 10)
     assert record.reason == "scoring_failed"
     assert "waited 0.1 s for version 9 of the policy's weights (version 0 is held)" in record.detail
 
@@ -245,11 +245,16 @@ async def test_groups_that_cannot_be_scored_do_not_take_their_neighbours_along(
         bad = [unreadable.group_id, unscorable.group_id]
 
         async def both_ended() -> bool:
-            return len(await bus.terminal_states(bad)) == 2
+            return len(await bus.readings.terminal_states(bad)) == 2
 
         await until(both_ended, "both bad groups to end")
-    assert await bus.terminal_states(bad) == {bad[0]: "dropped:corrupt_payload", bad[1]: "dropped:scoring_failed"}
-    details = [record.detail for _, record in await bus.read_terminal("", 10) if record.reason == "scoring_failed"]
+    assert await bus.readings.terminal_states(bad) == {
+        bad[0]: "dropped:corrupt_payload",
+        bad[1]: "dropped:scoring_failed",
+    }
+    details = [
+        record.detail for _, record in await bus.readings.read_terminal("", 10) if record.reason == "scoring_failed"
+    ]
     assert details == [
         f"PayloadError: trajectory {beyond.trajectory_id}: it has no tokens, or ids beyond the vocabulary, 97."
     ]
@@ -280,7 +285,7 @@ async def test_scores_of_a_group_that_another_worker_took_over_are_thrown_away(
         other = sample_group(world, job_id=job_id, slot=1)
         await publish(bus, other)
         assert set(await scored_groups(bus, 1)) == {other.group_id}
-    assert await bus.terminal_states([group.group_id]) == {group.group_id: "dropped:lost"}
+    assert await bus.readings.terminal_states([group.group_id]) == {group.group_id: "dropped:lost"}
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ _GROUPS_PER_SCRIPT = 64  # a script holds the server up while it runs
 _DETAIL_CHARACTERS = 500
 
 
-class TrajectoryBus(BusReadings):
+class TrajectoryBus:
     """One process's access to one job's bus. Make it with :meth:`connect`, then :meth:`open` it.
 
     Every method raises BusError if the server cannot be reached or refuses, and BusLostError if it lost the job's
@@ -46,7 +46,9 @@ class TrajectoryBus(BusReadings):
     """
 
     def __init__(self, client: BusClient, store: PayloadStore, settings: BusConfig, job_id: str, consumer: str) -> None:
-        super().__init__(client, settings.max_bytes)
+        self._client = client
+        self.readings = BusReadings(client, settings.max_bytes)
+        """What can be asked without changing anything."""
         self._store = store
         self._claims = Claims(client, store, settings.max_payload_bytes)
         self._settings = settings
@@ -115,10 +117,7 @@ class TrajectoryBus(BusReadings):
         Raises:
             BusError: nobody has opened it.
         """
-        incarnation = await self._client.call("GET", self._client.keys.incarnation)
-        if incarnation is None:
-            raise BusError(f"the bus of job {self._job_id} holds no state")
-        self._client.incarnation = incarnation.decode()
+        await self._client.join()
 
     # --- orchestrator ---
 
@@ -283,7 +282,7 @@ class TrajectoryBus(BusReadings):
         """Drop every group that has not ended as ``unused``, and remove what crashed processes left in the payload
         store; how many groups that were."""
         dropped = 0
-        while still_open := list(await self.dispatched()):
+        while still_open := list(await self.readings.dispatched()):
             ends = await self._finish("dropped", "unused", detail, [(group_id, -1, "") for group_id in still_open])
             dropped += sum(not ended for ended in ends.values())
         await self._sweep(self._lost)
@@ -399,10 +398,10 @@ class TrajectoryBus(BusReadings):
             LOG.info("removed %d payloads that crashed processes had left behind", removed)
 
     async def _ended(self, group_ids: Sequence[str]) -> set[str]:
-        return set(await self.terminal_states(group_ids))
+        return set(await self.readings.terminal_states(group_ids))
 
     async def _lost(self, group_ids: Sequence[str]) -> set[str]:
         """Those of this job's groups that the bus does not know, or that have ended."""
         return {group_id for group_id in group_ids if group_id.startswith(f"{self._job_id}.s")} - set(
-            await self.dispatched()
+            await self.readings.dispatched()
         )

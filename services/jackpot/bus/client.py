@@ -36,6 +36,7 @@ class JobKeys:
     """The keys of one job. The hash tag keeps them on one node of a cluster, which the scripts need."""
 
     def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
         self._prefix = f"jackpot:{{{job_id}}}:"
         self.incarnation = self._prefix + "incarnation"
         self.open = self._prefix + "open"
@@ -131,6 +132,17 @@ class BusClient:
             except exceptions.NoPermissionError:
                 return None
         return int(info["used_memory"]), int(info.get("maxmemory") or info.get("total_system_memory") or 0)
+
+    async def join(self) -> None:
+        """Take up the incarnation that others have opened.
+
+        Raises:
+            BusError: nobody has opened one, or the server does not answer.
+        """
+        incarnation = await self.call("GET", self.keys.incarnation)
+        if incarnation is None:
+            raise BusError(f"the bus of job {self.keys.job_id} holds no state")
+        self.incarnation = incarnation.decode()
 
     async def close(self) -> None:
         """Close all connections. Scripts under way are given up: sent again, they would open another."""

@@ -8,11 +8,16 @@ from typing import cast
 
 from jackpot.bus.client import BusClient
 from jackpot.bus.ledger import BusDepths, GroupState, Ledger
+from jackpot.config import BusConfig
+from jackpot.errors import BusError, ConfigError
 from jackpot.storage.run_records import TerminalRecord
 
 
 class BusReadings:
-    """Queries on one job's state. They raise BusError and BusLostError as all methods of the bus do.
+    """The read-only side of one job's bus: all that an observer needs. A process that also takes or publishes groups
+    has it as :attr:`TrajectoryBus.readings`.
+
+    Queries raise BusError and BusLostError as all methods of the bus do.
 
     Args:
         client: an open client.
@@ -22,6 +27,32 @@ class BusReadings:
     def __init__(self, client: BusClient, bytes_budget: int) -> None:
         self._client = client
         self._bytes_budget = bytes_budget
+
+    @classmethod
+    async def connect(cls, url: str, job_id: str, settings: BusConfig) -> BusReadings:
+        """Connect to a bus that others have opened. Nothing is created.
+
+        Args:
+            url: ``redis://``, ``rediss://`` or ``unix://``.
+            job_id: whose bus.
+            settings: the job's ``bus`` section.
+
+        Raises:
+            BusError: the server does not answer, or nobody has opened the job's bus yet.
+            ConfigError: the server is too old, or evicts keys when it is full.
+        """
+        client = BusClient(url, job_id)
+        try:
+            await client.check_server()
+            await client.join()
+        except (BusError, ConfigError):
+            await client.close()
+            raise
+        return cls(client, settings.max_bytes)
+
+    async def close(self) -> None:
+        """Close the connections; for who has connected."""
+        await self._client.close()
 
     async def dispatched(self) -> dict[str, GroupState]:
         """All groups that have not ended, and how far they are."""

@@ -152,7 +152,7 @@ class Learner:
     async def _passed_over(self, manifest: Manifest, missing: Sequence[str]) -> bool:
         """Go on behind a batch that is closed on the bus: the checkpoint with its effect is lost, its groups are gone,
         and nobody makes others for its slots. False if its groups did not end as trained."""
-        states = await self._collector.with_bus(partial(self._bus.terminal_states, missing))
+        states = await self._collector.with_bus(partial(self._bus.readings.terminal_states, missing))
         if "trained" not in states.values():
             return False
         steps = self._job.learner.updates_per_batch

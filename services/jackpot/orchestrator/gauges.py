@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from jackpot.bus import Ledger, TrajectoryBus
+from jackpot.bus import BusReadings, Ledger
 from jackpot.orchestrator.replicas import ReplicaPool
 from jackpot.orchestrator.versions import VersionWatch
 from jackpot.telemetry import Metrics
@@ -19,7 +19,7 @@ class JobGauges:
     """Depths and ages of the bus, the ledger, the bus server's memory, free disk, versions, replicas.
 
     Args:
-        bus: an open bus.
+        bus_readings: what an open bus says.
         versions: the newest weight versions.
         replicas: the rollout replicas.
         run_dir: the run directory.
@@ -27,9 +27,9 @@ class JobGauges:
     """
 
     def __init__(
-        self, bus: TrajectoryBus, versions: VersionWatch, replicas: ReplicaPool, run_dir: Path, metrics: Metrics
+        self, bus_readings: BusReadings, versions: VersionWatch, replicas: ReplicaPool, run_dir: Path, metrics: Metrics
     ) -> None:
-        self._bus = bus
+        self._bus_readings = bus_readings
         self._versions = versions
         self._replicas = replicas
         self._run_dir = run_dir
@@ -53,10 +53,10 @@ class JobGauges:
         # Off the event loop: a network volume may take its time.
         volume = await asyncio.to_thread(shutil.disk_usage, self._run_dir)
         metrics.observe_run_volume(volume.free, volume.total)
-        metrics.observe_bus(await self._bus.depths())
-        metrics.observe_bus_ages(await self._bus.oldest_seconds())
-        metrics.observe_ledger(_by_state(await self._bus.ledger()))
-        memory = await self._bus.server_memory()
+        metrics.observe_bus(await self._bus_readings.depths())
+        metrics.observe_bus_ages(await self._bus_readings.oldest_seconds())
+        metrics.observe_ledger(_by_state(await self._bus_readings.ledger()))
+        memory = await self._bus_readings.server_memory()
         if memory is not None:
             metrics.observe_bus_server(*memory)
 

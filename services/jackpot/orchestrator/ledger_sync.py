@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from jackpot.bus import TrajectoryBus
+from jackpot.bus import BusReadings
 from jackpot.orchestrator.ledger import LedgerFile
 from jackpot.orchestrator.slots import SlotBook
 from jackpot.telemetry import Metrics
@@ -23,7 +23,7 @@ class LedgerSync:
     """Reads the bus's terminal records from the start; what the file has already is recognised there.
 
     Args:
-        bus: an open bus.
+        bus_readings: what an open bus says.
         file: the ledger on disk.
         book: who holds which slot.
         metrics: where ended groups are counted.
@@ -31,9 +31,14 @@ class LedgerSync:
     """
 
     def __init__(
-        self, bus: TrajectoryBus, file: LedgerFile, book: SlotBook, metrics: Metrics, on_ended: Callable[[], None]
+        self,
+        bus_readings: BusReadings,
+        file: LedgerFile,
+        book: SlotBook,
+        metrics: Metrics,
+        on_ended: Callable[[], None],
     ) -> None:
-        self._bus = bus
+        self._bus_readings = bus_readings
         self._file = file
         self._book = book
         self._metrics = metrics
@@ -55,7 +60,7 @@ class LedgerSync:
 
     async def catch_up(self) -> None:
         """Carry over every record that there is."""
-        while records := await self._bus.read_terminal(self._after, PAGE):
+        while records := await self._bus_readings.read_terminal(self._after, PAGE):
             rows = [record for _, record in records]
             for row in await asyncio.to_thread(self._file.append, rows):
                 self._metrics.count_group(row.state, row.reason)

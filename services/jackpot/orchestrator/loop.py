@@ -100,8 +100,8 @@ class Orchestrator:
             metrics=metrics,
             activity=self._activity,
         )
-        self._ledger_sync = LedgerSync(bus, self._ledger, self._book, metrics, self._dispatcher.slots_changed)
-        self._gauges = JobGauges(bus, self._versions, replicas, run_dir, metrics)
+        self._ledger_sync = LedgerSync(bus.readings, self._ledger, self._book, metrics, self._dispatcher.slots_changed)
+        self._gauges = JobGauges(bus.readings, self._versions, replicas, run_dir, metrics)
         self._evaluation = PolicyEvaluation(
             job=job,
             job_id=job_id,
@@ -177,7 +177,9 @@ class Orchestrator:
     async def _recover(self) -> list[GroupKey]:
         """Rebuild the book; the groups that were dispatched and never published, in slot order."""
         await self._bus.open()
-        states = {GroupKey.parse(group_id): state for group_id, state in (await self._bus.dispatched()).items()}
+        states = {
+            GroupKey.parse(group_id): state for group_id, state in (await self._bus.readings.dispatched()).items()
+        }
         self._ledger_sync.rewind()
         # After the above: a group that ends in between then counts as ended.
         await self._ledger_sync.catch_up()
@@ -195,7 +197,9 @@ class Orchestrator:
     async def _declare_lost(self) -> None:
         """Close the ledger on every group that went down with the bus; recovery then dispatches them again."""
         await self._bus.open()
-        kept = {GroupKey.parse(group_id) for group_id in await self._bus.dispatched()} | self._claimed_by_learner()
+        kept = {
+            GroupKey.parse(group_id) for group_id in await self._bus.readings.dispatched()
+        } | self._claimed_by_learner()
         lost = [key.group_id(self._job_id) for key in self._book.open_groups if key not in kept]
         detail = "the bus lost the job's state"
         self._ledger.append(TerminalRecord(group_id, "dropped", "lost", -1, detail) for group_id in lost)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import TypeVar
 
-from jackpot.bus import BusDepths, Ledger, TrajectoryBus
+from jackpot.bus import BusDepths, BusReadings, Ledger
 from jackpot.config import BusConfig
 from jackpot.errors import BusError, ConfigError
-from jackpot.storage.objects import Objects
 
 ANSWER_SECONDS = 1.5
 
@@ -23,22 +21,20 @@ class BusObserver:
     Args:
         job_id: whose bus.
         settings: the job's ``bus`` section.
-        payloads: place of the ``file`` or ``s3`` payload store.
     """
 
-    def __init__(self, job_id: str, settings: BusConfig, payloads: Path | Objects) -> None:
+    def __init__(self, job_id: str, settings: BusConfig) -> None:
         self._job_id = job_id
         self._settings = settings
-        self._payloads = payloads
-        self._bus: TrajectoryBus | None = None
+        self._bus: BusReadings | None = None
 
     async def depths(self, url: str | None) -> BusDepths | None:
         """How much lies on the bus at ``url``."""
-        return await self._ask(url, TrajectoryBus.depths)
+        return await self._ask(url, BusReadings.depths)
 
     async def ledger(self, url: str | None) -> Ledger | None:
         """The counters of the bus at ``url``."""
-        return await self._ask(url, TrajectoryBus.ledger)
+        return await self._ask(url, BusReadings.ledger)
 
     async def close(self) -> None:
         """Close the connection."""
@@ -46,16 +42,13 @@ class BusObserver:
         if bus is not None:
             await bus.close()
 
-    async def _ask(self, url: str | None, question: Callable[[TrajectoryBus], Awaitable[Answer]]) -> Answer | None:
+    async def _ask(self, url: str | None, question: Callable[[BusReadings], Awaitable[Answer]]) -> Answer | None:
         if url is None:
             return None
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 if self._bus is None:
-                    self._bus = await TrajectoryBus.connect(
-                        url, self._job_id, self._settings, "launcher", self._payloads
-                    )
-                    await self._bus.open()
+                    self._bus = await BusReadings.connect(url, self._job_id, self._settings)
                 return await question(self._bus)
         except (BusError, ConfigError, TimeoutError):
             await self.close()

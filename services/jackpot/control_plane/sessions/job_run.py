@@ -23,7 +23,6 @@ from jackpot.control_plane.observing.trackers import TrackerFeed
 from jackpot.control_plane.sessions.scaling import Scaling
 from jackpot.control_plane.sessions.summary import State, build_summary
 from jackpot.errors import DeadlineError, JackpotError
-from jackpot.storage.job_storage import payload_place
 from jackpot.storage.run_directory import RunDirectory
 from jackpot.storage.run_records import StepRows, write_summary
 from jackpot.telemetry.logs import redact_url
@@ -94,7 +93,7 @@ async def _session(
 ) -> _Outcome:
     outcome = _Outcome()
     launcher = launcher_choice.launcher(run, job)
-    observer = BusObserver(run.job_id, job.bus, payload_place(job, run.job_id, run.path))
+    observer = BusObserver(run.job_id, job.bus)
     try:
         with _stop_signals() as stop:
             try:
