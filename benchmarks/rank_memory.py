@@ -87,8 +87,7 @@ def rank(directory: Path, service: str) -> None:
     from jackpot.config.environment import ServiceEnvironment
     from jackpot.learner.models.start import build_trainer
     from jackpot.scorer.ranked_scorer import join_ranked_scorer
-    from jackpot.scorer.target import TargetPolicy
-    from jackpot.storage.weights import WeightStore
+    from jackpot.scorer.target import HeldPolicy
 
     job = JobSpec.model_validate_json((directory / "job.json").read_text())
     environment = ServiceEnvironment(run_dir=directory, job_id="job-1", threads=1)
@@ -102,7 +101,7 @@ def rank(directory: Path, service: str) -> None:
         model = trainer.models["policy"]
     else:
         ranks = join_ranked_scorer(environment, job).ranks
-        model = TargetPolicy(job.policy, WeightStore(directory / "weights"), "cpu", 1.0, ranks).model
+        model = HeldPolicy(job.policy, "cpu", ranks).model
     with torch.no_grad():
         completion_hidden(model, [np.arange(8)], [1])
     release(model)

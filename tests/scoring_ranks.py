@@ -88,11 +88,11 @@ def main(directory: Path) -> None:
 
 
 def note_held_bytes(directory: Path, ranks: Ranks, job: JobSpec) -> None:
-    from jackpot.scorer.target import TargetPolicy
+    from jackpot.scorer.target import HeldPolicy
     from jackpot.storage.weights import WeightStore
 
     store = WeightStore(directory / "weights")
-    state = TargetPolicy(job.policy, store, "cpu", 1.0, ranks).read(store.open("policy", 0))
+    state = HeldPolicy(job.policy, "cpu", ranks).read(store.open("policy", 0))
     held = sum(tensor.untyped_storage().nbytes() for tensor in state.values())
     (directory / f"held-{ranks.rank}.json").write_text(json.dumps(held))
 

@@ -7,10 +7,10 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 from jackpot.errors import DeadlineError
 from jackpot.scorer.target import PendingWeights, TargetPolicy
-from jackpot.scoring.group_scorer import GroupScorer
 from jackpot.telemetry import Metrics
 from jackpot.telemetry.activity import Activity
 from jackpot.trajectory import Group, ScoredGroup
@@ -20,6 +20,13 @@ LOG = logging.getLogger(__name__)
 PATIENCE_SECONDS = 0.2
 """How long scoring waits for newer weights to be read. Small models' are there by then; reading and verifying large
 ones takes many seconds, in which the version held goes on scoring."""
+
+
+class Scorer(Protocol):
+    """What scores: a :class:`GroupScorer`, or the rank that leads several."""
+
+    def score_groups(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+        """As :meth:`GroupScorer.score_groups`."""
 
 
 class ScoringEngine:
@@ -42,7 +49,7 @@ class ScoringEngine:
     def __init__(
         self,
         target: TargetPolicy,
-        scorer: GroupScorer,
+        scorer: Scorer,
         metrics: Metrics,
         instance: str,
         poll_seconds: float,
@@ -77,7 +84,7 @@ class ScoringEngine:
         return self._target.num_refused
 
     async def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
-        """Score groups with the version held. Errors as :meth:`GroupScorer.score_groups`."""
+        """Score groups with the version held. Errors as :meth:`Scorer.score_groups`."""
         loop = asyncio.get_running_loop()
         scored = await loop.run_in_executor(self._thread, self._score, groups)
         num_tokens = sum(group.num_tokens for group in groups)

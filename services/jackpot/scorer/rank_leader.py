@@ -12,32 +12,28 @@ from torch import Tensor
 from jackpot.bus.payload_format import decode_group, encode_group
 from jackpot.compute.ranks.group import RankLostError, Ranks
 from jackpot.compute.ranks.orders import Dismissed, Order, Orders, next_order
-from jackpot.config import JobSpec, ModelConfig
+from jackpot.config import JobSpec
 from jackpot.errors import JackpotError, WeightError, WeightMissingError
-from jackpot.scorer.target import PendingWeights, State, TargetPolicy
-from jackpot.scoring.group_scorer import Actors, GroupScorer
-from jackpot.storage.weights import WeightStore
+from jackpot.scorer.engine import Scorer
+from jackpot.scorer.target import HeldPolicy, PendingWeights, State, TargetPolicy
+from jackpot.scoring.group_scorer import GroupScorer
 from jackpot.trajectory import Group, ScoredGroup
 
 LOG = logging.getLogger(__name__)
 
 
-class LeadTarget(TargetPolicy):
-    """Rank 0's part of the target policy.
+class LeadPolicy:
+    """Rank 0's policy: a :class:`PolicyModel` that tells the other ranks what to do, and lets its own part do the same.
 
     Args:
-        config: the policy's model; gives the architecture.
-        store: the job's weight store.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        obrs_lambda: λ for versions that do not carry one.
+        part: the policy as this rank holds it.
         ranks: all of them.
         orders: what tells the others.
     """
 
-    def __init__(
-        self, config: ModelConfig, store: WeightStore, device: str, obrs_lambda: float, ranks: Ranks, orders: Orders
-    ) -> None:
-        super().__init__(config, store, device, obrs_lambda, ranks)
+    def __init__(self, part: HeldPolicy, ranks: Ranks, orders: Orders) -> None:
+        self.model = part.model
+        self._part = part
         self._ranks = ranks
         self._orders = orders
 
@@ -52,7 +48,7 @@ class LeadTarget(TargetPolicy):
         state: State = {}
         problem: Exception | None = None
         try:
-            state = super().read(directory)
+            state = self._part.read(directory)
         except (WeightError, FileNotFoundError) as error:
             problem = error
         with self._orders.give("have_read"):
@@ -64,24 +60,23 @@ class LeadTarget(TargetPolicy):
         return state
 
     def apply(self, pending: PendingWeights) -> None:
+        """As :meth:`PolicyModel.apply`, on all ranks."""
         with self._orders.give("apply", version=pending.version, obrs_lambda=pending.obrs_lambda):
-            super().apply(pending)
+            self._part.apply(pending)
 
 
-class LeadScorer(GroupScorer):
-    """Rank 0's part of scoring.
+class LeadScorer:
+    """Rank 0's scorer: tells the other ranks to score, and lets its own part do the same.
 
     Args:
-        job: the job as resolved.
-        target: the target policy.
-        actors: the actor at the versions that sampled.
-        ranks: all of them.
+        part: scores on this rank.
+        max_bytes: of a group on its way to the others, before compression.
         orders: what tells the others.
     """
 
-    def __init__(self, job: JobSpec, target: LeadTarget, actors: Actors | None, ranks: Ranks, orders: Orders) -> None:
-        super().__init__(job, target, actors, ranks)
-        self._max_bytes = job.bus.max_payload_bytes
+    def __init__(self, part: GroupScorer, max_bytes: int, orders: Orders) -> None:
+        self._part = part
+        self._max_bytes = max_bytes
         self._orders = orders
 
     def score_groups(self, groups: Sequence[Group]) -> list[ScoredGroup]:
@@ -90,11 +85,11 @@ class LeadScorer(GroupScorer):
         Raises:
             RankLostError: a rank is gone; or this one failed amid the others' passes, and they wait for it.
         """
-        self.check(groups)
+        self._part.check(groups)
         encoded = [encode_group(group, max_bytes=self._max_bytes) for group in groups]
         with self._orders.give("score", b"".join(encoded), sizes=[len(group_bytes) for group_bytes in encoded]):
             try:
-                return super().score_groups(groups)
+                return self._part.score_groups(groups)
             except (RuntimeError, ValueError, IndexError) as error:
                 raise RankLostError(f"scoring failed amid a pass, the ranks start again: {error}") from error
 
@@ -109,7 +104,7 @@ class Follower:
         ranks: all of them.
     """
 
-    def __init__(self, job: JobSpec, target: TargetPolicy, scorer: GroupScorer, ranks: Ranks) -> None:
+    def __init__(self, job: JobSpec, target: TargetPolicy, scorer: Scorer, ranks: Ranks) -> None:
         self._max_bytes = job.bus.max_payload_bytes
         self._target = target
         self._scorer = scorer

@@ -12,8 +12,9 @@ from jackpot.compute.ranks.orders import Orders
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
-from jackpot.scorer.rank_leader import Follower, LeadScorer, LeadTarget
-from jackpot.scorer.target import ActorVersions, TargetPolicy
+from jackpot.scorer.engine import Scorer
+from jackpot.scorer.rank_leader import Follower, LeadPolicy, LeadScorer
+from jackpot.scorer.target import ActorVersions, HeldPolicy, TargetPolicy
 from jackpot.scoring.group_scorer import GroupScorer, needs_actor
 from jackpot.storage.weights import WeightStore
 
@@ -25,18 +26,19 @@ class RankedScorer:
     ranks: Ranks = SOLO
     orders: Orders | None = None  # on rank 0 of several
 
-    def make_scorer(self, job: JobSpec, store: WeightStore) -> tuple[TargetPolicy, GroupScorer]:
+    def make_scorer(self, job: JobSpec, store: WeightStore) -> tuple[TargetPolicy, Scorer]:
         """The target policy and what scores with it, whole or this rank's part; loads the models.
 
         Raises:
             ConfigError: a model cannot be loaded or used.
         """
-        device, obrs_lambda = job.scorer.device, initial_lambda(job)
+        held = HeldPolicy(job.policy, job.scorer.device, self.ranks)
+        policy = held if self.orders is None else LeadPolicy(held, self.ranks, self.orders)
+        target = TargetPolicy(policy, store, initial_lambda(job))
+        scorer = GroupScorer(job, target, self._actors(job, store, target), self.ranks)
         if self.orders is None:
-            target = TargetPolicy(job.policy, store, device, obrs_lambda, self.ranks)
-            return target, GroupScorer(job, target, self._actors(job, store, target), self.ranks)
-        lead = LeadTarget(job.policy, store, device, obrs_lambda, self.ranks, self.orders)
-        return lead, LeadScorer(job, lead, self._actors(job, store, lead), self.ranks, self.orders)
+            return target, scorer
+        return target, LeadScorer(scorer, job.bus.max_payload_bytes, self.orders)
 
     def make_follower(self, job: JobSpec, store: WeightStore) -> Follower:
         """What another rank than 0 does. Errors as :meth:`make_scorer`."""

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -46,24 +47,56 @@ class PendingWeights:
     read_seconds: float
 
 
-class TargetPolicy:
-    """θ: one model, swapped in place to the newest version of the policy's weights.
+class PolicyModel(Protocol):
+    """θ's model, and the two halves of a change of its weights. They are apart, so that scoring goes on while a file is
+    read. A :class:`HeldPolicy`, or that of the rank which leads several."""
 
-    Reading a version and swapping it in are apart, so that scoring goes on while a file is read.
+    @property
+    def model(self) -> PreTrainedModel:
+        """What this process holds of θ."""
+
+    def read(self, directory: Path) -> State:
+        """What this process holds of the version in a directory. Errors as :meth:`HeldTensors.read`."""
+
+    def apply(self, pending: PendingWeights) -> None:
+        """Swap a version in. Nothing may be using the model."""
+
+
+class HeldPolicy:
+    """θ as one process holds it, whole or sharded: a :class:`PolicyModel`.
 
     Args:
         config: the policy's model; gives the architecture.
-        store: the job's weight store.
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
-        obrs_lambda: λ for versions that do not carry one.
         ranks: the processes that the model is sharded over.
     """
 
-    def __init__(
-        self, config: ModelConfig, store: WeightStore, device: str, obrs_lambda: float, ranks: Ranks = SOLO
-    ) -> None:
+    def __init__(self, config: ModelConfig, device: str, ranks: Ranks = SOLO) -> None:
         self.model: PreTrainedModel = _load(config, device, ranks, field="policy.model")
-        self._held = HeldTensors(self.model)
+        self._held_tensors = HeldTensors(self.model)
+
+    def read(self, directory: Path) -> State:
+        """As :meth:`PolicyModel.read`."""
+        return self._held_tensors.read(directory)
+
+    def apply(self, pending: PendingWeights) -> None:
+        """As :meth:`PolicyModel.apply`."""
+        release(self.model)
+        self._held_tensors.apply(pending.state)
+
+
+class TargetPolicy:
+    """Follows the newest version of the policy's weights, and says which version its model holds.
+
+    Args:
+        policy: the model.
+        store: the job's weight store.
+        obrs_lambda: λ for versions that do not carry one.
+    """
+
+    def __init__(self, policy: PolicyModel, store: WeightStore, obrs_lambda: float) -> None:
+        self.model = policy.model
+        self._policy = policy
         self.version: int | None = None
         self.obrs_lambda = obrs_lambda
         self.num_refused = 0
@@ -102,13 +135,12 @@ class TargetPolicy:
         return PendingWeights(newest.version, obrs_lambda, state, time.monotonic() - started)
 
     def read(self, directory: Path) -> State:
-        """What this process holds of the version in a directory. Errors as :meth:`HeldTensors.read`."""
-        return self._held.read(directory)
+        """As :meth:`PolicyModel.read`."""
+        return self._policy.read(directory)
 
     def apply(self, pending: PendingWeights) -> None:
-        """Swap a version in. Nothing may be using the model."""
-        release(self.model)
-        self._held.apply(pending.state)
+        """As :meth:`PolicyModel.apply`."""
+        self._policy.apply(pending)
         self.version = pending.version
         self.obrs_lambda = pending.obrs_lambda
 

@@ -18,7 +18,7 @@ from jackpot.config import JobSpec
 from jackpot.errors import ConfigError
 from jackpot.learner.reports.step_metrics import mismatch_figures
 from jackpot.replay.replay import LAMBDAS, replay
-from jackpot.scorer.target import ActorVersions, TargetPolicy
+from jackpot.scorer.target import ActorVersions, HeldPolicy, TargetPolicy
 from jackpot.scoring.batch import build_batch
 from jackpot.scoring.group_scorer import GroupScorer, needs_actor
 from jackpot.scoring.token_weights import token_weights
@@ -45,7 +45,7 @@ def job_of(world: World, normalizer: str, obrs_lambda: float) -> JobSpec:
 
 def scored(world: World, job: JobSpec) -> list[ScoredGroup]:
     """What the scorer makes of the same groups under a job's settings."""
-    target = TargetPolicy(job.policy, world.store, "cpu", job.algorithm.correction.initial_lambda)
+    target = TargetPolicy(HeldPolicy(job.policy, "cpu"), world.store, job.algorithm.correction.initial_lambda)
     pending = target.read_newer()
     assert pending is not None
     target.apply(replace(pending, version=0))

@@ -9,7 +9,7 @@ import torch
 from scoring_world import World, make_world
 
 from jackpot.errors import WeightCorruptError, WeightMissingError
-from jackpot.scorer.target import RETRY_SECONDS, ActorVersions, TargetPolicy
+from jackpot.scorer.target import RETRY_SECONDS, ActorVersions, HeldPolicy, TargetPolicy
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def world(tmp_path: Path) -> World:
 
 
 def target_of(world: World) -> TargetPolicy:
-    return TargetPolicy(world.job().policy, world.store, "cpu", obrs_lambda=1.5)
+    return TargetPolicy(HeldPolicy(world.job().policy, "cpu"), world.store, obrs_lambda=1.5)
 
 
 def refresh(target: TargetPolicy) -> bool:

@@ -23,7 +23,7 @@ from scoring_world import (
 from jackpot.algorithm.obrs import acceptance_uniforms
 from jackpot.compute.varlen import attends_by_lengths
 from jackpot.errors import PayloadError, ScoringError, WeightMissingError
-from jackpot.scorer.target import ActorVersions, TargetPolicy
+from jackpot.scorer.target import ActorVersions, HeldPolicy, TargetPolicy
 from jackpot.scoring.group_scorer import GroupScorer, needs_actor
 from jackpot.trajectory import EXACT_KL, Group, ScoredGroup
 
@@ -38,7 +38,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def scorer_for(world: World, correction: dict | str, **scorer: int) -> GroupScorer:
     job = world.job(correction, scorer=scorer)
-    target = TargetPolicy(job.policy, world.store, "cpu", getattr(job.algorithm.correction, "obrs_lambda", 1.0))
+    target = TargetPolicy(
+        HeldPolicy(job.policy, "cpu"), world.store, getattr(job.algorithm.correction, "obrs_lambda", 1.0)
+    )
     pending = target.read_newer()
     assert pending is not None
     target.apply(pending)
@@ -224,7 +226,7 @@ def test_packed_completions_score_as_in_rows_of_their_own(world: World, normaliz
     """In several passes; prompts that are worth it are shared all the same. The actor, which nobody asks, gets rows."""
     groups = [sample_group(world, lengths=(3, 1, 4, 2), slot=slot) for slot in range(3)]
     job = world.job(jackpot(normalizer), scorer={"max_batch_tokens": 40})
-    target = TargetPolicy(job.policy, world.store, "cpu", 1.3)
+    target = TargetPolicy(HeldPolicy(job.policy, "cpu"), world.store, 1.3)
     pending = target.read_newer()
     assert pending is not None
     target.apply(pending)
@@ -252,7 +254,7 @@ def test_bfloat16_on_a_gpu_packs_and_scores_as_rows_do(world: World) -> None:
     found = {}
     for packing in ("auto", "never"):
         job = world.job(jackpot("tail"), policy=policy, scorer={"packing": packing, "max_batch_tokens": 40})
-        target = TargetPolicy(job.policy, world.store, "cuda", 1.3)
+        target = TargetPolicy(HeldPolicy(job.policy, "cuda"), world.store, 1.3)
         pending = target.read_newer()
         assert pending is not None
         target.apply(pending)

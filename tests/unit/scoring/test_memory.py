@@ -12,7 +12,7 @@ from scoring_world import World, make_actor, make_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jackpot.compute.model_weights import save_weights
-from jackpot.scorer.target import ActorVersions, TargetPolicy
+from jackpot.scorer.target import ActorVersions, HeldPolicy, TargetPolicy
 from jackpot.scoring.group_scorer import GroupScorer
 from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import Group, Trajectory, VersionSpan
@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.mark.parametrize("normalizer", ["tail", "union_tail", "full"])
 def test_no_tensor_is_larger_than_a_slice(world: World, normalizer: str) -> None:
     job = world.job({"name": "jackpot", "normalizer": normalizer}, scorer={"chunk_tokens": CHUNK_TOKENS})
-    target = TargetPolicy(job.policy, world.store, "cpu", 1.0)
+    target = TargetPolicy(HeldPolicy(job.policy, "cpu"), world.store, 1.0)
     pending = target.read_newer()
     assert pending is not None
     target.apply(pending)
