@@ -7,7 +7,7 @@ client.pull(job.id, "export", Path("model"))
 """
 
 from jackpot.client.asynchronous import AsyncClient
-from jackpot.client.calls import Event
+from jackpot.client.conversation import Event
 from jackpot.client.sync import Client
 
 __all__ = ["AsyncClient", "Client", "Event"]

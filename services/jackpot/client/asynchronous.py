@@ -1,9 +1,10 @@
-"""The client for asyncio."""
+"""The client for asyncio: what carries the calls, and nothing else."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -11,18 +12,17 @@ from typing import Any, TypeVar
 import httpx
 
 from jackpot.client import calls
-from jackpot.client.calls import Event
-from jackpot.control_plane.jobs.records import JobDetail, JobRecord
-from jackpot.errors import ApiError
+from jackpot.client.conversation import RETRY_SECONDS, Event, EventFollower, Settings, attempts, raise_for, timeout_of
+from jackpot.control_plane.jobs.records import JobDetail, JobList, JobRecord
 
 T = TypeVar("T")
 
 
 class AsyncClient:
-    """:class:`Client` for asyncio: the same methods, awaited."""
+    """:class:`Client` for asyncio: the same methods, awaited, but for ``logs`` and ``pull``."""
 
     def __init__(self, url: str | None = None, token: str | None = None, ca: Path | None = None) -> None:
-        self._settings = calls.Settings(url, token, ca)
+        self._settings = Settings(url, token, ca)
         self._http = httpx.AsyncClient(**self._settings.arguments)
 
     async def __aenter__(self) -> AsyncClient:
@@ -56,14 +56,12 @@ class AsyncClient:
         self, *, states: Sequence[str] = (), labels: Mapping[str, str] | None = None
     ) -> AsyncIterator[JobRecord]:
         """See :meth:`Client.jobs`."""
-        cursor = None
-        while True:
-            page = await self._do(calls.page(states, labels or {}, 100, cursor))
+        call: calls.Call[JobList] | None = calls.page(states, labels or {})
+        while call is not None:
+            page = await self._do(call)
             for job in page.jobs:
                 yield job
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+            call = calls.page_after(call, page)
 
     async def job(self, job_id: str) -> JobDetail:
         """See :meth:`Client.job`."""
@@ -91,44 +89,29 @@ class AsyncClient:
 
     async def ledger(self, job_id: str, entries: int = 0) -> dict[str, Any]:
         """See :meth:`Client.ledger`."""
-        return await self._do(calls.get(job_id, "ledger", entries=entries))
+        return await self._do(calls.ledger(job_id, entries))
 
     async def checkpoints(self, job_id: str) -> list[dict[str, Any]]:
         """See :meth:`Client.checkpoints`."""
-        return list((await self._do(calls.get(job_id, "checkpoints")))["checkpoints"])
+        return await self._do(calls.checkpoints(job_id))
 
     async def samples(self, job_id: str, limit: int = 10) -> list[dict[str, Any]]:
         """See :meth:`Client.samples`."""
-        return list((await self._do(calls.get(job_id, "samples", limit=limit)))["samples"])
+        return await self._do(calls.samples(job_id, limit))
 
     async def events(self, job_id: str, last_event_id: str | None = None) -> AsyncIterator[Event]:
         """See :meth:`Client.events`."""
-        reader = calls.EventReader()
-        reader.last_id = last_event_id
-        failures = 0
+        follower = EventFollower(job_id, last_event_id, self._settings)
         while True:
-            headers = {"Last-Event-ID": reader.last_id} if reader.last_id else {}
-            try:
-                async with self._http.stream("GET", f"{calls.path_of(job_id)}/events", headers=headers) as response:
-                    if response.status_code >= 400:
-                        await response.aread()
-                        calls.raise_for(response)
+            with follower.connection():
+                async with self._streamed(follower.stream) as response:
                     async for line in response.aiter_lines():
-                        event = reader.feed(line)
+                        event = follower.feed(line)
                         if event is not None:
-                            failures = 0
                             yield event
-                            if event.name == "end":
-                                return
-            except httpx.TransportError as error:
-                failures += 1
-                if failures >= calls.ATTEMPTS * 4:
-                    raise self._settings.unreachable(error) from error
-            except ApiError as error:
-                failures += 1
-                if error.status != 503 or failures >= calls.ATTEMPTS * 4:
-                    raise
-            await asyncio.sleep(calls.RETRY_SECONDS)
+                        if follower.over:
+                            return
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def wait(self, job_id: str) -> JobDetail:
         """See :meth:`Client.wait`."""
@@ -136,18 +119,31 @@ class AsyncClient:
             pass
         return await self.job(job_id)
 
+    @asynccontextmanager
+    async def _streamed(self, stream: calls.Stream) -> AsyncIterator[httpx.Response]:
+        async with self._http.stream(
+            "GET", stream.path, params=stream.params, headers=stream.headers, timeout=timeout_of(stream)
+        ) as response:
+            if response.status_code >= 400:
+                await response.aread()
+                raise_for(response)
+            yield response
+
     async def _do(self, call: calls.Call[T]) -> T:
-        for attempt in range(calls.ATTEMPTS):
-            try:
-                response = await self._http.request(
-                    call.method, call.path, params=call.params, headers=call.headers, content=call.content
-                )
-            except httpx.TransportError as error:
-                if isinstance(error, httpx.ConnectError) or attempt == calls.ATTEMPTS - 1:
-                    raise self._settings.unreachable(error) from error
-            else:
-                if response.status_code not in (429, 503) or attempt == calls.ATTEMPTS - 1:
-                    calls.raise_for(response)
-                    return call.read(response)
-            await asyncio.sleep(calls.RETRY_SECONDS * 2**attempt)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        exchange = attempts(call, self._settings)
+        try:
+            pause_seconds = next(exchange)
+            while True:
+                await asyncio.sleep(pause_seconds)
+                pause_seconds = exchange.send(await self._outcome(call))
+        except StopIteration as done:
+            answer: T = done.value
+            return answer
+
+    async def _outcome(self, call: calls.Call[T]) -> httpx.Response | httpx.TransportError:
+        try:
+            return await self._http.request(
+                call.method, call.path, params=call.params, headers=call.headers, content=call.content
+            )
+        except httpx.TransportError as error:
+            return error

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import shutil
-import ssl
-import tarfile
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from jackpot.control_plane.jobs.records import JobDetail, JobList, JobRecord
-from jackpot.errors import ApiError
 
-DEFAULT_URL = "http://127.0.0.1:8700"
-TIMEOUT_SECONDS = 30.0
-ATTEMPTS = 5  # of a request that is safe to repeat, while the server restarts
-RETRY_SECONDS = 0.5
+JOBS_PER_PAGE = 100
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One event of a job: ``state``, ``step``, ``evaluation``, ``alarm``, ``scale`` or ``end``."""
-
-    name: str
-    data: Mapping[str, Any]
-    id: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +28,16 @@ class Call(Generic[T]):
     params: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A request whose answer is read piece by piece."""
+
+    path: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    may_be_silent: bool = False  # for any time
 
 
 def _job(response: httpx.Response) -> JobRecord:
@@ -74,11 +65,17 @@ def check(job: Mapping[str, Any]) -> Call[dict[str, Any]]:
     return Call("POST", "/v1/jobs", _object, {"dry_run": True}, headers, json.dumps(job).encode())
 
 
-def page(states: Sequence[str], labels: Mapping[str, str], limit: int, cursor: str | None) -> Call[JobList]:
-    """A page of the list of jobs."""
-    params: dict[str, Any] = {"limit": limit, "label": [f"{key}={value}" for key, value in labels.items()]}
-    params |= {"state": list(states)} | ({"cursor": cursor} if cursor else {})
+def page(states: Sequence[str], labels: Mapping[str, str]) -> Call[JobList]:
+    """The first page of the list of jobs."""
+    params = {"limit": JOBS_PER_PAGE, "label": [f"{key}={value}" for key, value in labels.items()], "state": [*states]}
     return Call("GET", "/v1/jobs", lambda response: JobList.model_validate_json(response.content), params)
+
+
+def page_after(call: Call[JobList], answer: JobList) -> Call[JobList] | None:
+    """The page that follows one; None after the last."""
+    if answer.next_cursor is None:
+        return None
+    return replace(call, params={**call.params, "cursor": answer.next_cursor})
 
 
 def detail(job_id: str) -> Call[JobDetail]:
@@ -109,90 +106,39 @@ def metrics(job_id: str, names: Sequence[str], points: int) -> Call[dict[str, An
     return Call("GET", f"{path_of(job_id)}/metrics", lambda response: dict(response.json()["series"]), params)
 
 
-def get(job_id: str, what: str, **params: Any) -> Call[dict[str, Any]]:
-    """Something else of a job."""
-    return Call("GET", f"{path_of(job_id)}/{what}", _object, params)
+def ledger(job_id: str, entries: int) -> Call[dict[str, Any]]:
+    """How a job's groups ended."""
+    return Call("GET", f"{path_of(job_id)}/ledger", _object, {"entries": entries})
+
+
+def checkpoints(job_id: str) -> Call[list[dict[str, Any]]]:
+    """What can be pulled of a job."""
+    return Call("GET", f"{path_of(job_id)}/checkpoints", lambda response: list(response.json()["checkpoints"]))
+
+
+def samples(job_id: str, limit: int) -> Call[list[dict[str, Any]]]:
+    """Sample trajectories of a job."""
+    return Call(
+        "GET", f"{path_of(job_id)}/samples", lambda response: list(response.json()["samples"]), {"limit": limit}
+    )
+
+
+def events(job_id: str, last_event_id: str | None) -> Stream:
+    """The events of a job after one that is known."""
+    return Stream(f"{path_of(job_id)}/events", headers={"Last-Event-ID": last_event_id} if last_event_id else {})
+
+
+def logs(job_id: str, service: str | None, follow: bool, tail: int) -> Stream:
+    """Lines of a job's logs."""
+    params = {"follow": follow, "tail": tail} | ({"service": service} if service else {})
+    return Stream(f"{path_of(job_id)}/logs", params, may_be_silent=follow)
+
+
+def archive(job_id: str, name: str, role: str) -> Stream:
+    """One model of a checkpoint, as a tar file."""
+    return Stream(f"{path_of(job_id)}/checkpoints/{name}", {"role": role})
 
 
 def path_of(job_id: str) -> str:
     """The path of a job."""
     return f"/v1/jobs/{quote(job_id, safe='')}"
-
-
-class Settings:
-    """Where the server is and how it is spoken to: as the client is told, or the environment says."""
-
-    def __init__(self, url: str | None, token: str | None, ca: Path | None) -> None:
-        self.url = (url or os.environ.get("JACKPOT_URL") or DEFAULT_URL).rstrip("/")
-        token = token or os.environ.get("JACKPOT_TOKEN")
-        self.arguments: dict[str, Any] = {
-            "base_url": self.url,
-            "headers": {"Authorization": f"Bearer {token}"} if token else {},
-            "timeout": TIMEOUT_SECONDS,
-            "verify": ssl.create_default_context(cafile=str(ca)) if ca else True,
-            # A proxy for the way out has no business between this machine and itself.
-            "trust_env": not self.url.startswith(("http://127.0.0.1", "http://localhost", "http://[::1]")),
-        }
-
-    def unreachable(self, error: Exception) -> ApiError:
-        """What is said if nobody answers."""
-        return ApiError(f"{self.url} does not answer ({error}). Is `jackpot serve` running there? Set JACKPOT_URL.")
-
-
-def raise_for(response: httpx.Response) -> None:
-    """Turn a problem document into an error that says what it says."""
-    if response.status_code < 400:
-        return
-    try:
-        problem = dict(response.json())
-    except ValueError:
-        problem = {}
-    lines = [str(problem.get("detail") or f"the server answered {response.status_code}")]
-    errors = problem.get("errors") or []
-    if errors:
-        lines = [
-            f"{one['field']}{' = ' + repr(one['value']) if one.get('value') else ''}: {one['problem']}. {one['remedy']}"
-            for one in errors
-        ]
-    raise ApiError("\n".join(lines), response.status_code, problem)
-
-
-class EventReader:
-    """Lines of an event stream → events."""
-
-    def __init__(self) -> None:
-        self.last_id: str | None = None
-        self._fields: dict[str, str] = {}
-
-    def feed(self, line: str) -> Event | None:
-        """Take up a line; the event that it ends, if it does."""
-        if line:
-            name, _, value = line.partition(":")
-            if name:
-                self._fields[name] = value.removeprefix(" ")
-            return None
-        fields, self._fields = self._fields, {}
-        if "data" not in fields:
-            return None
-        self.last_id = fields.get("id", self.last_id)
-        return Event(fields.get("event", "message"), json.loads(fields["data"]), fields.get("id"))
-
-
-def unpack(chunks: Iterator[bytes], directory: Path) -> Path:
-    """Unpack an archive beside ``directory`` and rename what it holds, so that a directory of that name is whole."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        archive = aside / "archive.tar"
-        with archive.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-        with tarfile.open(archive, "r:") as tar:
-            tar.extractall(aside / "content", filter="data")
-        (inner,) = (aside / "content").iterdir()
-        inner.rename(directory)
-    except (tarfile.TarError, ValueError) as error:
-        raise ApiError(f"the archive cannot be unpacked ({error}); try again") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return directory

@@ -1,9 +1,10 @@
-"""The client that blocks."""
+"""The client that blocks: what carries the calls, and nothing else."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -11,8 +12,9 @@ from typing import Any, TypeVar
 import httpx
 
 from jackpot.client import calls
-from jackpot.client.calls import Event
-from jackpot.control_plane.jobs.records import JobDetail, JobRecord
+from jackpot.client.conversation import RETRY_SECONDS, Event, EventFollower, Settings, attempts, raise_for, timeout_of
+from jackpot.client.unpacking import unpack
+from jackpot.control_plane.jobs.records import JobDetail, JobList, JobRecord
 from jackpot.errors import ApiError
 
 T = TypeVar("T")
@@ -31,7 +33,7 @@ class Client:
     """
 
     def __init__(self, url: str | None = None, token: str | None = None, ca: Path | None = None) -> None:
-        self._settings = calls.Settings(url, token, ca)
+        self._settings = Settings(url, token, ca)
         self._http = httpx.Client(**self._settings.arguments)
 
     def __enter__(self) -> Client:
@@ -61,13 +63,11 @@ class Client:
 
     def jobs(self, *, states: Sequence[str] = (), labels: Mapping[str, str] | None = None) -> Iterator[JobRecord]:
         """The jobs, newest first; pages are fetched as they are needed."""
-        cursor = None
-        while True:
-            page = self._do(calls.page(states, labels or {}, 100, cursor))
+        call: calls.Call[JobList] | None = calls.page(states, labels or {})
+        while call is not None:
+            page = self._do(call)
             yield from page.jobs
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+            call = calls.page_after(call, page)
 
     def job(self, job_id: str) -> JobDetail:
         """A job."""
@@ -95,44 +95,28 @@ class Client:
 
     def ledger(self, job_id: str, entries: int = 0) -> dict[str, Any]:
         """How the job's groups ended."""
-        return self._do(calls.get(job_id, "ledger", entries=entries))
+        return self._do(calls.ledger(job_id, entries))
 
     def checkpoints(self, job_id: str) -> list[dict[str, Any]]:
         """What can be pulled."""
-        return list(self._do(calls.get(job_id, "checkpoints"))["checkpoints"])
+        return self._do(calls.checkpoints(job_id))
 
     def samples(self, job_id: str, limit: int = 10) -> list[dict[str, Any]]:
         """Sample trajectories, newest first."""
-        return list(self._do(calls.get(job_id, "samples", limit=limit))["samples"])
+        return self._do(calls.samples(job_id, limit))
 
     def events(self, job_id: str, last_event_id: str | None = None) -> Iterator[Event]:
         """The job's events until it is over. A lost connection is taken up again where it was."""
-        reader = calls.EventReader()
-        reader.last_id = last_event_id
-        failures = 0
+        follower = EventFollower(job_id, last_event_id, self._settings)
         while True:
-            headers = {"Last-Event-ID": reader.last_id} if reader.last_id else {}
-            try:
-                with self._http.stream("GET", f"{calls.path_of(job_id)}/events", headers=headers) as response:
-                    if response.status_code >= 400:
-                        response.read()
-                        calls.raise_for(response)
-                    for line in response.iter_lines():
-                        event = reader.feed(line)
-                        if event is not None:
-                            failures = 0
-                            yield event
-                            if event.name == "end":
-                                return
-            except httpx.TransportError as error:
-                failures += 1
-                if failures >= calls.ATTEMPTS * 4:
-                    raise self._settings.unreachable(error) from error
-            except ApiError as error:
-                failures += 1
-                if error.status != 503 or failures >= calls.ATTEMPTS * 4:
-                    raise
-            time.sleep(calls.RETRY_SECONDS)
+            with follower.connection(), self._streamed(follower.stream) as response:
+                for line in response.iter_lines():
+                    event = follower.feed(line)
+                    if event is not None:
+                        yield event
+                    if follower.over:
+                        return
+            time.sleep(RETRY_SECONDS)
 
     def wait(self, job_id: str) -> JobDetail:
         """Wait until the job is over."""
@@ -142,44 +126,41 @@ class Client:
 
     def logs(self, job_id: str, service: str | None = None, *, follow: bool = False, tail: int = 200) -> Iterator[str]:
         """Lines of the logs of one process, or of all."""
-        params = {"follow": follow, "tail": tail} | ({"service": service} if service else {})
-        timeout = httpx.Timeout(calls.TIMEOUT_SECONDS, read=None if follow else calls.TIMEOUT_SECONDS)
-        try:
-            with self._http.stream("GET", f"{calls.path_of(job_id)}/logs", params=params, timeout=timeout) as response:
-                if response.status_code >= 400:
-                    response.read()
-                    calls.raise_for(response)
-                yield from response.iter_lines()
-        except httpx.TransportError as error:
-            raise self._settings.unreachable(error) from error
+        with self._settings.reaching(), self._streamed(calls.logs(job_id, service, follow, tail)) as response:
+            yield from response.iter_lines()
 
     def pull(self, job_id: str, name: str, directory: Path, role: str = "policy") -> Path:
         """Download one model of a checkpoint into a new directory, in Hugging Face format."""
         if directory.exists():
             raise ApiError(f"{directory} exists already; name a directory that does not", 409)
-        path = f"{calls.path_of(job_id)}/checkpoints/{name}"
-        try:
-            with self._http.stream("GET", path, params={"role": role}) as response:
-                if response.status_code >= 400:
-                    response.read()
-                    calls.raise_for(response)
-                return calls.unpack(response.iter_bytes(), directory)
-        except httpx.TransportError as error:
-            raise self._settings.unreachable(error) from error
+        with self._settings.reaching(), self._streamed(calls.archive(job_id, name, role)) as response:
+            return unpack(response.iter_bytes(), directory)
+
+    @contextmanager
+    def _streamed(self, stream: calls.Stream) -> Iterator[httpx.Response]:
+        with self._http.stream(
+            "GET", stream.path, params=stream.params, headers=stream.headers, timeout=timeout_of(stream)
+        ) as response:
+            if response.status_code >= 400:
+                response.read()
+                raise_for(response)
+            yield response
 
     def _do(self, call: calls.Call[T]) -> T:
-        for attempt in range(calls.ATTEMPTS):
-            try:
-                response = self._http.request(
-                    call.method, call.path, params=call.params, headers=call.headers, content=call.content
-                )
-            except httpx.TransportError as error:
-                # The first attempt fails fast when nobody is there at all; a server that restarts drops connections.
-                if isinstance(error, httpx.ConnectError) or attempt == calls.ATTEMPTS - 1:
-                    raise self._settings.unreachable(error) from error
-            else:
-                if response.status_code not in (429, 503) or attempt == calls.ATTEMPTS - 1:
-                    calls.raise_for(response)
-                    return call.read(response)
-            time.sleep(calls.RETRY_SECONDS * 2**attempt)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        exchange = attempts(call, self._settings)
+        try:
+            pause_seconds = next(exchange)
+            while True:
+                time.sleep(pause_seconds)
+                pause_seconds = exchange.send(self._outcome(call))
+        except StopIteration as done:
+            answer: T = done.value
+            return answer
+
+    def _outcome(self, call: calls.Call[T]) -> httpx.Response | httpx.TransportError:
+        try:
+            return self._http.request(
+                call.method, call.path, params=call.params, headers=call.headers, content=call.content
+            )
+        except httpx.TransportError as error:
+            return error
