@@ -64,10 +64,11 @@ def main(directory: Path) -> int:
         code = follow(trainer, store, ranks, own.read)
         (directory / f"own-{ranks.rank}.json").write_text(json.dumps(own.found))
         return code
-    rows = carry_out(directory, trainer, store)
+    leader = LeadTrainer(trainer, ranks) if ranks.size > 1 else None
+    rows = carry_out(directory, leader or trainer, store)
     (directory / "metrics.json").write_text(json.dumps(rows))
-    if isinstance(trainer, LeadTrainer):
-        trainer.dismiss(0)
+    if leader is not None:
+        leader.dismiss(0)
     leave_ranks()
     return 0
 

@@ -147,7 +147,7 @@ class Loop:
 
     def gradients(self, role: Role) -> Mapping[str, Tensor]:
         """The gradient of the latest optimizer step by parameter, as it was applied: after ``max_grad_norm``."""
-        model = self.trainer.learnables[role].model
+        model = self.trainer.models.learnables[role].model
         return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
     def token_texts(self, trajectory: Trajectory) -> list[str]:

@@ -25,7 +25,7 @@ from jackpot.learner.publishing.background import BackgroundWork
 from jackpot.learner.publishing.publisher import WeightPublisher
 from jackpot.learner.reports.alarm_log import AlarmLog
 from jackpot.learner.reports.step_log import StepLog
-from jackpot.learner.trainer import Trainer
+from jackpot.learner.trainer import BatchTrainer
 from jackpot.scoring.batch import Batch, build_batch
 from jackpot.storage.batch_manifests import Manifest, ManifestLog
 from jackpot.telemetry.activity import Activity
@@ -56,7 +56,7 @@ class Learner:
         self,
         job: JobSpec,
         bus: TrajectoryBus,
-        trainer: Trainer,
+        trainer: BatchTrainer,
         publisher: WeightPublisher,
         checkpoints: CheckpointStore,
         manifests: ManifestLog,

@@ -20,7 +20,7 @@ from jackpot.learner.ranks.rank_groups import RankGroups
 from jackpot.learner.ranks.rank_leader import LeadTrainer, follow
 from jackpot.learner.reports.alarm_log import AlarmLog
 from jackpot.learner.reports.step_log import StepLog
-from jackpot.learner.trainer import Trainer
+from jackpot.learner.trainer import BatchTrainer
 from jackpot.process.service_process import STOPPED_EARLY, announce_ready
 from jackpot.scoring.batch import Batch
 from jackpot.scoring.token_weights import TokenWeights
@@ -39,6 +39,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
         JackpotError: what cannot be repaired here.
     """
     trainer, ranks = await asyncio.to_thread(build_trainer, environment, job)
+    leader = LeadTrainer(trainer, ranks) if ranks.size > 1 and ranks.rank == 0 else None
     checkpoints = _checkpoint_store(environment, job, ranks)
     code = 1
     try:
@@ -48,13 +49,15 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
             code = await asyncio.to_thread(follow, trainer, checkpoints, ranks, groups.read)
             await groups.close()
         else:
-            code = await _lead(environment, job, trainer, checkpoints, stop)
+            metrics = Metrics(environment.job_id)
+            trainer.show_tokens = partial(_observe_tokens, metrics)
+            code = await _lead(environment, job, leader or trainer, checkpoints, metrics, stop)
     except JackpotError as error:
         code = error.exit_code
         raise
     finally:
-        if isinstance(trainer, LeadTrainer):
-            await asyncio.to_thread(trainer.dismiss, code)
+        if leader is not None:
+            await asyncio.to_thread(leader.dismiss, code)
         leave_ranks()
     return code
 
@@ -72,15 +75,18 @@ def _checkpoint_store(environment: ServiceEnvironment, job: JobSpec, ranks: Rank
 
 
 async def _lead(
-    environment: ServiceEnvironment, job: JobSpec, trainer: Trainer, checkpoints: CheckpointStore, stop: asyncio.Event
+    environment: ServiceEnvironment,
+    job: JobSpec,
+    trainer: BatchTrainer,
+    checkpoints: CheckpointStore,
+    metrics: Metrics,
+    stop: asyncio.Event,
 ) -> int:
     """Rank 0, or the only process: read the bus, train, publish."""
-    metrics = Metrics(environment.job_id)
     observe_calls(metrics.observe_object_call)
     metrics.observe_plan(job.learner.steps, job.orchestrator.max_staleness + job.learner.updates_per_batch - 1)
-    trainer.show_tokens = partial(_observe_tokens, metrics)
     activity = Activity(metrics, "learner", environment.instance, environment.run_dir)
-    broadcaster = connect_broadcaster(environment, job, trainer.device, metrics.count_weights_broadcast)
+    broadcaster = connect_broadcaster(environment, job, trainer.models.device, metrics.count_weights_broadcast)
     bus = await TrajectoryBus.connect(
         environment.redis_url,
         environment.job_id,
@@ -111,7 +117,7 @@ async def _lead(
             KeptTrajectories(environment.run_dir, job.bus.max_payload_bytes),
             activity,
         )
-        announce_ready(device=str(trainer.device), processes=job.learner.processes)
+        announce_ready(device=str(trainer.models.device), processes=job.learner.processes)
         finished = await learner.run(stop.is_set)
         activity.write()
     finally:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from jackpot.compute.ranks.group import SOLO, Ranks
 from jackpot.compute.ranks.partition import plan_passes
 from jackpot.compute.ranks.sharding import release
 from jackpot.config import JobSpec
+from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.joint_loss import JointLoss, MicroBatch
 from jackpot.learner.kl_in_reward import InitialPass, kl_in_reward
+from jackpot.learner.lambda_control import LambdaControl
 from jackpot.learner.models.optimizer import clip_gradients
 from jackpot.learner.models.trained_models import TrainedModels
 from jackpot.learner.reports.profiling import StepProfiler
@@ -31,12 +34,37 @@ from jackpot.scoring.batch import Batch
 from jackpot.scoring.passes import ModelPasses, model_inputs, token_places
 from jackpot.scoring.step_scores import learner_scores, score_step
 from jackpot.scoring.token_weights import TokenWeights, token_weights
+from jackpot.trajectory import Role
 
 LOG = logging.getLogger(__name__)
 
 
-class Trainer(TrainedModels):
-    """Trains policy and actor on batches.
+class BatchTrainer(Protocol):
+    """What the learner's loop asks of its trainer: of a :class:`Trainer`, or of the rank that leads several."""
+
+    @property
+    def models(self) -> TrainedModels:
+        """This process's models."""
+
+    @property
+    def controls(self) -> LambdaControl:
+        """λ and what else follows measurements."""
+
+    def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
+        """Train on one batch, in ``updates_per_batch`` optimizer steps; the figures of each step."""
+
+    def weights(self, role: Role) -> dict[str, Tensor]:
+        """As :meth:`TrainedModels.weights`."""
+
+    def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
+        """As :meth:`TrainedModels.begin_checkpoint`."""
+
+    def restore(self, store: CheckpointStore, path: Path) -> Progress:
+        """As :meth:`TrainedModels.restore`, the controls' memory included."""
+
+
+class Trainer:
+    """Trains policy and actor on batches: a :class:`BatchTrainer`.
 
     Args:
         job: the job as resolved.
@@ -54,11 +82,34 @@ class Trainer(TrainedModels):
         ranks: Ranks = SOLO,
         profiler: StepProfiler | None = None,
     ) -> None:
-        super().__init__(job, policy, actor, ranks)
-        self._loss = JointLoss(job, self.models, self._initial, self._states, self.controls, self.device)
+        self._job = job
+        self._ranks = ranks
+        self.models = TrainedModels(job, policy, actor, ranks)
+        self.controls = LambdaControl(job.algorithm)
+        self._states = self.models.layout.states
+        self._loss = JointLoss(job, self.models, self.models.initial, self._states, self.controls, self.models.device)
         self.profiler = profiler or StepProfiler(Path(), steps=0)
         self.show_tokens: Callable[[Batch, TokenWeights], None] | None = None
         """Given each step's tokens and their weights before the gradients: for metrics, and to look at."""
+
+    @property
+    def job(self) -> JobSpec:
+        """The job as resolved."""
+        return self._job
+
+    def weights(self, role: Role) -> dict[str, Tensor]:
+        """As :meth:`TrainedModels.weights`."""
+        return self.models.weights(role)
+
+    def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
+        """As :meth:`TrainedModels.begin_checkpoint`."""
+        return self.models.begin_checkpoint(store, progress)
+
+    def restore(self, store: CheckpointStore, path: Path) -> Progress:
+        """As :meth:`TrainedModels.restore`, the controls' memory included."""
+        progress = self.models.restore(store, path)
+        self.controls.restore(progress.obrs_lambda, progress.controls)
+        return progress
 
     def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
         """Train on one batch, in ``updates_per_batch`` optimizer steps; the figures of each step."""
@@ -91,20 +142,20 @@ class Trainer(TrainedModels):
     def _penalised(self, batch: Batch, parts: list[Batch], passes: Sequence[Sequence[ModelPass]]) -> list[Batch]:
         """The batch's parts with advantages of rewards less the KL penalty, where it belongs to the reward."""
         algorithm = self._job.algorithm
-        if self._initial is None or algorithm.kl_penalty.applied_to == "loss":
+        if self.models.initial is None or algorithm.kl_penalty.applied_to == "loss":
             return parts
-        how = InitialPass(self._initial, self._states, self._job.scorer.chunk_tokens, self._ranks)
+        how = InitialPass(self.models.initial, self._states, self._job.scorer.chunk_tokens, self._ranks)
         return kl_in_reward(batch, list(zip(parts, passes, strict=True)), algorithm, how).split(len(parts))
 
     def _actor_reference(self, batch: Batch, passes: Sequence[ModelPass]) -> Tensor | None:
         """log p_ω as the batch begins, [N]; with a single update it is the actor's own, detached: no pass needed."""
-        if not self._actor_learns or not self._job.algorithm.actor_ppo:
+        if not self.models.actor_learns or not self._job.algorithm.actor_ppo:
             return None
         logprobs = torch.zeros(batch.num_tokens)  # another rank's sequences stay 0 and unused
         actor = ModelPasses(self.models["actor"], batch.sequences, passes, self._states)
         with torch.no_grad():
             for index, hidden in actor.hidden():
-                ids = batch.tokens.token_ids[index].to(self.device)
+                ids = batch.tokens.token_ids[index].to(self.models.device)
                 scores = token_logprobs(hidden, output_head(actor.model), ids, temperature=batch.temperature)
                 logprobs[index] = scores.logprobs.float().cpu()
         release(self.models["actor"])
@@ -128,7 +179,7 @@ class Trainer(TrainedModels):
         meter = StepMeter(batch, weights, step, complete=self._ranks.rank == 0)
         if self.show_tokens is not None:
             self.show_tokens(batch, weights)
-        for learnable in self.learnables.values():
+        for learnable in self.models.learnables.values():
             learnable.optimizer.zero_grad(set_to_none=True)
         self._add_gradients(batch, passes, weights, actor_reference, hidden_of_only_pass, meter)
         meter.add_up(self._ranks)
@@ -154,7 +205,7 @@ class Trainer(TrainedModels):
             micro = MicroBatch(
                 batch,
                 one,
-                batch.tokens.select(index).to(self.device),
+                batch.tokens.select(index).to(self.models.device),
                 weights.select(index),
                 shares[index],
                 actor_shares[index],
@@ -164,15 +215,15 @@ class Trainer(TrainedModels):
             if hidden is None:
                 hidden = self._states(self.models["policy"], *model_inputs(batch.sequences, one))
             _backward(self._loss.policy(hidden, micro, meter), one)
-            if self._actor_learns:
+            if self.models.actor_learns:
                 # What the policy's pass kept is gone by now: one model's activations are in memory at a time.
                 _backward(self._loss.actor(hidden.detach(), micro, meter), one)
-        for learnable in self.learnables.values():
+        for learnable in self.models.learnables.values():
             release(learnable.model)
 
     def _control(self, weights: TokenWeights, batch: Batch, meter: StepMeter) -> None:
         """Let λ and λ_distill follow what this step measured: over all tokens, which rank 0 alone has."""
-        distillation_weight = self.controls.distillation_weight if self._actor_learns else None
+        distillation_weight = self.controls.distillation_weight if self.models.actor_learns else None
         if self._ranks.rank == 0:
             self.controls.observe_tokens(weights.target_logprobs, batch.tokens.actor_logprobs)
             if meter.kl_policy_actor is not None:
@@ -202,10 +253,10 @@ class Trainer(TrainedModels):
 
     def _update(self, step: int, meter: StepMeter) -> None:
         learner = self._job.learner
-        for role, learnable in self.learnables.items():
+        for role, learnable in self.models.learnables.items():
             schedule = learner.schedule if role == "policy" else learner.actor_schedule or learner.schedule
             pace = self.controls.actor_pace if role == "actor" else 1.0
-            lr = self._peak_lr[role] * learning_rate_factor(schedule, step, learner.steps) * pace
+            lr = self.models.peak_lr[role] * learning_rate_factor(schedule, step, learner.steps) * pace
             norm = clip_gradients(learnable.model, learner.max_grad_norm)
             meter.optimizer_step(role, norm, lr)
             if not math.isfinite(norm):
@@ -214,18 +265,18 @@ class Trainer(TrainedModels):
             for group in learnable.optimizer.param_groups:
                 group["lr"] = lr
             learnable.optimizer.step()
-            self._learned(role)
+            self.models.refresh(role)
 
     def _plan(self, batch: Batch) -> list[ModelPass]:
         lengths = [len(sequence.input_ids) for sequence in batch.sequences]
-        attention = self._layout.attention
+        attention = self.models.layout.attention
         return plan_passes(
             lengths,
             self._job.learner.max_batch_tokens,
             group_starts=batch.group_starts,
             rank=self._ranks.rank,
             size=self._ranks.size,
-            packed=self._layout.packed,
+            packed=self.models.layout.packed,
             siblings=None if attention is None else batch.siblings(attention),
         )
 

@@ -16,7 +16,6 @@ from jackpot.config import JobSpec, ModelConfig
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.learner.models.compile_and_checkpoint import require_compiler
-from jackpot.learner.ranks.rank_leader import LeadTrainer
 from jackpot.learner.reports.profiling import StepProfiler
 from jackpot.learner.trainer import Trainer
 from jackpot.storage.run_directory import RunFiles
@@ -56,8 +55,7 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
             published_from = device if ranks.mesh is None else torch.device("cpu")
             actor = load_causal_lm(job.actor.model, job.actor.dtype, published_from, field="actor.model")
     profiler = StepProfiler(RunFiles(environment.run_dir).profile, job.learner.profile_steps, ranks.rank)
-    kind = LeadTrainer if ranks.size > 1 and ranks.rank == 0 else Trainer
-    return kind(job, policy, actor, ranks, profiler), ranks
+    return Trainer(job, policy, actor, ranks, profiler), ranks
 
 
 def is_sharded(job: JobSpec) -> bool:

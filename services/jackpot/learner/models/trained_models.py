@@ -1,8 +1,9 @@
-"""The models that a learner holds and their optimizers: made ready for training, copied out, saved and restored."""
+"""The models that a trainer has, with their optimizers: made ready for training, copied out, saved and restored."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,15 +17,14 @@ from jackpot.compute.ranks.sharding import DTYPES, release, shard, whole_tensors
 from jackpot.config import JobSpec
 from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.checkpoints.checkpoint_tensors import Learnable
-from jackpot.learner.lambda_control import LambdaControl
 from jackpot.learner.models.compile_and_checkpoint import compile_and_checkpoint
 from jackpot.learner.models.mixed_precision import MixedPrecisionCopy, in_dtype
 from jackpot.learner.models.optimizer import build_optimizer
 from jackpot.trajectory import Role
 
 
-class TrainedModels:
-    """Policy, actor and their optimizers, and what follows measurements.
+class TrainedModels(Mapping[Role, PreTrainedModel]):
+    """Policy, actor and their optimizers; by role the model that batches pass through.
 
     Args:
         job: the job as resolved.
@@ -44,48 +44,55 @@ class TrainedModels:
         self._job = job
         self._ranks = ranks
         self.device = ranks.device or policy.device
-        self.models: dict[Role, PreTrainedModel] = {"policy": policy}
+        self._by_role: dict[Role, PreTrainedModel] = {"policy": policy}
         if actor is not None:
-            self.models["actor"] = actor
-        self._actor_learns = actor is not None and not isinstance(job.actor, str) and job.actor.train
-        self._peak_lr: dict[Role, float] = {"policy": job.learner.lr}
-        if self._actor_learns:
-            self._peak_lr["actor"] = job.learner.actor_lr or job.learner.lr
-        for role, model in self.models.items():
+            self._by_role["actor"] = actor
+        self.actor_learns = actor is not None and not isinstance(job.actor, str) and job.actor.train
+        self.peak_lr: dict[Role, float] = {"policy": job.learner.lr}
+        if self.actor_learns:
+            self.peak_lr["actor"] = job.learner.actor_lr or job.learner.lr
+        for role, model in self._by_role.items():
             # Dropout would make the policy differ from its own reference.
             model.eval()  # type: ignore[no-untyped-call]
-            model.requires_grad_(role in self._peak_lr)
+            model.requires_grad_(role in self.peak_lr)
         # What a checkpoint restores later goes into the policy alone: this stays the job's initial model.
-        self._initial = copy.deepcopy(policy) if job.algorithm.kl_penalty.weight > 0 else None
-        if self._initial is not None:
-            self._initial.requires_grad_(False)
+        self.initial = copy.deepcopy(policy) if job.algorithm.kl_penalty.weight > 0 else None
+        if self.initial is not None:
+            self.initial.requires_grad_(False)
         self._dtypes: dict[Role, str] = {"policy": job.policy.dtype, "actor": job.rollout_model.dtype}
-        masters = {role: self.models[role] for role in self._peak_lr}
+        masters = {role: self._by_role[role] for role in self.peak_lr}
         self._copies: dict[Role, MixedPrecisionCopy] = {}
         if ranks.mesh is not None:
             self._shard()
         else:
             self._copy()
-        learning = [(self.models[role], DTYPES[self._dtypes[role]]) for role in self._peak_lr]
-        self._layout = layout_of(job.learner.packing, learning, self.device, ranks)
-        self._states = self._layout.states
-        if self._initial is not None:
-            _attend_alike(self._initial, policy)
+        learning = [(self._by_role[role], DTYPES[self._dtypes[role]]) for role in self.peak_lr]
+        self.layout = layout_of(job.learner.packing, learning, self.device, ranks)
+        if self.initial is not None:
+            _attend_alike(self.initial, policy)
         # After the trials of the layout, which would be compiled, too.
         for _, model in self._passing():
             release(model)
             assert ranks.mesh is None or all(isinstance(parameter, DTensor) for parameter in model.parameters())
             compile_and_checkpoint(model, job.learner)
         self.learnables: dict[Role, Learnable] = {
-            role: Learnable(model, build_optimizer(model, self._peak_lr[role], job.learner))
+            role: Learnable(model, build_optimizer(model, self.peak_lr[role], job.learner))
             for role, model in masters.items()
         }
-        self.controls = LambdaControl(job.algorithm)
+
+    def __getitem__(self, role: Role) -> PreTrainedModel:
+        return self._by_role[role]
+
+    def __iter__(self) -> Iterator[Role]:
+        return iter(self._by_role)
+
+    def __len__(self) -> int:
+        return len(self._by_role)
 
     def _passing(self) -> list[tuple[Role, PreTrainedModel]]:
         """The models that batches pass through, and whose they are: what learns, and the initial policy."""
-        learning = [(role, self.models[role]) for role in self._peak_lr]
-        return learning if self._initial is None else [*learning, ("policy", self._initial)]
+        learning = [(role, self._by_role[role]) for role in self.peak_lr]
+        return learning if self.initial is None else [*learning, ("policy", self.initial)]
 
     def _shard(self) -> None:
         """Shard what batches pass through; before there are optimizers."""
@@ -95,23 +102,18 @@ class TrainedModels:
 
     def _copy(self) -> None:
         """Have batches pass through copies of what does not compute in float32."""
-        for role in self._peak_lr:
+        for role in self.peak_lr:
             dtype = DTYPES[self._dtypes[role]]
             if dtype != torch.float32:
-                self._copies[role] = MixedPrecisionCopy(self.models[role], dtype)
-                self.models[role] = self._copies[role].computing
-        if self._initial is not None:
-            in_dtype(self._initial, DTYPES[self._dtypes["policy"]])
+                self._copies[role] = MixedPrecisionCopy(self._by_role[role], dtype)
+                self._by_role[role] = self._copies[role].computing
+        if self.initial is not None:
+            in_dtype(self.initial, DTYPES[self._dtypes["policy"]])
 
-    def _learned(self, role: Role) -> None:
+    def refresh(self, role: Role) -> None:
         """A model's weights have changed: what computes with a copy of them takes them over."""
         if role in self._copies:
             self._copies[role].refresh()
-
-    @property
-    def job(self) -> JobSpec:
-        """The job as resolved."""
-        return self._job
 
     def weights(self, role: Role) -> dict[str, Tensor]:
         """A copy of a role's weights on the CPU, in the number format that they are published in; a collective.
@@ -119,9 +121,9 @@ class TrainedModels:
         Rank 0 gets all of them, the others nothing.
         """
         copied = {}
-        for name, tensor in whole_tensors(self.models[role]):
+        for name, tensor in whole_tensors(self._by_role[role]):
             if self._ranks.rank == 0:
-                dtype = DTYPES.get(self._dtypes[role]) if tensor.is_floating_point() and role in self._peak_lr else None
+                dtype = DTYPES.get(self._dtypes[role]) if tensor.is_floating_point() and role in self.peak_lr else None
                 copied[name] = _begin_copy(tensor, dtype or tensor.dtype)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
@@ -132,11 +134,10 @@ class TrainedModels:
         return store.begin(progress, self.learnables)
 
     def restore(self, store: CheckpointStore, path: Path) -> Progress:
-        """Take up a checkpoint, the controls' memory included; a collective. Errors as ``store.load``."""
+        """Take up a checkpoint; a collective. Errors as ``store.load``."""
         progress = store.load(path, self.learnables)
-        self.controls.restore(progress.obrs_lambda, progress.controls)
         for role in self._copies:
-            self._learned(role)
+            self.refresh(role)
         return progress
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jackpot.compute.model_weights import write_state
 from jackpot.config import JobSpec
-from jackpot.learner.trainer import Trainer
+from jackpot.learner.trainer import BatchTrainer
 from jackpot.storage.run_directory import RunFiles
 from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import Role
@@ -69,7 +69,7 @@ class WeightPublisher:
         self._export_dir = RunFiles(run_dir).export
         self._checkpointed = checkpointed
 
-    def snapshot(self, trainer: Trainer, version: int) -> Snapshot:
+    def snapshot(self, trainer: BatchTrainer, version: int) -> Snapshot:
         """A copy of every role's weights as they are, for :meth:`publish` beside the next step; a collective."""
         copies: dict[Role, State] = {role: trainer.weights(role) for role in trainer.models}
         states = {role: copies[source] for role, source in self._sources(trainer).items()}
@@ -95,7 +95,7 @@ class WeightPublisher:
             self._store.publish(role, snapshot.version, write, snapshot.metadata)
             self._store.prune(role, self._job.weights.keep_versions, self._checkpointed())
 
-    def export(self, trainer: Trainer) -> None:
+    def export(self, trainer: BatchTrainer) -> None:
         """Write both models as Hugging Face directories under ``export/``, atomically each."""
         directories: dict[Role, str] = {"policy": self._job.policy.model, "actor": self._job.rollout_model.model}
         for role, source in self._sources(trainer).items():
@@ -111,7 +111,7 @@ class WeightPublisher:
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
 
-    def _sources(self, trainer: Trainer) -> dict[Role, Role]:
+    def _sources(self, trainer: BatchTrainer) -> dict[Role, Role]:
         """Whose weights each role gets: its own, but an actor that is the policy in another number format has those."""
         sources: dict[Role, Role] = {role: role for role in trainer.models}
         if not isinstance(self._job.actor, str) and self._job.actor.weights == "policy":

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from jackpot.compute.ranks.group import Ranks
 from jackpot.compute.ranks.orders import Dismissed, Orders, next_order
 from jackpot.config import JobSpec
 from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, PendingCheckpoint, Progress
+from jackpot.learner.lambda_control import LambdaControl
+from jackpot.learner.models.trained_models import TrainedModels
 from jackpot.learner.ranks.batch_broadcast import StepManifest, batch_from_bytes, batch_to_bytes, manifest_to_bytes
-from jackpot.learner.reports.profiling import StepProfiler
 from jackpot.learner.trainer import Trainer
 from jackpot.scoring.batch import Batch
 from jackpot.trajectory import Role, ScoredGroup
@@ -23,48 +23,54 @@ from jackpot.trajectory import Role, ScoredGroup
 LOG = logging.getLogger(__name__)
 
 
-class LeadTrainer(Trainer):
-    """Rank 0's trainer. Safe to be called from several threads, see :class:`Orders`.
+class LeadTrainer:
+    """Rank 0's trainer of several: a :class:`BatchTrainer` that tells the other ranks what to do, and lets its own part
+    do the same. Safe to be called from several threads, see :class:`Orders`.
 
     Args:
-        job: the job as resolved.
-        policy: θ.
-        actor: ω, or None.
+        part: trains on this rank.
         ranks: all of them.
-        profiler: records what the job asks for.
     """
 
-    def __init__(
-        self,
-        job: JobSpec,
-        policy: PreTrainedModel,
-        actor: PreTrainedModel | None,
-        ranks: Ranks,
-        profiler: StepProfiler | None = None,
-    ) -> None:
-        super().__init__(job, policy, actor, ranks, profiler)
-        self._orders = Orders(ranks, job.learner.collective_timeout_seconds)
+    def __init__(self, part: Trainer, ranks: Ranks) -> None:
+        self._part = part
+        self._ranks = ranks
+        self._orders = Orders(ranks, part.job.learner.collective_timeout_seconds)
+
+    @property
+    def models(self) -> TrainedModels:
+        """This rank's part of the models."""
+        return self._part.models
+
+    @property
+    def controls(self) -> LambdaControl:
+        """The same on all ranks."""
+        return self._part.controls
 
     def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
+        """As :meth:`Trainer.train_batch`, on all ranks."""
         with self._orders.give("train", manifest_to_bytes(batch), first_step=first_step):
             if not self._ranks.agree(well=True):
                 LOG.warning("a rank cannot read its groups of step %d from the bus: it gets all of them", first_step)
                 self._ranks.broadcast(batch_to_bytes(batch))
-            return super().train_batch(batch, first_step)
+            return self._part.train_batch(batch, first_step)
 
     def weights(self, role: Role) -> dict[str, Tensor]:
-        if role not in self.learnables:
-            return super().weights(role)  # frozen: this rank's model is whole
+        """As :meth:`Trainer.weights`."""
+        if role not in self.models.learnables:
+            return self._part.weights(role)  # frozen: this rank's model is whole
         with self._orders.give("weights", role=role):
-            return super().weights(role)
+            return self._part.weights(role)
 
     def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
+        """As :meth:`Trainer.begin_checkpoint`, on all ranks."""
         with self._orders.give("checkpoint", step=progress.step):
-            return super().begin_checkpoint(store, progress)
+            return self._part.begin_checkpoint(store, progress)
 
     def restore(self, store: CheckpointStore, path: Path) -> Progress:
+        """As :meth:`Trainer.restore`, on all ranks."""
         with self._orders.give("restore", path=str(path)):
-            return super().restore(store, path)
+            return self._part.restore(store, path)
 
     def dismiss(self, exit_code: int) -> None:
         """Send the other ranks home, with their exit code; a no-op the second time and when a rank is gone."""

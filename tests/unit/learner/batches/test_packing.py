@@ -212,9 +212,11 @@ def test_a_step_is_the_same_with_attention_by_lengths(
         job = make_job(penalty, *overrides, *(prepared if found else []))
         trainer = make_trainer(job)
         if found:
-            for model in (*trainer.models.values(), trainer._initial):
+            for model in (*trainer.models.values(), trainer.models.initial):
                 switch(model)
-            trainer._layout = replace(trainer._layout, attention=None if kappa is None else AttentionCost(kappa))
+            trainer.models.layout = replace(
+                trainer.models.layout, attention=None if kappa is None else AttentionCost(kappa)
+            )
         row = trainer.train_batch(build_batch(groups, job.algorithm.advantage), 0)[0]
         found.append((row, gradient_of(trainer)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4, abs=1e-6)
@@ -226,7 +228,7 @@ def test_the_initial_policy_attends_as_the_policy_does(make_job: MakeJob) -> Non
     job = make_job("algorithm.kl_penalty.weight=0.1", actor="policy")
     policy = load_causal_lm(job.policy.model, "float32", "cpu")
     switch(policy)
-    initial = Trainer(job, policy, None)._initial
+    initial = Trainer(job, policy, None).models.initial
     assert initial is not None and attends_by_lengths(initial)
     assert not any(parameter.requires_grad for parameter in initial.parameters())
 
@@ -267,9 +269,9 @@ def test_a_packed_bfloat16_step_on_a_gpu_is_that_of_rows_in_float32(
         job = make_job(penalty, *half, *prepared, f"learner.packing={packing}", "learner.max_batch_tokens=60")
         trainer = build_trainer(ServiceEnvironment(run_dir=tmp_path / packing, job_id="job"), job)[0]
         try:
-            switched = [attends_by_lengths(model) for model in (*trainer.models.values(), trainer._initial)]
+            switched = [attends_by_lengths(model) for model in (*trainer.models.values(), trainer.models.initial)]
             assert switched == [packing != "never"] * 3
-            assert trainer._layout.packed == (packing != "never")
+            assert trainer.models.layout.packed == (packing != "never")
             row = trainer.train_batch(batch, 0)[0]
             found[packing] = distance(gradient_of(trainer), gradient_of(reference))
         finally:

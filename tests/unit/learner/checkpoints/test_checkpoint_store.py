@@ -35,9 +35,9 @@ def test_two_steps_and_a_resume_and_two_steps_equal_four_steps_bit_for_bit(
     for step in (0, 1):
         first.train_batch(batches[step], step)
     progress = Progress(2, 2, first.controls.obrs_lambda, first.controls.state())
-    path = store.save(progress, first.learnables)
+    path = store.save(progress, first.models.learnables)
     second = make_trainer(job)
-    restored = store.load(path, second.learnables)
+    restored = store.load(path, second.models.learnables)
     assert restored == progress
     second.controls.restore(restored.obrs_lambda, restored.controls)
     for step in (2, 3):
@@ -57,7 +57,7 @@ def test_only_the_newest_checkpoints_are_kept_and_the_latest_is_found(
     assert store.latest() is None
     trainer = make_trainer(make_job())
     for step in (1, 2, 10):
-        store.save(Progress(step, step, 1.0), trainer.learnables)
+        store.save(Progress(step, step, 1.0), trainer.models.learnables)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000002", "00000010", "latest"]
     assert store.latest() == tmp_path / "00000010"
 
@@ -67,13 +67,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 ) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     trainer = make_trainer(make_job())
-    store.save(Progress(1, 1, 1.0), trainer.learnables)
-    path = store.save(Progress(2, 2, 1.0), trainer.learnables)
+    store.save(Progress(1, 1, 1.0), trainer.models.learnables)
+    path = store.save(Progress(2, 2, 1.0), trainer.models.learnables)
     shard = next(path.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-4] + b"torn")  # of the right size, in the middle of a tensor
     latest = CheckpointStore(tmp_path, keep=2).latest()
     assert latest == tmp_path / "00000001"
-    assert store.load(latest, trainer.learnables) == Progress(1, 1, 1.0)
+    assert store.load(latest, trainer.models.learnables) == Progress(1, 1, 1.0)
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint(
@@ -81,13 +81,13 @@ def test_a_failed_write_leaves_the_previous_checkpoint(
 ) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     trainer = make_trainer(make_job())
-    store.save(Progress(1, 1, 1.0), trainer.learnables)
+    store.save(Progress(1, 1, 1.0), trainer.models.learnables)
     # A file where the next checkpoint is to be written aside fails as a full disk does: with an OSError on the way.
     blocked = CheckpointStore(tmp_path / "sub", keep=2)
     (tmp_path / "sub").rmdir()
     (tmp_path / "sub").write_text("not a directory")
     with pytest.raises(OSError):
-        blocked.save(Progress(2, 2, 1.0), trainer.learnables)
+        blocked.save(Progress(2, 2, 1.0), trainer.models.learnables)
     assert store.latest() == tmp_path / "00000001"
 
 
@@ -113,7 +113,7 @@ def test_training_goes_on_while_a_checkpoint_of_what_was_is_written(
 def test_the_checkpoint_of_the_best_policy_stays(tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer) -> None:
     evaluations = tmp_path / "evaluations.jsonl"
     store = CheckpointStore(tmp_path / "checkpoints", keep=1, evaluations=evaluations)
-    learnables = make_trainer(make_job()).learnables
+    learnables = make_trainer(make_job()).models.learnables
     for step, accuracy in ((1, 1.0), (2, 0.75), (3, 0.6), (4, 0.1)):
         store.save(Progress(step, step, 1.0), learnables)
         with evaluations.open("a") as file:
@@ -126,10 +126,10 @@ def test_a_checkpoint_of_other_models_is_refused(
     tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, make_model: Callable[..., Path]
 ) -> None:
     store = CheckpointStore(tmp_path, keep=1)
-    path = store.save(Progress(1, 1, 1.0), make_trainer(make_job()).learnables)
+    path = store.save(Progress(1, 1, 1.0), make_trainer(make_job()).models.learnables)
     wider = make_trainer(make_job(f"policy.model={make_model('qwen3', seed=1, hidden_size=48)}"))
     with pytest.raises(JackpotError, match="cannot be restored"):
-        store.load(path, wider.learnables)
+        store.load(path, wider.models.learnables)
 
 
 def test_a_checkpoint_that_cannot_be_written_says_so(
@@ -137,8 +137,8 @@ def test_a_checkpoint_that_cannot_be_written_says_so(
 ) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     trainer = make_trainer(make_job())
-    store.save(Progress(1, 1, 1.0), trainer.learnables)
-    pending = store.begin(Progress(2, 2, 1.0), trainer.learnables)
+    store.save(Progress(1, 1, 1.0), trainer.models.learnables)
+    pending = store.begin(Progress(2, 2, 1.0), trainer.models.learnables)
     with suppress(BaseException):  # whatever became of the writing itself
         pending.writing.result(timeout=60)
     shutil.rmtree(pending.aside)
@@ -163,7 +163,7 @@ def test_checkpoints_in_a_bucket_are_read_on_another_machine(
     stored = ObjectDirectories(Objects(bucket.url))
     here = CheckpointStore(tmp_path / "here", keep=2, evaluations=evaluations, stored=stored)
     assert here.latest() is None
-    learnables = make_trainer(make_job()).learnables
+    learnables = make_trainer(make_job()).models.learnables
     for step in (2, 4, 6, 8):
         here.save(Progress(step, step, 1.0), learnables)
     assert stored.names() == ["00000002", "00000006", "00000008"]  # the best, and the newest two
@@ -174,7 +174,7 @@ def test_checkpoints_in_a_bucket_are_read_on_another_machine(
     path = there.latest()
     assert path == tmp_path / "there" / "00000008"
     again = make_trainer(make_job())
-    assert there.load(path, again.learnables) == Progress(8, 8, 1.0)
+    assert there.load(path, again.models.learnables) == Progress(8, 8, 1.0)
 
     # One that was written here and never reached the store: nothing counts as trained by it.
     shutil.copytree(path, path.with_name("00000010"))
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_in_a_bucket_gives_way_to_the_one_before(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     stored = ObjectDirectories(Objects(bucket.url))
-    learnables = make_trainer(make_job()).learnables
+    learnables = make_trainer(make_job()).models.learnables
     store = CheckpointStore(tmp_path / "here", keep=2, stored=stored)
     for step in (1, 2):
         store.save(Progress(step, step, 1.0), learnables)
@@ -214,7 +214,7 @@ def test_a_checkpoint_that_the_bucket_does_not_take_says_so(
 ) -> None:
     stored = ObjectDirectories(Objects(bucket.url))
     store = CheckpointStore(tmp_path, keep=2, stored=stored)
-    learnables = make_trainer(make_job()).learnables
+    learnables = make_trainer(make_job()).models.learnables
     store.save(Progress(1, 1, 1.0), learnables)
     bucket.door.shut()
     with pytest.raises(JackpotError, match=r"cannot be .* now"):

@@ -47,7 +47,7 @@ def test_bfloat16_learns_on_float32_masters(
     assert not is_sharded(job)
     batch = build_batch(make_groups(exact), exact.algorithm.advantage)
     trainer, reference = build(job, tmp_path), make_trainer(exact)
-    masters = trainer.learnables["policy"].model
+    masters = trainer.models.learnables["policy"].model
     before = {name: p.detach().clone() for name, p in masters.named_parameters()}
     row, expected = trainer.train_batch(batch, 0)[0], reference.train_batch(batch, 0)[0]
     after = {name: p.detach() for name, p in masters.named_parameters()}
@@ -85,8 +85,8 @@ def test_a_copy_that_computes_learns_what_fsdp_would(
     for step in range(3):
         batch = build_batch(groups, job.algorithm.advantage)
         assert own.train_batch(batch, step) == sharded.train_batch(batch, step)
-    expected = tensors_of(sharded.learnables)
-    found = tensors_of(own.learnables)
+    expected = tensors_of(sharded.models.learnables)
+    found = tensors_of(own.models.learnables)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -101,7 +101,7 @@ def test_a_resumed_step_in_bfloat16_is_the_same_to_the_bit(
     batch = build_batch(make_groups(job), job.algorithm.advantage)
     trainer, store = build(job, tmp_path), CheckpointStore(tmp_path / "checkpoints", keep=1)
     trainer.train_batch(batch, 0)
-    path = store.save(Progress(1, 1, trainer.controls.obrs_lambda, trainer.controls.state()), trainer.learnables)
+    path = store.save(Progress(1, 1, trainer.controls.obrs_lambda, trainer.controls.state()), trainer.models.learnables)
     expected = trainer.train_batch(batch, 1)
     resumed = build(job, tmp_path)
     resumed.restore(store, path)
@@ -242,7 +242,7 @@ def test_bfloat16_on_a_gpu(
     assert row["kl/policy_actor"] == pytest.approx(expected["kl/policy_actor"], rel=0.1)
     # A checkpoint brings back weights, moments and counters: the second step is the same once more.
     store = CheckpointStore(tmp_path / "checkpoints", keep=1)
-    path = store.save(Progress(1, 1, trainer.controls.obrs_lambda, trainer.controls.state()), trainer.learnables)
+    path = store.save(Progress(1, 1, trainer.controls.obrs_lambda, trainer.controls.state()), trainer.models.learnables)
     second = trainer.train_batch(batch, 1)[0]
     after = trainer.weights("policy")
     trainer.restore(store, path)
