@@ -38,8 +38,8 @@ def solve_lambda(
         return float(acceptance_probs(target, actor, math.exp(log_lambda)).mean()) >= acceptance_rate - 1e-12
 
     greatest = greatest_lambda(target, actor, lower=lower, upper=upper)
-    low, high = math.log(lower), math.log(greatest)
-    if not len(target) or accepts_enough(high):
+    low, high = math.log(lower), math.log(upper)
+    if not len(target) or accepts_enough(math.log(greatest)):
         return greatest
     if not accepts_enough(low):
         return lower
