@@ -1,5 +1,5 @@
-"""Which sequences go through a model together, and in which rows: no prompt twice where once is less work, little
-padding, bounded memory. numpy only."""
+"""Plans which sequences share a pass and a row: shared prompts where that is less work, little padding, bounded
+memory. numpy only."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-# What one more pass through the model costs, as tokens: kernels are launched and weights read for it however few
-# tokens it carries. Splitting a batch pays only where it saves more padding than that.
+# The cost of one more pass, in tokens: it launches kernels and reads all weights, however few tokens it carries.
+# Splitting a batch pays only if it saves more padding than that.
 PASS_OVERHEAD_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCost:
-    """What attention costs beside everything else that is done with a token."""
+    """The cost of attention, relative to all other work on a token."""
 
     tokens: float
-    """κ: how many tokens a token may attend to before that costs as much as all the rest."""
+    """κ: the number of attended tokens at which attention costs as much as all other work."""
     mask_factor: float = 1.0
-    """How many times as much it costs where a mask tells what each token sees, and not their order alone."""
+    """The factor by which attention with an explicit mask costs more than causal attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class Siblings:
-    """Which sequences begin with the same prompt, so that a row can hold it once for several of them."""
+    """Sequences that begin with the same prompt, which a row can then hold once for several of them."""
 
     prompts: Sequence[int]
-    """Of each sequence, the number of its prompt. Siblings stand next to each other."""
+    """The index of each sequence's prompt. Siblings are adjacent."""
     prompt_lengths: Sequence[int]
     """Tokens of each sequence's prompt."""
     attention: AttentionCost
-    """Of the model that they go through."""
+    """The attention cost of the model."""
 
     def select(self, sequences: Sequence[int]) -> Siblings:
-        """The same of some of the sequences."""
+        """The same for some of the sequences."""
         return Siblings(
             [self.prompts[index] for index in sequences],
             [self.prompt_lengths[index] for index in sequences],
@@ -46,25 +46,25 @@ class Siblings:
 
 @dataclass(frozen=True, slots=True)
 class ModelPass:
-    """Sequences that go through a model together.
+    """Sequences that share one pass through a model.
 
-    A filler, which is not ``counted``, is there because another rank has one more pass and FSDP's collectives need
-    all ranks in every pass: it adds nothing to gradients, scores and figures.
+    A filler pass is not ``counted``: it adds nothing to gradients, scores and figures. It exists because another rank
+    has one more pass, and FSDP's collectives need all ranks in every pass.
     """
 
     sequences: tuple[int, ...]
     per_row: tuple[int, ...]
-    """How many of the sequences, one after the other, lie in each row, behind their one prompt."""
+    """How many consecutive sequences lie in each row, after their one prompt."""
     counted: bool = True
 
 
 def plan_rows(lengths: Sequence[int], max_batch_tokens: int, siblings: Siblings | None = None) -> list[ModelPass]:
-    """The passes of sequences through a model: in rows of their own, or with siblings where that is less work.
+    """The passes of sequences through a model: one sequence a row, or siblings in one row where that is less work.
 
     Args:
         lengths: tokens of each sequence, prompt and completion.
         max_batch_tokens: upper bound of a pass, padding included. A sequence longer than this is a pass of its own.
-        siblings: who may share a row; None is nobody.
+        siblings: the sequences that may share a row; None shares none.
     """
     rows = [[index] for index in range(len(lengths))]
     if siblings is not None:
@@ -75,7 +75,7 @@ def plan_rows(lengths: Sequence[int], max_batch_tokens: int, siblings: Siblings 
 def passes_of_rows(
     rows: Sequence[Sequence[int]], lengths: Sequence[int], max_batch_tokens: int, siblings: Siblings | None
 ) -> list[ModelPass]:
-    """Rows of about the same length together; arguments as :func:`plan_rows`, which says what lies in each row."""
+    """Rows of similar length together; arguments as :func:`plan_rows`, which fills the rows."""
     tokens = [sum(lengths[index] for index in row) for row in rows]
     if siblings is not None:
         prompts = siblings.prompt_lengths
@@ -87,16 +87,16 @@ def passes_of_rows(
 
 
 def shared_rows(lengths: Sequence[int], siblings: Siblings, max_row_tokens: int) -> list[list[int]]:
-    """Sequences in rows: of each prompt's the even split that is the least work.
+    """Sequences in rows: each prompt's sequences are split evenly, in the way that is the least work.
 
-    A sequence of S tokens alone costs S + S²/2κ, its attention being causal; siblings in a row of L tokens, the prompt
-    once, cost L + m·L²/κ, since what keeps them apart is a mask over the whole row. κ and m are those of
-    :class:`AttentionCost`. So prompts that are short against completions are not shared.
+    A sequence of S tokens alone costs S + S²/2κ, its attention being causal; siblings in a row of L tokens, with
+    the prompt once, cost L + m·L²/κ, since a mask over the whole row separates them. κ and m are fields of
+    :class:`AttentionCost`. Prompts that are short relative to completions are therefore not shared.
 
     Args:
         lengths: tokens of each sequence.
-        siblings: whose prompts are the same.
-        max_row_tokens: a shared row has no more.
+        siblings: the sequences with the same prompt.
+        max_row_tokens: upper bound of a shared row.
     """
     bounds = [0, *(i for i in range(1, len(lengths)) if siblings.prompts[i] != siblings.prompts[i - 1]), len(lengths)]
     rows: list[list[int]] = []
@@ -113,8 +113,8 @@ def shared_rows(lengths: Sequence[int], siblings: Siblings, max_row_tokens: int)
 def _cheapest_split(
     completion_lengths: Sequence[int], prompt: int, attention: AttentionCost, max_row_tokens: int
 ) -> list[int]:
-    """Where rows begin and end, of completions of these lengths behind one prompt."""
-    # In plain Python: numpy takes ten times as long for the few completions that a prompt has.
+    """Where rows of completions of these lengths begin and end, each after the one prompt."""
+    # In plain Python: numpy takes ten times as long for the few completions of a prompt.
     ends = [0, *accumulate(completion_lengths)]
     best = list(range(len(completion_lengths) + 1))
     best_cost = sum(
@@ -133,7 +133,7 @@ def _cheapest_split(
 def length_buckets(
     lengths: Sequence[int], max_batch_tokens: int, overhead_tokens: int = PASS_OVERHEAD_TOKENS
 ) -> list[list[int]]:
-    """Split sequences into batches of similar length, at the least total cost.
+    """Split sequences into batches of similar length, at minimal total cost.
 
     The cost of a batch is rows × longest plus ``overhead_tokens``; over sequences sorted by length the best split is
     found exactly. The result is a function of the lengths alone, so it is reproducible.

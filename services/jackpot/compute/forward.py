@@ -16,7 +16,7 @@ from jackpot.compute.models import hidden_states
 CompletionStates = Callable[
     [PreTrainedModel, Sequence[NDArray[np.integer]], Sequence[int], Sequence[int] | None], Tensor
 ]
-"""What :func:`completion_hidden` and :func:`packed_completion_hidden` are: two ways to the same states."""
+"""The type of :func:`completion_hidden` and :func:`packed_completion_hidden`, two ways to the same states."""
 
 
 def completion_hidden(
@@ -28,19 +28,18 @@ def completion_hidden(
     """Hidden states ``[N, H]`` that predict the completion tokens of all sequences, one sequence after the other.
 
     One pass, rows padded on the right to the longest. N = Σ completion tokens. Carries a gradient unless the caller
-    turned it off.
+    has disabled it.
 
     Args:
         model: a model of :func:`jackpot.compute.models.load_causal_lm`.
         sequences: prompt and completion ids of each, ``[P + T]``.
         prompt_lengths: P ≥ 1 of each.
-        per_row: how many of the sequences, one after the other, have the same prompt and share a row, which then holds
-            it once; None is one each. For models of which :func:`jackpot.compute.shared_prompts.attention_cost`
-            knows.
+        per_row: how many consecutive sequences share a row, which holds their common prompt once; None is one each.
+            For models that :func:`jackpot.compute.shared_prompts.attention_cost` supports.
     """
     if per_row is not None and len(per_row) < len(sequences):
         return _shared_hidden(model, sequences, prompt_lengths, per_row)
-    # The last token predicts nothing that is asked for here.
+    # The last token's state predicts no completion token.
     lengths = [len(sequence) - 1 for sequence in sequences]
     ids = np.zeros((len(sequences), max(lengths)), dtype=np.int64)
     for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
@@ -49,7 +48,7 @@ def completion_hidden(
     columns = np.arange(ids.shape[1])
     first = np.asarray(prompt_lengths)[:, None] - 1
     wanted = (columns >= first) & (columns < np.asarray(lengths)[:, None])
-    # As places: of a mask the device would have to say first how many it holds.
+    # As indices: the size of a boolean selection would have to be read from the device first.
     return hidden.flatten(0, 1)[torch.from_numpy(np.flatnonzero(wanted)).to(hidden.device, non_blocking=True)]
 
 
@@ -62,9 +61,9 @@ def packed_completion_hidden(
     """The same hidden states from one row without padding, in which the sequences lie one after the other.
 
     Attention stays within sequences: by their lengths in a model of :func:`jackpot.compute.varlen.switch`, in others
-    by their positions, which begin anew with each. With SDPA transformers makes a block-diagonal mask of these, whose
-    cost grows with the square of the row. Where ``per_row`` says that sequences share a prompt, they lie in rows as
-    with :func:`completion_hidden`.
+    by their positions, which restart at 0 with each sequence. With SDPA transformers turns these into a block-diagonal
+    mask, whose cost grows with the square of the row. Sequences that share a prompt by ``per_row`` lie in rows as with
+    :func:`completion_hidden`.
     """
     if per_row is not None and len(per_row) < len(sequences):
         return _shared_hidden(model, sequences, prompt_lengths, per_row)
@@ -85,10 +84,10 @@ def _shared_hidden(
     prompt_lengths: Sequence[int],
     per_row: Sequence[int],
 ) -> Tensor:
-    """A row is a prompt and then completions, each of which sees the prompt and itself, at the positions that it has
-    alone. Its first token is predicted by the prompt's last state, which they share."""
+    """A row is a prompt followed by completions. Each completion sees the prompt and itself, at the positions that it
+    would have alone. The prompt's last state, which all share, predicts each completion's first token."""
     firsts = np.concatenate([[0], np.cumsum(per_row)])
-    # Without the last tokens, which predict nothing that is asked for here.
+    # Without the last tokens, whose states predict no completion token.
     completion_lengths = [
         len(sequence) - 1 - prompt for sequence, prompt in zip(sequences, prompt_lengths, strict=True)
     ]
@@ -112,7 +111,7 @@ def _shared_hidden(
             start = end
     input_ids, position_ids, parts = (torch.from_numpy(array).to(model.device) for array in (ids, positions, part))
     causal = torch.ones(width, width, dtype=torch.bool, device=model.device).tril()
-    # Padding sees prompt and padding: attention to nothing at all would be no number.
+    # Padding sees prompt and padding: attention to nothing would give NaN.
     seen = (parts[:, None, :] == parts[:, :, None]) | (parts[:, None, :] == _PROMPT)
     hidden = hidden_states(model, input_ids, (seen & causal)[:, None], position_ids)
     return hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(wanted)).to(model.device)]

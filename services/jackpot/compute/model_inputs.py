@@ -1,4 +1,4 @@
-"""Whether a group is one that the policy can be asked about. Numpy only: the orchestrator asks, too."""
+"""Checks whether the policy can score a group. numpy only: the orchestrator checks, too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jackpot.trajectory import Group, Trajectory
 
 
 def check_group(group: Group, vocabulary: int, *, with_topk: bool) -> None:
-    """Refuse what a model cannot be asked about, before it reaches a device that such things would crash.
+    """Refuse a group that a model cannot score, before it reaches a device, where it could crash.
 
     Raises:
         PayloadError: names the trajectory and what is wrong with it.

@@ -1,4 +1,4 @@
-"""Weights of models as safetensors: written, read, checked against the model that they are for, and put into it."""
+"""Model weights as safetensors: writing, reading, checking against their model, and loading into it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def save_weights(model: nn.Module, directory: Path) -> None:
-    """Write ``model.safetensors``, each tensor once (of tied ones the first name), under the model's own names."""
+    """Write ``model.safetensors``, each tensor once (tied ones by their first name), under the model's own names."""
     tensors, _ = own_tensors(model)
     write_state({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, directory)
 
 
 @torch.no_grad()
 def copy_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that :func:`save_weights` writes, copied to CPU memory: training may go on meanwhile."""
+    """The tensors that :func:`save_weights` writes, copied to CPU memory, so that training may continue."""
     tensors, _ = own_tensors(model)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
@@ -35,7 +35,7 @@ def write_state(state: Mapping[str, Tensor], directory: Path) -> None:
 
 
 def read_state(model: nn.Module, weights_dir: Path) -> dict[str, Tensor]:
-    """Read ``model.safetensors`` into memory and make sure that it fits the model, which is left as it is.
+    """Read ``model.safetensors`` into memory and check that it fits the model, which stays unchanged.
 
     Returns:
         CPU tensors for :func:`apply_state`.
@@ -54,13 +54,13 @@ def read_tensors(
     aliases: Mapping[str, str],
     rows: Mapping[str, slice] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
-    """Read tensors of a ``model.safetensors`` that must hold just those of a model.
+    """Read tensors of a ``model.safetensors`` that must hold exactly a model's tensors.
 
     Args:
         weights_dir: a version's directory.
         shapes: the model's own tensors.
         aliases: the own name for every name of its state dict, see :func:`own_tensors`.
-        rows: what to read of a tensor along its first dimension; those not named here are read whole.
+        rows: the rows to read of a tensor, along its first dimension; tensors not named here are read whole.
 
     Raises:
         WeightCorruptError: the file cannot be read, or its names or shapes are not the model's.
@@ -91,10 +91,10 @@ def read_tensors(
 
 
 def check_layout(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Make sure that tensors of these names and shapes are the model's, each once.
+    """Check that these names and shapes are exactly the model's, each once.
 
     Raises:
-        WeightCorruptError: naming the first that is not, or what lacks.
+        WeightCorruptError: naming the first that differs, or those missing.
     """
     tensors, aliases = own_tensors(model)
     for given, shape in shapes.items():
@@ -107,7 +107,7 @@ def check_layout(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
                 f"tensor {given!r} has shape {list(shape)}, the model's has {expected}. {_SAME_MODEL}"
             )
     if missing := sorted(tensors.keys() - {aliases[given] for given in shapes}):
-        raise WeightCorruptError(f"{len(missing)} tensors lack ({', '.join(missing[:5])}). {_SAME_MODEL}")
+        raise WeightCorruptError(f"{len(missing)} tensors are missing ({', '.join(missing[:5])}). {_SAME_MODEL}")
 
 
 @torch.no_grad()
@@ -119,12 +119,12 @@ def apply_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def load_state(model: nn.Module, weights_dir: Path) -> None:
-    """Replace the model's weights in place; on an error the model is as it was. Errors as :func:`read_state`."""
+    """Replace the model's weights in place; on an error the model is unchanged. Errors as :func:`read_state`."""
     apply_state(model, read_state(model, weights_dir))
 
 
 def own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors that make up a model, each once, and the name among them for every name of the state dict."""
+    """A model's tensors, each once, and the name of its tensor for every name of the state dict."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first_name: dict[int, str] = {}
@@ -135,7 +135,7 @@ def own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def tie(model: nn.Module, aliases: Mapping[str, str]) -> None:
-    """Have each name of the state dict mean the tensor that it stands for, see :func:`own_tensors`."""
+    """Map each name of the state dict to its tensor, see :func:`own_tensors`."""
     tensors = model.state_dict(keep_vars=True)
     for name, owner in aliases.items():
         if name != owner and tensors[name] is not tensors[owner]:

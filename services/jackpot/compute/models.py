@@ -1,7 +1,7 @@
 """Causal language models in Hugging Face format: loading, hidden states, output head.
 
-Every service that holds a model gets it here, so that sampling, scoring and training see the same numbers. Only
-safetensors are read and no code from a model directory is run.
+Every service loads its models here, so that sampling, scoring and training see the same numbers. Only safetensors are
+read, and no code from a model directory is run.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from jackpot.errors import ConfigError
 LOG = logging.getLogger(__name__)
 
 SHARDED_FORWARD = "sharded_forward"
-"""Attribute of a model whose parameters are shards: what to call in place of its trunk."""
+"""Attribute of a sharded model: the callable to use in place of its trunk."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest |logit difference| accepted by the self-check, relative to the largest |logit|: rounding, no more.
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-# How architectures name a factor on their logits, and one that they divide by.
+# Architectures' names for a factor on their logits, and for a divisor.
 _SCALE_FIELDS = ("logit_scale", "lm_head_multiplier")
 _DIVISOR_FIELDS = ("logits_scaling",)
 
 
 def set_threads(num_threads: int) -> None:
-    """Let torch use this many CPU threads in this process; 0 leaves its own choice."""
+    """Let torch use this many CPU threads in this process; 0 keeps torch's default."""
     if num_threads > 0:
         torch.set_num_threads(num_threads)
 
 
 def resolve_device(text: str, *, field: str = "device") -> torch.device:
-    """The device behind ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:<n>``.
+    """The device for ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:<n>``.
 
     Raises:
         ConfigError: a CUDA device that this process cannot see. ``field`` names the setting in the message.
@@ -73,7 +73,7 @@ def load_causal_lm(
         field: the setting that named the directory, for error messages.
 
     Raises:
-        ConfigError: the directory is not there or not complete, or the architecture is not one we can use.
+        ConfigError: the directory is missing or incomplete, or the architecture is not supported.
     """
     model = read_causal_lm(model_dir, dtype, field=field)
     model.to(torch.device(device))  # type: ignore[arg-type] # transformers decorates `to`
@@ -116,7 +116,7 @@ def hidden_states(
     position_ids: Tensor | None = None,
     packed_lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    """Last hidden states after the final norm, ``[B, L, H]``: what :func:`output_head` turns into logits.
+    """Last hidden states after the final norm, ``[B, L, H]``, the input of :func:`output_head`.
 
     Rows may be padded on the right. Attention is causal, so real tokens never see that padding, and
     ``attention_mask`` ``[B, L]`` may be left out (which is faster); hidden states of padding are meaningless.
@@ -125,13 +125,13 @@ def hidden_states(
         model: a model of :func:`load_causal_lm`.
         input_ids: ``[B, L]``.
         attention_mask: ``[B, L]``, 1 at real tokens; required for rows that are padded on the left. Or bool
-            ``[B, 1, L, L]``: which tokens each token sees, with SDPA, or in a model that attends by lengths.
+            ``[B, 1, L, L]``: the tokens that each token sees, with SDPA or in a model that attends by lengths.
         position_ids: ``[B, L]``; None counts each row from 0.
-        packed_lengths: tokens of the sequences that lie one after the other in the only row, by which a model that
-            attends by lengths keeps them apart; every other goes by ``position_ids``, which begin anew with each.
+        packed_lengths: tokens of the sequences that lie one after the other in the only row. A model that attends by
+            lengths separates them by these; all others by ``position_ids``, which restart at 0 with each sequence.
 
     Raises:
-        ValueError: a model that attends by lengths is given positions alone, from which it learns of no sequences.
+        ValueError: a model that attends by lengths receives only positions, which do not separate sequences for it.
     """
     forward = getattr(model, SHARDED_FORWARD, model.base_model)
     packed_bounds: dict[str, Any] = {}
@@ -166,18 +166,18 @@ def output_head(model: PreTrainedModel) -> OutputHead:
 
 
 def architecture(model: PreTrainedModel) -> str:
-    """What transformers calls it; FSDP calls a sharded one otherwise."""
+    """transformers' name of the architecture; FSDP renames a sharded model's class."""
     return type(model).__name__.removeprefix("FSDP")
 
 
 @torch.no_grad()
 def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
-    """Make sure that hidden states and output head reproduce the model's own logits, right padding included.
+    """Check that hidden states and output head reproduce the model's own logits, right padding included.
 
-    Of a sharded model all ranks have to ask.
+    For a sharded model all ranks must call it.
 
     Raises:
-        ConfigError: they do not, so that scores and losses would be those of another model.
+        ConfigError: they do not: scores and losses would belong to another model.
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = output_head(model).weight.shape[0]
@@ -185,7 +185,7 @@ def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     expected = model(input_ids=ids[1:, :5], use_cache=False).logits[0].float()
-    # After a pass a sharded model's output layer is in the number format that it computes in.
+    # After a pass a sharded model's output layer has the compute dtype.
     bound = _CHECK_TOLERANCE[output_head(model).weight.dtype] * max(1.0, float(expected.abs().max()))
     for attention_mask in (mask, None):
         hidden = hidden_states(model, ids, attention_mask)
@@ -223,7 +223,7 @@ def _require_model_files(path: Path, field: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and load reports of transformers: what matters in them is checked and raised here."""
+    """Silences transformers' progress bars and load reports; we check and raise what matters in them."""
     log: Any = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

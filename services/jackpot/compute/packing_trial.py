@@ -1,4 +1,4 @@
-"""Whether a model gives sequences that lie one after the other in a row the hidden states that they have alone."""
+"""Tests whether a model gives sequences packed into one row the hidden states that they have alone."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _LENGTHS, _PROMPTS = (5, 3, 7), (2, 1, 3)
 
 @torch.no_grad()
 def packs_exactly(model: PreTrainedModel) -> bool:
-    """Whether it does, with the attention that it has. Of a sharded model, all ranks have to ask."""
+    """Whether it does, with its current attention. For a sharded model all ranks must call it."""
     return _agree(_packed(model), _alone(model))
 
 
 @torch.no_grad()
 def problem_with_varlen(model: PreTrainedModel) -> str | None:
-    """Why it does not when it attends by lengths, or None where it does: tried in full, with the model's own attention
-    for comparison. On a CPU a loop over the sequences is in the kernel's place; all else is what a GPU gets.
+    """Why it does not when it attends by lengths, or None if it does. A full trial, compared with the model's own
+    attention. On a CPU a loop over the sequences replaces the kernel; everything else is as on a GPU.
 
-    The model keeps its attention. Of a sharded one, all ranks have to ask.
+    The model keeps its attention. For a sharded one all ranks must call it.
     """
     name = architecture(model)
     if not sees_all(model.config.get_text_config()):
@@ -42,13 +42,13 @@ def problem_with_varlen(model: PreTrainedModel) -> str | None:
     try:
         with switched(model):
             if not attends_by_lengths(model):
-                return f"{name} lets nobody change its attention"
+                return f"{name} does not allow another attention implementation"
             packed = _packed(model)
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise
-    except Exception as error:  # whatever an architecture's own code makes of it, rows remain
+    except Exception as error:  # an architecture's own code may raise anything; rows remain as a fallback
         broke_off = error
-    # Last, because FSDP gives nothing up amid a pass that broke off: a whole pass ends it.
+    # Last, because FSDP frees nothing after an interrupted pass; a whole pass ends that state.
     alone = _alone(model)
     if broke_off is not None:
         return f"{name}: {broke_off}"
@@ -58,12 +58,12 @@ def problem_with_varlen(model: PreTrainedModel) -> str | None:
 def agreed_problem_with_varlen(
     models: Sequence[tuple[PreTrainedModel, torch.dtype]], device: torch.device, ranks: Ranks, has_varlen: HasKernel
 ) -> str | None:
-    """Why not all of the models can attend by lengths, or None where they can; a collective.
+    """Why not all models can attend by lengths, or None if they can; a collective.
 
     Args:
-        models: each with what it computes in.
+        models: each with its compute dtype.
         device: where they compute.
-        ranks: over which they are sharded; all of them try, and what rank 0 finds holds.
+        ranks: over which they are sharded; all of them try, and rank 0's result counts.
         has_varlen: whether torch has the kernel.
     """
     without = [dtype for _, dtype in models if not has_varlen(device, dtype)]

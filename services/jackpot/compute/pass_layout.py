@@ -1,5 +1,5 @@
-"""How the passes of learner and scorer are laid out: rows of similar length, in which siblings may share a prompt, or
-one packed row."""
+"""The layout of the learner's and the scorer's passes: rows of similar length, in which siblings may share a prompt,
+or one packed row."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PassLayout:
-    """How the sequences of a pass are laid out; by default in rows of their own."""
+    """The layout of a pass; by default one sequence a row."""
 
     states: CompletionStates = completion_hidden
-    """Makes hidden states of them."""
+    """Computes the sequences' hidden states."""
     packed: bool = False
-    """In one row without padding; else in rows of similar length."""
+    """One row without padding; otherwise rows of similar length."""
     attention: AttentionCost | None = None
-    """What attention costs; None where no sequences share a prompt."""
+    """The cost of attention; None if no sequences share a prompt."""
 
 
 def layout_of(
@@ -42,18 +42,18 @@ def layout_of(
     ranks: Ranks = SOLO,
     has_varlen: varlen.HasKernel = varlen.is_available,
 ) -> PassLayout:
-    """What a job's ``packing`` comes to with these models; a collective of sharded ones.
+    """The layout that a job's ``packing`` gives with these models; a collective for sharded ones.
 
     Args:
         packing: the learner's or the scorer's.
-        models: what the passes go through, and what each computes in; attends by lengths afterwards, where all can and
+        models: the models of the passes, each with its compute dtype. They attend by lengths afterwards if all can and
             sequences are packed.
         device: where they compute.
-        ranks: over which the models are sharded; all of them try, and what rank 0 finds holds.
+        ranks: over which the models are sharded; all of them try, and rank 0's result counts.
         has_varlen: whether torch has the kernel for that.
 
     Raises:
-        ConfigError: packing is asked for, and a model lets packed sequences see each other.
+        ConfigError: the job requires packing, and a model lets packed sequences see each other.
     """
     if packing == "never":
         return PassLayout()

@@ -1,4 +1,4 @@
-"""Whether a model's rows can hold several completions behind one prompt, and from when on that is less work."""
+"""Whether a model's rows can hold several completions after one prompt, and when that is less work."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jackpot.compute.ranks.group import SOLO, Ranks
 # Largest difference of hidden states accepted by the check, relative to the largest: rounding, no more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02}
 _HALF_TOLERANCE = 0.1
-# A CPU's attention takes a mask at the rate of everything else. So does an H100's at hidden size 1024, where everything
-# else waits for memory; with wider models that gets faster, and attention does not (docs/performance.md).
+# On a CPU masked attention runs at the rate of all other work. So it does on an H100 at hidden size 1024, where all
+# other work is memory-bound; with wider models that work gets faster, and attention does not (docs/performance.md).
 _MASK_FACTORS = {"cuda": 2.0}
 _PROMPT_TOKENS = 3
 _COMPLETION_TOKENS = (2, 5, 1, 4)
@@ -25,13 +25,12 @@ _COMPLETION_TOKENS = (2, 5, 1, 4)
 def attention_cost(
     models: Sequence[PreTrainedModel], device: torch.device, ranks: Ranks = SOLO
 ) -> AttentionCost | None:
-    """What attention costs in the first of the models; None where one of them cannot have completions share a prompt's
-    row.
+    """The attention cost of the first of the models; None if completions cannot share a prompt's row in one of them.
 
     Args:
-        models: that the same rows go through.
+        models: the models that process the same rows.
         device: where they compute.
-        ranks: over which they are sharded; all of them try, and what rank 0 finds holds.
+        ranks: over which they are sharded; all of them try, and rank 0's result counts.
     """
     costs = [_attention_tokens(model) for model in models]
     tokens = ranks.finding_of_rank_0(None if None in costs else costs[0])
@@ -39,7 +38,7 @@ def attention_cost(
 
 
 def sees_all(config: PreTrainedConfig) -> bool:
-    """Whether every token attends to all before it: a mask of one's own would take the place of a window's."""
+    """Whether every token attends to all before it: our own mask would replace a sliding window's."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return set(layer_types) == {"full_attention"}
@@ -49,8 +48,8 @@ def sees_all(config: PreTrainedConfig) -> bool:
 def _attention_tokens(model: PreTrainedModel) -> float | None:
     """κ of :class:`jackpot.compute.batching.AttentionCost`, or None.
 
-    Per token a layer multiplies with its parameters once, and per token attended to twice with that token's head
-    dimensions: κ = parameters of the blocks / (2 · layers · heads · head dimension).
+    Per token a layer multiplies once with its parameters, and twice with the head dimensions of each attended token:
+    κ = parameters of the blocks / (2 · layers · heads · head dimension).
     """
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa" or not sees_all(config) or not _shares_exactly(model):
@@ -64,7 +63,7 @@ def _attention_tokens(model: PreTrainedModel) -> float | None:
 
 @torch.no_grad()
 def _shares_exactly(model: PreTrainedModel) -> bool:
-    """Whether completions that share a row have the hidden states that they have alone."""
+    """Whether completions that share a row have the same hidden states as alone."""
     random = np.random.default_rng(0)
     prompt = random.integers(0, model.config.vocab_size, _PROMPT_TOKENS)
     sequences = [np.r_[prompt, random.integers(0, model.config.vocab_size, length)] for length in _COMPLETION_TOKENS]

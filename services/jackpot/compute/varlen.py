@@ -1,5 +1,5 @@
-"""Attention over sequences that lie one after the other in a row, each by itself and without a mask: torch's
-``varlen_attn`` as an attention implementation of transformers."""
+"""Attention within sequences that are packed into one row, without a mask: torch's ``varlen_attn`` as an attention
+implementation of transformers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ VARLEN = "jackpot_varlen"
 
 _LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
-_LEAST_CAPABILITY = (8, 0)  # of the kernels: Ampere
-# What transformers hands on to every attention function without wanting anything of it.
+_LEAST_CAPABILITY = (8, 0)  # required by the kernels: Ampere
+# Arguments that transformers passes to every attention function and that need no action.
 _OF_NO_EFFECT = frozenset({"position_ids", "cache_position", "cu_seq_lens_k", "max_length_k"})
 
 
@@ -30,7 +30,7 @@ def _kernel() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    # The first version of it has no scale of the caller's.
+    # Its first version has no scale argument.
     return varlen_attn if "scale" in inspect.signature(varlen_attn).parameters else None
 
 
@@ -39,7 +39,7 @@ _TAKES_GROUPED_HEADS = _VARLEN_ATTN is not None and "enable_gqa" in inspect.sign
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has the kernel for what computes on a device in a number format."""
+    """Whether torch has the kernel for this device and dtype."""
     return (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
@@ -49,11 +49,11 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 HasKernel = Callable[[torch.device, torch.dtype], bool]
-"""What :func:`is_available` is."""
+"""The type of :func:`is_available`."""
 
 
 def switch(model: PreTrainedModel) -> None:
-    """Have a model attend by lengths; in place. Where that is not possible, transformers leaves the model as it is."""
+    """Have a model attend by lengths; in place. If that is not possible, transformers leaves the model unchanged."""
     AttentionInterface.register(VARLEN, attend)
     AttentionMaskInterface.register(VARLEN, no_mask)
     model.set_attn_implementation(VARLEN)
@@ -61,7 +61,7 @@ def switch(model: PreTrainedModel) -> None:
 
 @contextmanager
 def switched(model: PreTrainedModel) -> Iterator[None]:
-    """The same for a while."""
+    """The same within a ``with`` block."""
     before = model.config._attn_implementation
     switch(model)
     try:
@@ -76,9 +76,9 @@ def attends_by_lengths(model: PreTrainedModel) -> bool:
 
 
 def bounds(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What a switched model's forward is to be given for one row of sequences of these lengths.
+    """Arguments of a switched model's forward for one row of sequences of these lengths.
 
-    Made once a pass, they reach every layer: the names are those by which transformers hands such bounds down.
+    Made once a pass, they reach every layer under transformers' own names for such bounds.
     """
     cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     longest = max(lengths)
@@ -101,25 +101,25 @@ def attend(
     max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within sequences, as transformers calls it.
+    """Causal attention within sequences, with the signature that transformers expects.
 
     Args:
         module: the layer.
         query: ``[B, H, L, D]``.
         key: ``[B, H_kv, L, D]``.
         value: as ``key``.
-        attention_mask: a caller's own, bool ``[B, 1, L, L]``, with which SDPA does the work; not beside lengths.
-        scaling: what scores are multiplied by; None is 1/√D.
-        cu_seq_lens_q: where the sequences of the only row begin, and where the last ends, ``[N + 1]`` int32; None:
-            every row is a sequence.
+        attention_mask: a caller's own, bool ``[B, 1, L, L]``, for which SDPA is used; not together with lengths.
+        scaling: the factor on scores; None is 1/√D.
+        cu_seq_lens_q: starts of the sequences in the only row, and the end of the last, ``[N + 1]`` int32; if None,
+            every row is one sequence.
         max_length_q: tokens of the longest.
-        others: what else the architecture wants.
+        others: the architecture's further arguments.
 
     Returns:
         ``[B, L, H, D]``.
 
     Raises:
-        ValueError: the architecture wants what this cannot do.
+        ValueError: the architecture needs an unsupported feature.
     """
     _refuse_what_is_not_done(module, query, key, value, others)
     if attention_mask is not None:
@@ -131,7 +131,7 @@ def attend(
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)
         max_length_q = length
-    # [B · L, H, D]. Rotary embeddings in float32 leave wider queries and keys than the kernel knows.
+    # [B · L, H, D]. Rotary embeddings in float32 leave wider queries and keys than the kernel supports.
     q, k, v = (
         tensor.to(value.dtype).transpose(1, 2).reshape(rows * length, -1, head_dim).contiguous()
         for tensor in (query, key, value)
@@ -144,7 +144,7 @@ def attend(
 def attend_one_by_one(
     query: Tensor, key: Tensor, value: Tensor, cumulative: Tensor, _longest: int, scale: float | None
 ) -> Tensor:
-    """The same without the kernel, ``[T, H, D]``: a loop over the sequences. For the CPU, where models are tried."""
+    """The same without the kernel, ``[T, H, D]``: a loop over the sequences. For the CPU, where models are tested."""
     parts = []
     for start, end in pairwise(cumulative.tolist()):
         q, k, v = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
@@ -169,17 +169,17 @@ def _attend_on_gpu(
     return output
 
 
-_CAUSAL = (-1, 0)  # all that is behind, nothing ahead
+_CAUSAL = (-1, 0)  # everything before, nothing after
 
 
 def no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:
-    """In place of transformers' masks. Right padding needs none: real tokens never see it.
+    """Replaces transformers' masks. Right padding needs none: real tokens never see it.
 
     Args:
         attention_mask: ``[B, L]``, True at real tokens.
 
     Raises:
-        ValueError: it hides tokens that those behind it would see.
+        ValueError: it hides tokens that later ones would see.
     """
     if attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
         raise ValueError("attention by lengths sees a row from its first token on. Pad rows on the right")
@@ -198,7 +198,7 @@ def _refuse_what_is_not_done(
             f"its heads have {head_dim} dimensions for queries and {value.shape[-1]} for values; attention by lengths "
             f"wants one number for both, a multiple of {_HEAD_MULTIPLE} up to {_LARGEST_HEAD}"
         )
-    # A window, a cap on scores, sinks: what comes up in newer architectures is refused until it is known here.
+    # A window, a cap on scores, sinks: features of newer architectures are refused until they are supported here.
     wanted = [name for name, given in others.items() if name not in _OF_NO_EFFECT and _asks(given)]
     if wanted:
         raise ValueError(f"its attention wants {', '.join(wanted)}, which attention by lengths does not know")

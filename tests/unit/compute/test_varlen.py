@@ -210,7 +210,10 @@ def test_completions_share_a_prompts_row_in_a_switched_model(
         (Gemma2Config(**SIZES, head_dim=8, layer_types=["full_attention"] * 2), "its attention wants softcap"),
         (LlamaConfig(**{**SIZES, "hidden_size": 48}), "its heads have 12 dimensions"),
         (Qwen3Config(**SIZES, head_dim=264), "its heads have 264 dimensions"),
-        (BloomConfig(vocab_size=49, hidden_size=32, n_layer=2, n_head=4), "lets nobody change its attention"),
+        (
+            BloomConfig(vocab_size=49, hidden_size=32, n_layer=2, n_head=4),
+            "does not allow another attention implementation",
+        ),
         (
             DeepseekV3Config(
                 **{**SIZES, "num_key_value_heads": 4},

@@ -1,1 +1,1 @@
-"""Several processes that compute together: meeting, sharding, and dividing the work."""
+"""Several processes that compute together: rendezvous, sharding, and division of work."""

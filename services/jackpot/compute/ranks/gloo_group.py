@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class GlooGroup:
-    """Rank 0 broadcasts to all others. Every call ends within the timeout, whatever becomes of the others.
+    """Rank 0 broadcasts to all others. Every call ends within the timeout, even if other ranks fail.
 
     Args:
         host: where rank 0 is.
-        port: that rank 0 listens on until all have come.
+        port: that rank 0 listens on until all have joined.
         rank: of this process.
-        world_size: how many there are.
+        world_size: the number of ranks.
         timeout_seconds: for joining, and for each broadcast.
 
     Raises:
-        RuntimeError: not all came in time.
+        RuntimeError: not all joined in time.
     """
 
     def __init__(self, host: str, port: int, rank: int, world_size: int, timeout_seconds: float) -> None:

@@ -1,7 +1,7 @@
-"""The ranks of a service: the processes that compute as one. What they say to each other outside of FSDP's own traffic.
+"""The ranks of a service: the processes that compute as one, and their communication besides FSDP's own.
 
-Bytes and tensors only. Every call is a collective: all ranks make it, in the same order, or none returns. A rank that
-is gone shows at once as a broken connection, and one that hangs after ``timeout_seconds``.
+Bytes and tensors only. Every call is a collective: all ranks make it, in the same order, or none returns. A lost rank
+shows at once as a broken connection, and a hanging one after ``timeout_seconds``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Finding = TypeVar("Finding", bool, float | None, str | None)
 
 
 class RanksConfig(Protocol):
-    """The part of a service's settings that is about its ranks."""
+    """The settings of a service's ranks."""
 
     @property
     def processes(self) -> int:
@@ -43,27 +43,27 @@ class RanksConfig(Protocol):
 
 
 class RankLostError(JackpotError):
-    """Another rank of the service is gone or hangs; the launcher starts all of them again."""
+    """Another rank of the service is gone or hangs; the launcher restarts all of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranks:
-    """This process among those that compute as one.
+    """This process's place among the ranks.
 
     Without a ``mesh`` there is one process, and models are whole and plain.
     """
 
     rank: int = 0
     size: int = 1
-    device: torch.device | None = None  # where this rank computes; None: where the models were loaded
-    mesh: DeviceMesh | None = None  # over all ranks; what FSDP shards over
-    checkpoint_group: dist.ProcessGroup | None = None  # its own: checkpoints are written while training goes on
+    device: torch.device | None = None  # this rank's device; None: the device on which the models were loaded
+    mesh: DeviceMesh | None = None  # over all ranks; FSDP shards over it
+    checkpoint_group: dist.ProcessGroup | None = None  # separate: checkpoints are written during training
 
     def broadcast(self, payload: bytes = b"") -> bytes:
         """Rank 0's ``payload``, on every rank.
 
         Raises:
-            RankLostError: a rank is gone, or rank 0 said nothing in time.
+            RankLostError: a rank is gone, or rank 0 sent nothing in time.
         """
         if self.size == 1:
             return payload
@@ -92,7 +92,7 @@ class Ranks:
             raise RankLostError(_LOST.format(error)) from error
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """Give another rank a CPU tensor, which takes it by :meth:`receive_`.
+        """Send a CPU tensor to another rank, which calls :meth:`receive_`.
 
         Raises:
             RankLostError: that rank is gone or hangs.
@@ -103,7 +103,7 @@ class Ranks:
             raise RankLostError(_LOST.format(error)) from error
 
     def receive_(self, tensor: Tensor) -> None:
-        """Fill a CPU tensor with what rank 0 sends.
+        """Fill a CPU tensor with the one that rank 0 sends.
 
         Raises:
             RankLostError: rank 0 is gone or hangs.
@@ -114,7 +114,7 @@ class Ranks:
             raise RankLostError(_LOST.format(error)) from error
 
     def finding_of_rank_0(self, finding: Finding) -> Finding:
-        """What rank 0 found; a collective. Where rounding decides, all have to go the same way.
+        """Rank 0's result; a collective. Where rounding decides, all ranks must decide alike.
 
         Raises:
             RankLostError: a rank is gone or hangs.
@@ -123,7 +123,7 @@ class Ranks:
         return told
 
     def agree(self, well: bool) -> bool:
-        """Whether it went well on all ranks; a collective.
+        """Whether all ranks succeeded; a collective.
 
         Raises:
             RankLostError: a rank is gone or hangs.
@@ -153,16 +153,16 @@ SOLO = Ranks()
 def join_ranks(
     service: str, config: RanksConfig, device: torch.device, environ: Mapping[str, str] = os.environ
 ) -> Ranks:
-    """Meet the other ranks of torchrun; outside of it, be the only one, in a group of one.
+    """Join the other ranks of torchrun; without torchrun, a group of one.
 
     Args:
-        service: whose ranks these are; its section of the job file, for messages.
-        config: how many are expected, and for how long a collective may wait.
+        service: the ranks' service; names its section of the job file in messages.
+        config: the expected number of ranks, and how long a collective may wait.
         device: of ``<service>.device``; each rank of a machine takes the GPU of its local rank.
         environ: torchrun's variables.
 
     Raises:
-        ConfigError: torchrun started another number of ranks, or there are fewer GPUs than local ranks.
+        ConfigError: torchrun started a different number of ranks, or there are fewer GPUs than local ranks.
     """
     rank = int(environ["RANK"]) if is_rank(environ) else None
     size = int(environ.get("WORLD_SIZE", "1"))
@@ -172,7 +172,7 @@ def join_ranks(
     timeout = timedelta(seconds=config.collective_timeout_seconds)
     if device.type == "cuda":
         device = _own_gpu(service, config, int(environ.get("LOCAL_RANK", "0")))
-    # gloo also with GPUs: orders, figures and checkpoints travel between CPUs.
+    # gloo even with GPUs: orders, figures and checkpoints travel between CPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if rank is None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -206,4 +206,4 @@ def _own_gpu(service: str, config: RanksConfig, local_rank: int) -> torch.device
     return device
 
 
-_LOST = "another rank is gone or hangs ({}). Its end of the log says why; all ranks start again."
+_LOST = "another rank is gone or hangs ({}). The end of its log says why; all ranks restart."

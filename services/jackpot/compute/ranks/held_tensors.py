@@ -1,5 +1,5 @@
-"""What this process holds of a model, and how a weight version gets there: of a sharded model its slices alone, read
-from the file by place, so that no process ever has the whole in memory."""
+"""The tensors of a model that this process holds, and loading a weight version into them. Of a sharded model it reads
+only its slices from the file, so that no process ever has the whole in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jackpot.errors import JackpotError
 class HeldTensors:
     """The tensors of a model that this process holds: all of them, or its slices of a model sharded on dimension 0.
 
-    Asked for once, when no pass is under way; :meth:`read` may then run beside passes.
+    Create it once, while no pass is running; :meth:`read` may then run concurrently with passes.
 
     Args:
         model: whole, or sharded by :func:`jackpot.compute.ranks.sharding.shard`.
@@ -42,7 +42,7 @@ class HeldTensors:
         return sum(tensor.numel() * tensor.element_size() for tensor in self._local.values())
 
     def read(self, weights_dir: Path) -> dict[str, Tensor]:
-        """Read this process's part of a weight version into memory; the model stays as it is.
+        """Read this process's part of a weight version into memory; the model stays unchanged.
 
         Returns:
             CPU tensors for :meth:`apply`.
@@ -55,19 +55,19 @@ class HeldTensors:
 
     @torch.no_grad()
     def apply(self, state: Mapping[str, Tensor]) -> None:
-        """Copy tensors of :meth:`read` into the model, in place, cast to its number format. No pass may be under way,
-        and a sharded model must have given up what it gathered."""
+        """Copy tensors of :meth:`read` into the model, in place, cast to its number format. No pass may be running,
+        and a sharded model must have released its gathered parameters."""
         for name, tensor in self._local.items():
             tensor.copy_(state[name])
 
 
 def _own_rows(name: str, tensor: DTensor) -> slice:
-    """Where the local part of a tensor lies in the whole."""
+    """The position of a tensor's local part in the whole."""
     mesh = tensor.device_mesh
     rows = rows_of(tensor.shape[0], mesh.size(), mesh.get_local_rank())
     if tuple(tensor.to_local().shape) != (rows.stop - rows.start, *tensor.shape[1:]):
         raise JackpotError(
-            f"this version of torch cuts {name} {tuple(tensor.shape)} otherwise than along its first dimension: "
+            f"this version of torch does not shard {name} {tuple(tensor.shape)} along its first dimension: "
             f"{tuple(tensor.to_local().shape)} on rank {mesh.get_local_rank()} of {mesh.size()}. "
             "Install the version of torch that the requirements name."
         )

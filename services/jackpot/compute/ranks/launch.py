@@ -1,8 +1,8 @@
 """A service's processes under torchrun: started together, ended together, and one exit code for the launcher.
 
-torchrun's own settings (``PET_NNODES``, ``PET_NPROC_PER_NODE``, ``PET_RDZV_ENDPOINT``, …) are heeded where they are
-set, for ranks on several machines; otherwise all ranks run on this one. A lost rank ends all of them, and the launcher
-starts the service again.
+torchrun's own settings (``PET_NNODES``, ``PET_NPROC_PER_NODE``, ``PET_RDZV_ENDPOINT``, …) apply if set, for
+ranks on several machines; otherwise all ranks run on this one. A lost rank ends all of them, and the launcher restarts
+the service.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from jackpot.process.service_process import STOPPED_EARLY, ServiceMain, run_serv
 from jackpot.storage.run_directory import load_service_job
 
 _SIGNAL_BASE = 128
-# What --standalone stands for: a rendezvous of this process alone, on a free port of this machine.
+# The meaning of --standalone: a rendezvous of this process alone, on a free local port.
 _ALONE = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "localhost")
 
 
 def run_ranked_service(name: str, main: ServiceMain, processes: Callable[[JobSpec], int]) -> NoReturn:
-    """Run a service, from start to exit: its one process, one of its ranks, or the process that starts the ranks.
+    """Run a service from start to exit: its only process, one of its ranks, or the process that starts the ranks.
 
     Args:
         name: the service.
-        main: what a process of it does, see :func:`run_service`.
-        processes: how many the job asks for.
+        main: the service itself, see :func:`run_service`.
+        processes: how many the job sets.
     """
     if not is_rank():
         try:
@@ -42,7 +42,7 @@ def run_ranked_service(name: str, main: ServiceMain, processes: Callable[[JobSpe
             sys.exit(run_ranks(name, count))
     environ = dict(os.environ)
     if int(environ.get("RANK", "0")) > 0:
-        # Figures, calls and health are rank 0's.
+        # Only rank 0 serves metrics, calls and health checks.
         environ |= {PREFIX + variable: "" for variable in ("METRICS_ADDRESS", "HEALTH_LISTEN", "LISTEN")}
     run_service(name, main, environ)
 
@@ -56,7 +56,7 @@ def run_ranks(service: str, processes: int, environ: Mapping[str, str] = os.envi
     """Run ``python -m jackpot.<service>`` on this many ranks until all have ended.
 
     Returns:
-        0; the exit code of the rank that failed first; or 75 where a signal stopped them.
+        0; the exit code of the rank that failed first; or 75 if a signal stopped them.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -67,7 +67,7 @@ def run_ranks(service: str, processes: int, environ: Mapping[str, str] = os.envi
     settings = [] if "PET_RDZV_ENDPOINT" in environ else [*_ALONE, "--rdzv-id", uuid.uuid4().hex]
     if "PET_NPROC_PER_NODE" not in environ:
         settings += ["--nproc-per-node", str(processes)]
-    # Not even once: what failed is in the launcher's hands, with its back-off and its limit.
+    # No restarts here: the launcher restarts, with its back-off and limit.
     arguments = [*settings, "--max-restarts", "0", "-m", f"jackpot.{service}"]
     config, command, command_arguments = config_from_args(parse_args(arguments))  # type: ignore[no-untyped-call]
     try:

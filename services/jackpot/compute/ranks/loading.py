@@ -1,8 +1,8 @@
-"""A model for several ranks: rank 0 reads it tensor by tensor, and each rank holds its rows of every tensor, no more.
+"""Loads a model for several ranks: rank 0 reads it tensor by tensor, and each rank holds only its rows of each tensor.
 
-Rank 0 has transformers load the model, renamings, conversions and number formats included, and takes each parameter
-away as soon as it is read: the rows of every rank go to that rank, and a placeholder on the meta device stays. The
-others make the model from its config.json. So what the ranks hold is what :func:`load_causal_lm` would have loaded.
+On rank 0 transformers loads the model, with its renamings, conversions and number formats. Each parameter is taken away
+as soon as it is read: every rank receives its rows, and a placeholder on the meta device remains. The other ranks build
+the model from its config.json. Together the ranks hold exactly what :func:`load_causal_lm` would have loaded.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from jackpot.errors import ConfigError, JackpotError
 
 LOG = logging.getLogger(__name__)
 
-# By which transformers marks a parameter that it has read, before it puts it into its module.
+# transformers' mark on a parameter that it has read, before it puts it into its module.
 _READ_MARK = "_is_hf_initialized"
-# Unless told so, transformers reads far ahead of what it puts into the model.
+# By default transformers reads far ahead of what it puts into the model.
 _READ_IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
@@ -48,7 +48,7 @@ def load_on_ranks(model_dir: str, dtype: str, ranks: Ranks, device: torch.device
         The model with its parameters on the meta device, and this rank's rows of them as attribute ``HELD``.
 
     Raises:
-        ConfigError: as :func:`load_causal_lm`, but for the check of its logits, on all ranks.
+        ConfigError: as :func:`load_causal_lm`, on all ranks, but without the check of its logits.
         RankLostError: a rank is gone, or took longer than ``collective_timeout_seconds`` for a tensor.
     """
     if ranks.rank == 0:
@@ -63,7 +63,7 @@ Loaded = tuple[PreTrainedModel, dict[str, Tensor]]
 
 
 def _hand_out(model_dir: str, dtype: str, ranks: Ranks, device: torch.device, field: str) -> Loaded:
-    """Rank 0's part: read the model, and give every rank its rows of it."""
+    """Rank 0's part: read the model, and send every rank its rows."""
     given = _Handout(ranks, device)
     try:
         with _read_in_turn(), _registering(given.take_away):
@@ -82,7 +82,7 @@ def _hand_out(model_dir: str, dtype: str, ranks: Ranks, device: torch.device, fi
 
 
 def _take_up(path: Path, ranks: Ranks, device: torch.device) -> Loaded:
-    """Another rank's part: take rows as rank 0 reads them, and make the model that they belong to."""
+    """Another rank's part: receive rows as rank 0 reads them, and build their model."""
     parts: list[Tensor] = []
     while True:
         told = json.loads(ranks.broadcast())
@@ -103,18 +103,18 @@ def _take_up(path: Path, ranks: Ranks, device: torch.device) -> Loaded:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What rank 0 says of a tensor before it sends it."""
+    """Rank 0's description of a tensor before it sends it."""
 
     shape: list[int]  # of the whole
     dtype: str
     by_rows: bool  # parameters are sharded, buffers are not
 
     def rows(self, ranks: Ranks, rank: int) -> slice:
-        """Which rows a rank holds."""
+        """The rows that a rank holds."""
         return rows_of(self.shape[0], ranks.size, rank)
 
     def shape_on(self, ranks: Ranks) -> list[int]:
-        """Shape of what this rank holds."""
+        """Shape of this rank's part."""
         if not self.by_rows:
             return self.shape
         rows = self.rows(ranks, ranks.rank)
@@ -122,10 +122,10 @@ class _Part:
 
 
 class _Handout:
-    """What rank 0 has read and handed out.
+    """The tensors that rank 0 has read and sent out.
 
     Args:
-        ranks: who gets it.
+        ranks: the receivers.
         device: where rank 0's own rows go.
     """
 
@@ -133,23 +133,23 @@ class _Handout:
         self._ranks = ranks
         self._device = device
         self.parts: list[Tensor] = []
-        """Rank 0's own rows, in the order in which tensors were handed out."""
+        """Rank 0's own rows, in the order in which tensors were sent."""
         self.number_of: dict[Tensor, int] = {}
-        """The place in that order of what stands in the model."""
+        """The index in that order of each placeholder in the model."""
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Say something to the other ranks."""
+        """Send a message to the other ranks."""
         self._ranks.broadcast(json.dumps(message).encode())
 
     def take_away(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Hand out a parameter that has been read; what is to stand in its place."""
+        """Send out a parameter that has been read; returns its placeholder."""
         if parameter.is_meta or not getattr(parameter, _READ_MARK, False):
             return parameter
         return self._replaced(parameter)
 
     def take_rest(self, model: nn.Module) -> None:
-        """Hand out buffers, and parameters that transformers did not mark as read: those that it made by itself, or all
-        of them if it should stop to mark them."""
+        """Send out buffers, and parameters that transformers did not mark as read: those that it created itself, or all
+        of them should it ever stop marking them."""
         unmarked = []
         distinct, aliases = own_tensors(model)
         for name, tensor in distinct.items():
@@ -165,8 +165,8 @@ class _Handout:
             )
 
     def tie_equals(self, model: PreTrainedModel) -> None:
-        """Tie what the configuration ties and the file holds twice, if it is the same: transformers does so by the
-        values, which it cannot see here."""
+        """Tie tensors that the configuration ties and the file holds twice, if they are equal. transformers compares
+        their values, which it cannot see here."""
         for name, other in model.all_tied_weights_keys.items():
             tensors = model.state_dict(keep_vars=True)
             if tensors[name] is tensors[other]:
@@ -191,7 +191,7 @@ class _Handout:
             if content.numel():
                 self._ranks.send(content.contiguous(), rank)
         content = tensor[part.rows(self._ranks, 0)] if by_rows else tensor
-        # A copy: the rest of the tensor is not to stay, nor the file to be needed.
+        # A copy: neither the rest of the tensor nor the file may stay in use.
         copied = torch.empty(content.shape, dtype=content.dtype, device=self._device).copy_(content)
         self.parts.append(copied)
         return len(self.parts) - 1
@@ -206,15 +206,13 @@ def _without_weights(path: Path, layout: dict[str, Any]) -> PreTrainedModel:
     with quiet(), _registering(_on_meta):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         made: Any = AutoModelForCausalLM
-        # In rank 0's format, which is not the file's: buffers that no file holds are computed in it.
+        # In rank 0's number format, not the file's: buffers that no file holds are computed in it.
         dtype = getattr(torch, layout["dtype"])
         model: PreTrainedModel = made.from_config(config, dtype=dtype, attn_implementation=layout["attention"])
     given = model.state_dict(keep_vars=True)
     if given.keys() != layout["aliases"].keys():
         differing = sorted(given.keys() ^ layout["aliases"].keys())[:5]
-        raise JackpotError(
-            f"{path} is another model here than for rank 0 ({', '.join(differing)}); use one version of it"
-        )
+        raise JackpotError(f"{path} differs from rank 0's model ({', '.join(differing)}); use one version of it")
     for name, (_, shape, number_format) in layout["tensors"].items():
         if list(given[name].shape) != shape:
             raise JackpotError(
@@ -229,7 +227,7 @@ def _without_weights(path: Path, layout: dict[str, Any]) -> PreTrainedModel:
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter without memory. Buffers, which no file holds, are made as ever."""
+    """A parameter without memory. Buffers, which no file holds, are created as usual."""
     if parameter.is_meta:
         return parameter
     return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
@@ -241,7 +239,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @contextmanager
 def _registering(replace: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
-    """Parameters that are put into any module meanwhile are replaced by what ``replace`` makes of them."""
+    """Within the block, each parameter put into a module is replaced by the result of ``replace``."""
     register = nn.Module.register_parameter
 
     def replaced(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -256,7 +254,7 @@ def _registering(replace: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[No
 
 @contextmanager
 def _read_in_turn() -> Iterator[None]:
-    """transformers reads a tensor when it is its turn to be put into the model."""
+    """Have transformers read each tensor only when it puts it into the model."""
     before = os.environ.get(_READ_IN_TURN)
     os.environ[_READ_IN_TURN] = "1"
     try:

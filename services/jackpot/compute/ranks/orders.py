@@ -1,5 +1,5 @@
-"""Rank 0 leads, the others follow: every collective begins with its order to them. An order is JSON and, where it has
-content, bytes."""
+"""Rank 0 leads, and the others follow: every collective begins with an order from rank 0. An order is JSON and,
+optionally, bytes."""
 
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ from jackpot.errors import JackpotError
 
 LOG = logging.getLogger(__name__)
 
-_WAIT = "wait"  # nothing to do: rank 0 is there
+_WAIT = "wait"  # nothing to do: rank 0 is alive
 _STOP = "stop"
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What rank 0 wants done."""
+    """An order of rank 0."""
 
     do: str
     details: dict[str, Any]
     content: bytes = b""
 
     def refuse(self) -> JackpotError:
-        """What to raise by a rank that does not know the order."""
+        """The error of a rank that does not know the order."""
         return JackpotError(f"rank 0 asks for {self.do!r}, which this rank does not know; install one version")
 
 
 class Orders:
-    """Rank 0's side. Safe to be used by several threads: one order is carried out at a time, in the same order on every
-    rank.
+    """Rank 0's side. Thread-safe: orders are carried out one at a time, in the same sequence on every rank.
 
     Args:
         ranks: all of them.
-        timeout_seconds: after which a rank that hears nothing gives rank 0 up.
+        timeout_seconds: after which a rank without an order considers rank 0 lost.
     """
 
     def __init__(self, ranks: Ranks, timeout_seconds: float) -> None:
@@ -53,7 +52,7 @@ class Orders:
 
     @contextmanager
     def give(self, do: str, content: bytes | None = None, **details: Any) -> Iterator[None]:
-        """Tell the others what to do, and do this rank's part of it inside the ``with``.
+        """Send the others an order, and do this rank's part of it inside the ``with``.
 
         Raises:
             RankLostError: a rank is gone or hangs.
@@ -61,7 +60,7 @@ class Orders:
         with self._turn:
             device = self._ranks.device
             if device is not None and device.type == "cuda":
-                torch.cuda.set_device(device)  # which is the calling thread's own
+                torch.cuda.set_device(device)  # belongs to the calling thread
             order = {"do": do, "details": details, "has_content": content is not None}
             self._ranks.broadcast(json.dumps(order).encode())
             if content is not None:
@@ -69,7 +68,7 @@ class Orders:
             yield
 
     def dismiss(self, exit_code: int) -> None:
-        """Send the other ranks home, with their exit code; a no-op the second time and when a rank is gone."""
+        """Dismiss the other ranks with their exit code; a no-op the second time, and if a rank is gone."""
         if self._dismissed.is_set():
             return
         self._dismissed.set()
@@ -80,17 +79,17 @@ class Orders:
             LOG.warning("%s", error)
 
     def _keep_in_touch(self) -> None:
-        """While there is nothing to do, show the others well before their deadline that this rank is there."""
+        """While idle, show the others well before their deadline that this rank is alive."""
         while not self._dismissed.wait(self._interval):
             try:
                 with self.give(_WAIT):
                     pass
             except RankLostError:
-                return  # torchrun has seen it as well, and ends this process
+                return  # torchrun has noticed it as well, and ends this process
 
 
 class Dismissed(Exception):
-    """Rank 0 needs this rank no more."""
+    """Rank 0 no longer needs this rank."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__()
@@ -98,10 +97,10 @@ class Dismissed(Exception):
 
 
 def next_order(ranks: Ranks) -> Order:
-    """What rank 0 wants done next, on another rank.
+    """The next order of rank 0, on another rank.
 
     Raises:
-        Dismissed: nothing any more.
+        Dismissed: there are no more.
         RankLostError: rank 0 is gone or hangs.
     """
     while True:

@@ -1,4 +1,4 @@
-"""Which sequences pass through the models when, and on which rank. A function of the lengths alone. numpy only."""
+"""Plans the passes of each rank. The plan depends only on the sequences' lengths. numpy only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from jackpot.compute.batching import ModelPass, Siblings, passes_of_rows, plan_rows, shared_rows
 
-# Tokens of the rank that has most, over the mean, that whole groups may bring about: all ranks wait for that one.
+# Most tokens of any rank, over the mean, that splitting by whole groups may cause: all ranks wait for that one.
 _TOLERATED_LOAD = 1.1
 
 
@@ -24,16 +24,16 @@ def plan_passes(
     packed: bool = False,
     siblings: Siblings | None = None,
 ) -> list[ModelPass]:
-    """The passes of one rank over a batch: as many on every rank, every sequence counted once.
+    """The passes of one rank over a batch: equally many on every rank, every sequence counted once.
 
     Args:
         lengths: tokens of each sequence, of the whole batch.
         max_batch_tokens: upper bound of a pass, padding included.
         group_starts: see :func:`batch_shares`.
-        rank: whose passes.
-        size: how many ranks.
-        packed: sequences lie one after the other, without padding; else they are rows of similar length.
-        siblings: which sequences may share a row.
+        rank: the rank of these passes.
+        size: the number of ranks.
+        packed: sequences lie one after the other, without padding; otherwise they are rows of similar length.
+        siblings: the sequences that may share a row.
     """
     shares = batch_shares(lengths, group_starts, size)
     return plan_share(lengths, shares, rank, max_batch_tokens, packed=packed, siblings=siblings)
@@ -48,7 +48,7 @@ def plan_share(
     packed: bool = False,
     siblings: Siblings | None = None,
 ) -> list[ModelPass]:
-    """The same where each rank's sequences are given: ``shares``, one for each rank; a share may be empty."""
+    """The same for given ``shares`` of the sequences, one for each rank; a share may be empty."""
     plans = [_plan_own(lengths, share, max_batch_tokens, packed, siblings) for share in shares]
     passes = plans[rank]
     missing = max(map(len, plans)) - len(passes)
@@ -57,18 +57,18 @@ def plan_share(
 
 
 def filler_row(lengths: Sequence[int], share: Sequence[int]) -> int:
-    """The sequence that a rank's fillers consist of: the shortest of its own, or of all if it has none."""
+    """The sequence of a rank's filler passes: the shortest of its own, or of all if it has none."""
     return min(share or range(len(lengths)), key=lambda row: lengths[row])
 
 
 def batch_shares(lengths: Sequence[int], group_starts: Sequence[int], size: int) -> list[list[int]]:
-    """Split a batch among ranks: by whole groups, of which each rank then reads its own alone, or by sequences where
-    that would leave a rank with much more than its part.
+    """Split a batch among ranks: by whole groups, so that each rank reads only its own, or by sequences if whole groups
+    would give a rank much more than its share.
 
     Args:
         lengths: tokens of each sequence.
-        group_starts: index of each group's first sequence; none are there where sequences belong to no groups.
-        size: how many ranks.
+        group_starts: index of each group's first sequence; empty if sequences belong to no groups.
+        size: the number of ranks.
     """
     if size == 1 or len(group_starts) < size:
         return balanced_shares(lengths, size)
@@ -83,7 +83,7 @@ def batch_shares(lengths: Sequence[int], group_starts: Sequence[int], size: int)
 
 
 def balanced_shares(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Split sequences among ranks so that all have about as many tokens: the longest first, each to who has least.
+    """Split sequences among ranks, with about equally many tokens: the longest first, each to the rank with fewest.
 
     A share may be empty. Within a share sequences keep their order.
     """
@@ -99,13 +99,13 @@ def balanced_shares(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def plan_packed(lengths: Sequence[int], max_batch_tokens: int, siblings: Siblings | None = None) -> list[ModelPass]:
-    """Passes of one row each, in which sequences lie one after the other; but siblings whose prompt is worth sharing
-    lie behind it in rows of passes of their own.
+    """Passes of one row each, in which sequences lie one after the other. Siblings whose prompt is worth sharing have
+    separate passes, in rows that begin with it.
 
     Args:
         lengths: tokens of each sequence, prompt and completion.
         max_batch_tokens: upper bound of a pass. A sequence longer than this is a pass of its own.
-        siblings: who may share a prompt; None is nobody.
+        siblings: the sequences that may share a prompt; None shares none.
     """
     if siblings is None:
         return [ModelPass(tuple(places), (1,) * len(places)) for places in packed_bins(lengths, max_batch_tokens)]
@@ -121,7 +121,7 @@ def plan_packed(lengths: Sequence[int], max_batch_tokens: int, siblings: Sibling
 
 
 def packed_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Sequences in bins of at most ``capacity`` tokens: the longest first, each into the first bin with room.
+    """Pack sequences into bins of at most ``capacity`` tokens: the longest first, each into the first bin with room.
 
     At most 11/9 of the fewest bins possible, plus one. A sequence beyond the capacity is a bin of its own.
     """

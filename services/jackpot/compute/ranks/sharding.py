@@ -1,8 +1,8 @@
 """FSDP2: models sharded over ranks, and whole tensors back.
 
-Number formats of models that learn: parameters, gradients sums and AdamW's moments are float32. A model whose ``dtype``
-is bfloat16 computes in bfloat16 on copies that FSDP makes for each pass; gradients are added up over ranks and passes
-in float32. AdamW on bfloat16 parameters would lose most steps at the learning rates of RL: 1e-6 of a weight is far
+Number formats of trained models: parameters, gradient sums and AdamW's moments are float32. A model whose ``dtype`` is
+bfloat16 computes in bfloat16 on copies that FSDP makes for each pass; gradients are summed over ranks and passes in
+float32. AdamW on bfloat16 parameters would lose most steps at the learning rates of RL: 1e-6 of a weight is far
 below the 2⁻⁸ that bfloat16 resolves.
 """
 
@@ -30,7 +30,7 @@ from jackpot.compute.ranks.group import Ranks
 from jackpot.errors import ConfigError
 
 HELD = "held_rows"
-"""Attribute of a model that is to be sharded: by name, this rank's rows of its tensors, and its buffers."""
+"""Attribute of a model before sharding: this rank's rows of its tensors, and its buffers, by name."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,19 +40,19 @@ def shard(model: PreTrainedModel, ranks: Ranks, dtype: str | None, *, field: str
     then.
 
     The embedding and the output layer stay gathered from a pass until :func:`release`: the vocabulary pass uses the
-    output layer's weight outside of any module's forward, that of the actor's distillation after the policy's backward
-    pass.
+    output layer's weight outside of any module's forward, and the actor's distillation does so after the policy's
+    backward pass.
 
     Args:
         model: of :func:`jackpot.compute.ranks.loading.load_on_ranks`. With float32 parameters if it learns, and
             without gradients if it does not.
         ranks: all of them, with a mesh.
-        dtype: what it computes in; None is what its parameters are in.
+        dtype: compute dtype; None is the parameters' own.
         field: the setting that named the model, for error messages.
-        cpu_offload: whether parameters wait in the CPU's memory.
+        cpu_offload: whether parameters are kept in CPU memory between uses.
 
     Raises:
-        ConfigError: its logits are not those of its hidden states, see :func:`jackpot.compute.models.self_check`.
+        ConfigError: its hidden states do not reproduce its logits, see :func:`jackpot.compute.models.self_check`.
         RankLostError: a rank is gone or hangs.
     """
     assert ranks.mesh is not None
@@ -67,8 +67,8 @@ def shard(model: PreTrainedModel, ranks: Ranks, dtype: str | None, *, field: str
     fully_shard(model, reshard_after_forward=False, **settings)
     for module in (*blocks, model):
         assert isinstance(module, FSDPModule)
-        # Losses are divided by what the whole batch holds: gradients of ranks are added, not averaged. Only plain
-        # sums exist on gloo and NCCL alike.
+        # Losses are divided by the whole batch's size, so that gradients of ranks are added, not averaged. Only plain
+        # sums exist on both gloo and NCCL.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     assert isinstance(model, FSDPModule)
@@ -82,7 +82,7 @@ def shard(model: PreTrainedModel, ranks: Ranks, dtype: str | None, *, field: str
 
 
 def rows_of(rows: int, ranks: int, rank: int) -> slice:
-    """Which rows of a tensor a rank holds: FSDP2 cuts dimension 0 as ``torch.chunk`` does."""
+    """The rows of a tensor that a rank holds: FSDP2 splits dimension 0 like ``torch.chunk``."""
     size = -(-rows // ranks)
     start = min(rank * size, rows)
     return slice(start, min(start + size, rows))
@@ -90,15 +90,14 @@ def rows_of(rows: int, ranks: int, rank: int) -> slice:
 
 @torch.no_grad()
 def _fill(model: nn.Module) -> None:
-    """Put the rows that this rank holds in the place of what is on the meta device; one tensor after the other, so that
-    no more than one is there twice."""
+    """Replace tensors on the meta device by this rank's rows, one at a time, so that at most one exists twice."""
     held: dict[str, Tensor] = getattr(model, HELD)
     delattr(model, HELD)
     tensors, aliases = own_tensors(model)
     for name, tensor in tensors.items():
         part = held.pop(name)
         if isinstance(tensor, DTensor):
-            # Where the rows are, which with offloading is not the mesh's device.
+            # The rows' device, which with offloading is not the mesh's.
             rows: Any = torch.empty_like(tensor, device=part.device)
             rows.to_local().copy_(part)
             put_tensor(model, name, nn.Parameter(rows, requires_grad=tensor.requires_grad))
@@ -108,10 +107,10 @@ def _fill(model: nn.Module) -> None:
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that a decoder is a stack of.
+    """The blocks of a decoder's stack.
 
     Raises:
-        ConfigError: the architecture keeps them where we do not look.
+        ConfigError: the architecture does not keep them in ``layers``.
     """
     layers = getattr(model.base_model, "layers", None) or getattr(model.base_model, "h", None)
     if not isinstance(layers, nn.ModuleList):
@@ -125,15 +124,15 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def release(model: nn.Module) -> None:
-    """Give up gathered parameters: after passes, and before the parameters change."""
+    """Release gathered parameters: after passes, and before the parameters change."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 @torch.no_grad()
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors by name, each once and whole. Of a sharded model, all ranks have to iterate: each tensor is
-    gathered when it is its turn, so that a device never holds more than one."""
+    """The model's tensors by name, each once and whole. For a sharded model all ranks must iterate: tensors are
+    gathered one at a time, so that a device never holds more than one."""
     release(model)
     tensors, _ = own_tensors(model)
     for name, tensor in tensors.items():
