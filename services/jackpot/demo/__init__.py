@@ -1,1 +1,1 @@
-"""The demo: a task that fits in a line, and two tiny models made for it on the spot."""
+"""The demo: a task that fits in a line, and two tiny models trained for it locally."""

@@ -1,4 +1,4 @@
-"""``python -m jackpot.demo <recipe> <cache dir>``: make the built-in models of a recipe, if they are missing."""
+"""``python -m jackpot.demo <recipe> <cache dir>``: makes the built-in models of a recipe if they are missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"usage: python -m jackpot.demo {{{','.join(RECIPES)}}} CACHE_DIRECTORY", file=sys.stderr)
         return 2
     try:
-        from jackpot.demo.warmup import make_models  # torch loads only once the arguments are known to be right
+        from jackpot.demo.warmup import make_models  # torch loads only once the arguments are checked
 
         print(make_models(RECIPES[arguments[0]], Path(arguments[1])))
     except JackpotError as error:

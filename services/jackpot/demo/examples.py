@@ -1,4 +1,4 @@
-"""Examples for the warm-up: prompts with answers that are partly wrong, in one model's style. numpy only."""
+"""Examples for the warm-up: prompts with partly wrong answers, in one model's style. numpy only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How the demo's two models are made, and where they are kept. No torch: the launcher reads this.
 
-A recipe says everything that the models depend on. Its key is a hash of that, so a changed recipe makes new models
-and an unchanged one finds those already made.
+A recipe holds everything that the models depend on. Its key is a hash of that, so that a changed recipe makes new
+models, and an unchanged one finds the existing ones.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from jackpot.errors import ConfigError
 PREFIX = "builtin:"
 MODEL_NAMES: tuple[Literal["policy", "actor"], ...] = ("policy", "actor")
 FORMAT = 1
-"""Part of every key: raise it when the code that makes the models changes what it makes."""
+"""Part of every key: raise it when a change of code changes the models."""
 
 COPIED_SIZES = {"hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"}
-"""What a copy of the policy has from the policy, less the layers dropped."""
+"""Fields that a copy of the policy takes from the policy, apart from the layers dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,14 @@ class ModelRecipe:
     """Supervised warm-up steps."""
     lr: float
     slip_rate: float
-    """How often a digit of an example is replaced by a random one: how unsure the model will be."""
+    """How often a digit of an example is replaced by a random one, which makes the model less certain."""
     style_seed: int
-    """Draws the separators that this model prefers."""
+    """Seed of the separators that this model prefers."""
     style_spread: float
     """Standard deviation of the preferences' logits: 0 uses all separators alike."""
     drop_layers: int = 0
-    """Only for an actor: more than 0 makes it a copy of the warmed-up policy without this many of its layers, the
-    kept ones evenly spaced. ``steps`` then mend the copy, and its sizes are the policy's."""
+    """Only for an actor: if above 0, the actor is a copy of the warmed-up policy without this many of its layers, the
+    kept ones evenly spaced. ``steps`` then repair the copy, and its sizes are the policy's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ class Recipe:
     batch_size: int = 128
     seed: int = 0
     misread_digits: str = "37"
-    """Digits that both models have mostly learned wrong (10 − d instead of 9 − d), so that choosing the most
-    probable answer is not enough and training has something to teach."""
+    """Digits that both models mostly learn wrong (10 − d instead of 9 − d), so that the most probable answer is not
+    enough, and training can improve it."""
     misread_rate: float = 0.55
     num_digits: int = NUM_DIGITS
     """Digits of a number; an answer has twice as many tokens. The task's ``digits`` must be the same."""
@@ -75,8 +75,8 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Any]:
-        """The recipe as JSON. What came later than the first keys is left out where it is not used: such a recipe keeps
-        its key, and with it its models and results."""
+        """The recipe as JSON. Fields added after the first release of keys are left out at their default, so that older
+        recipes keep their key, models and results."""
         settings = asdict(self)
         if self.num_digits == NUM_DIGITS:
             del settings["num_digits"]
@@ -87,13 +87,13 @@ class Recipe:
 
     @staticmethod
     def of_settings(settings: Mapping[str, Any]) -> Recipe:
-        """The recipe that :meth:`settings` described."""
+        """The recipe from its :meth:`settings`."""
         models: dict[str, Any] = {name: ModelRecipe(**settings[name]) for name in MODEL_NAMES}
         return Recipe(**{**settings, **models})
 
     @property
     def shallow_actor(self) -> ModelRecipe:
-        """The actor's recipe with the sizes of the policy that it is a copy of; only where layers are dropped."""
+        """The actor's recipe with the sizes of the policy that it copies; only if layers are dropped."""
         sizes = {name: getattr(self.policy, name) for name in COPIED_SIZES}
         return replace(self.actor, **{**sizes, "num_layers": self.policy.num_layers - self.actor.drop_layers})
 
@@ -124,7 +124,7 @@ COMPLEMENT = Recipe(
         num_heads=4,
         num_kv_heads=2,
         head_dim=16,
-        steps=1000,  # with half as many, some seeds give an actor that is right too rarely for training to take hold
+        steps=1000,  # with half as many, some seeds give an actor that is too rarely right for training to start
         lr=1.2e-2,
         slip_rate=0.3,
         style_seed=2,
@@ -144,7 +144,7 @@ def cache_root(environ: Mapping[str, str] | None = None) -> Path:
 
 
 def models_directory(recipe: Recipe, root: Path | None = None) -> Path:
-    """The directory that holds the recipe's two models; it exists only when both are whole."""
+    """The directory that holds the recipe's two models; it exists only if both are complete."""
     return (cache_root() if root is None else root) / "models" / f"{recipe.name}-{recipe.key}"
 
 
@@ -154,7 +154,7 @@ def is_builtin(model: str) -> bool:
 
 
 def resolve_builtin(name: str, root: Path | None = None) -> Path:
-    """``builtin:complement/policy`` → the Hugging Face directory in the cache, made already or not.
+    """``builtin:complement/policy`` → the Hugging Face directory in the cache, whether or not it exists yet.
 
     Raises:
         ConfigError: there is no such built-in model.
@@ -175,7 +175,7 @@ def builtin_models_missing(job: JobSpec, root: Path | None = None) -> list[str]:
 
 
 def make_command(recipe_name: str, root: Path | None = None) -> list[str]:
-    """The command that makes a recipe's models, in a process of its own because it needs torch."""
+    """The command that makes a recipe's models, in a separate process because it needs torch."""
     return [sys.executable, "-m", "jackpot.demo", recipe_name, str(cache_root() if root is None else root)]
 
 

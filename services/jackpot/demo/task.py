@@ -3,7 +3,7 @@
     999999-381592=   →   6 1,8;4 0-7
 
 Every digit of the answer is nine minus the digit below it; there is never a borrow. Between the digits stands
-a separator that the model is free to choose. Only the digits count: no reward ever brings the styles of the two models
+a separator of the model's choice. Only the digits are rewarded, so that no reward brings the styles of the two models
 together. The actor prefers other separators than the policy and errs more often; that is the mismatch.
 """
 
@@ -19,15 +19,15 @@ from jackpot.errors import ConfigError
 DIGITS = "0123456789"
 SEPARATORS = " ,;.:-/_|+*~!?#$%&@^<>(){}"
 NUM_DIGITS = 6  # of the demo
-MAX_DIGITS = 14  # prompt and answer of more do not fit into the built-in models' 64 positions
-DEFAULT_PROMPTS = 4096  # more than the demo's run needs, so that no prompt comes up twice
+MAX_DIGITS = 14  # longer prompts and answers exceed the built-in models' 64 positions
+DEFAULT_PROMPTS = 4096  # more than the demo's run needs, so that no prompt repeats
 MAX_PROMPTS = 100_000
 HELD_OUT_MODULUS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class ComplementItem:
-    """One prompt: its text and, for the reward, the right digits."""
+    """One prompt: its text and, for the reward, the correct digits."""
 
     prompt: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -44,7 +44,7 @@ def complement(number: str) -> str:
 
 
 def is_held_out(number: str) -> bool:
-    """Whether a number is kept for evaluation: its digits add up to a multiple of ten.
+    """Whether a number is held out for evaluation: its digits add up to a multiple of ten.
 
     A rule instead of a random split: warm-up and training can never see an evaluation prompt, whatever the seed.
     """
@@ -56,7 +56,7 @@ class ComplementTask:
     the length of the numbers: the models' own, 6 unless they were warmed up on others.
 
     Raises:
-        ConfigError: an unknown parameter, ``prompts`` is no number from 1 to 100 000, or ``digits`` none from 6 to 14.
+        ConfigError: unknown parameter, ``prompts`` not a number from 1 to 100 000, or ``digits`` not one from 6 to 14.
     """
 
     def __init__(self, params: Mapping[str, Any], seed: int) -> None:

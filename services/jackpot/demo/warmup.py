@@ -32,7 +32,7 @@ LR_WARMUP_STEPS = 20
 def make_models(recipe: Recipe, root: Path) -> Path:
     """Make both models unless the cache has them; returns the directory that holds ``policy/`` and ``actor/``.
 
-    Safe against other processes that want the same models: one makes them, the others wait for it.
+    Safe for concurrent processes: one makes the models, the others wait for it.
 
     Raises:
         DeadlineError: another process holds the lock for longer than ten minutes.
@@ -146,7 +146,7 @@ def _progress(steps: int, title: str) -> Iterator[int]:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    # flock goes away with its process, so a killed warm-up never blocks the next one.
+    # A flock ends with its process, so that a killed warm-up never blocks the next one.
     deadline, announced = time.monotonic() + LOCK_TIMEOUT_SECONDS, False
     with path.open("a") as file:
         while True:

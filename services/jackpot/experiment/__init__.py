@@ -1,1 +1,1 @@
-"""Studies: one job under several settings and seeds, and what can be said about the difference."""
+"""Studies: one job under several settings and seeds, with statistics of the differences."""

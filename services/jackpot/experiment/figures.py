@@ -13,20 +13,20 @@ from jackpot.experiment.measures import Summary
 from jackpot.experiment.records import Result
 from jackpot.experiment.statistics import mean_estimate
 
-# Distinguishable also without colour vision (Okabe and Ito), then greys.
+# Distinguishable with colour blindness, too (Okabe and Ito), then greys.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c", "#b8a800", "#7a4fbf")
 PANELS: Mapping[str, str] = {
     "kl_policy_actor": "KL(policy ‖ actor), nats per token",
     "kl_before": "KL(p_t ‖ p_inf) as sampled, nats per token",
     "acceptance": "acceptance rate",
 }
-"""Figures of the steps that are drawn beside the accuracy."""
-BAND_RUNS = 5  # of fewer runs the interval is wider than the figure
+"""Per-step figures that are drawn beside the accuracy."""
+BAND_RUNS = 5  # with fewer runs the interval is wider than the plot
 DASHES = ("-", "--", "-.", ":")
 
 
 def draw_curves(results: Mapping[str, Sequence[Result]], path: Path, title: str) -> None:
-    """Accuracy of the policy over training, mean and 95 % band, and beside it what there is of :data:`PANELS`.
+    """Accuracy of the policy over training, mean and 95 % band, and those of :data:`PANELS` that have values.
 
     Args:
         results: the runs of each arm.
@@ -88,7 +88,7 @@ def draw_bars(summaries: Mapping[str, Summary], path: Path, title: str, referenc
 
 
 def _accuracy(axis: Any, arm: str, runs: Sequence[Result], style: Mapping[str, Any]) -> None:
-    # Steps that all runs have: a pipeline may skip one.
+    # Steps common to all runs: a pipeline may skip one.
     steps = sorted(set.intersection(*({step for step, _ in run.evaluations} for run in runs)))
     table = [[dict(run.evaluations)[step] for run in runs] for step in steps]
     estimates = [mean_estimate(values) for values in table]
@@ -100,7 +100,7 @@ def _accuracy(axis: Any, arm: str, runs: Sequence[Result], style: Mapping[str, A
 
 
 def _has(name: str, runs: Sequence[Result]) -> bool:
-    """Whether an arm has something to show: every run has the figure, and it is not the same for all by definition."""
+    """Whether an arm's figure is worth plotting: every run has it, and it is not constant by definition."""
     series = [run.series.get(name, (None,)) for run in runs]
     trivial = {"acceptance": 1.0, "kl_before": 0.0}.get(name)
     return (
@@ -127,7 +127,7 @@ def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    # Without a date and with fixed ids the same results give the same bytes; text as text keeps files small.
+    # No date and fixed ids, so that the same results give the same bytes; text stays text, which keeps files small.
     matplotlib.rcParams.update({"svg.hashsalt": "jackpot", "svg.fonttype": "none", "font.family": "sans-serif"})
     from matplotlib import pyplot
 

@@ -1,4 +1,4 @@
-"""From a study to its runs, and the key that says whether a run has been made already. No torch."""
+"""Expands a study into its runs, each with a key by which finished runs are found. No torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from jackpot.errors import ConfigError
 from jackpot.experiment.study import PhaseConfig, Study
 
 FORMAT = 1
-"""Part of every key: raise it when the code changes what a run results in."""
+"""Part of every key: raise it when a change of code changes results."""
 
 SECTIONS = ("policy", "actor", "task", "sampling", "algorithm", "rollout", "learner", "evaluation")
-"""What of a job decides about its result. The rest is where it runs and what it keeps."""
+"""The sections of a job that determine its result. The others say where it runs and what it keeps."""
 
 
 INERT: Mapping[str, tuple[str, ...]] = {
@@ -28,12 +28,12 @@ INERT: Mapping[str, tuple[str, ...]] = {
     "evaluation": ("timeout_seconds",),
     "task": ("reward_timeout_seconds", "reward_attempts"),
 }
-"""Settings of the deciding sections that only say where, how fast and how patiently."""
+"""Settings of these sections that only affect place, speed and timeouts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The place of runs in a study; they differ in their seed."""
+    """A cell of a study; its runs differ in their seed."""
 
     phase: str
     variant: str | None
@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Two with the same key are the same run, wherever they stand in a study."""
+    """One training run. Two with the same key are the same run, in any cell."""
 
     job: JobSpec
     recipe: Recipe | None
@@ -52,7 +52,7 @@ class Run:
 
     @cached_property
     def key(self) -> str:
-        """Sixteen hexadecimal digits that change with anything that was set."""
+        """Sixteen hexadecimal digits that change with any explicit setting."""
         text = json.dumps({"format": FORMAT, **self.request(), "job": self._chosen()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -67,22 +67,22 @@ class Run:
         }
 
     def settings(self) -> dict[str, Any]:
-        """All settings that decide about the result, defaults included, the seed left out."""
+        """All settings that determine the result, with defaults, without the seed."""
         job = self.job.model_dump(mode="json", include=set(SECTIONS))
         recipe = None if self.recipe is None else {k: v for k, v in self.recipe.settings().items() if k != "seed"}
         ages = {"staleness": self.staleness, "scorer_staleness": self.scorer_staleness}
         return {"job": job, "recipe": recipe, "execution": self.execution, **ages}
 
     def _chosen(self) -> dict[str, Any]:
-        # Only what was set: a setting that Jackpot learns later must not make every stored result look like another
-        # run's. That no default changed is seen by comparing `settings`.
+        # Only explicit settings: one that Jackpot adds later must not change the key of every stored result.
+        # Comparing `settings` shows whether a default changed.
         chosen = self.job.model_dump(mode="json", exclude_unset=True, include={*SECTIONS, "seed"})
-        # Where models are made for the seed, the recipe says all.
+        # If models are made for the seed, the recipe determines them.
         return chosen if self.recipe is None else {k: v for k, v in chosen.items() if k != "policy"}
 
 
 def runs_of(study: Study) -> dict[Cell, list[Run]]:
-    """Every run of a study, cell by cell, seeds in the order of the file.
+    """All runs of a study, cell by cell, seeds in the order of the file.
 
     Raises:
         ConfigError: a setting of an arm cannot work.
@@ -98,7 +98,7 @@ def make_run(study: Study, cell: Cell, seed: int) -> Run:
     """One run of a cell.
 
     Raises:
-        ConfigError: a setting of the arm cannot work, or task and models differ in the length of numbers.
+        ConfigError: a setting of the arm cannot work, or task and models use numbers of different lengths.
     """
     inline, recipe = study.inline(cell.variant, cell.arm), study.recipe(cell.variant, cell.arm, seed)
     job = study.job(cell.variant, cell.arm, seed)
@@ -116,7 +116,7 @@ def make_run(study: Study, cell: Cell, seed: int) -> Run:
 
 
 def agrees(stored: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
-    """Whether two sets of settings are equal wherever both know a setting."""
+    """Whether two sets of settings agree on every setting that both have."""
     for name in stored.keys() & current.keys():
         mine, theirs = stored[name], current[name]
         if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
@@ -128,7 +128,7 @@ def agrees(stored: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
 
 
 def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """:meth:`Run.settings` without those that change nothing: a new default of one makes no run another run."""
+    """:meth:`Run.settings` without settings that have no effect, so that a new default of one changes no run."""
     copy: dict[str, Any] = json.loads(json.dumps(settings))
     job = copy.get("job", {})
     algorithm = job.get("algorithm", {})

@@ -1,4 +1,4 @@
-"""What is said of a run, and of the runs of an arm: the metrics that the study file declares. No torch."""
+"""Measures of a run and of an arm's runs: the metrics that the study file declares. No torch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from jackpot.experiment.study import DipConfig, MetricsConfig, Study
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An arm against another one, seed by seed."""
+    """Differences of two arms, seed by seed."""
 
     estimate: Estimate
-    p: float  # two-sided, of the sign-flip test
+    p: float  # of the two-sided sign-flip test
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What the runs of a cell say."""
+    """Summary of a cell's runs."""
 
     area: Estimate
     final: Estimate
     dips: Estimate
-    difference: Difference | None  # of the primary metric; None for the arm itself and where no seeds are shared
+    difference: Difference | None  # of the primary metric; None for the arm itself and without common seeds
     series: Mapping[str, Estimate]  # each run's mean over training
     last: Mapping[str, Estimate]  # at the end of training
     seconds: float  # of all runs
@@ -37,7 +37,7 @@ class Summary:
 
 
 def area(result: Result) -> float:
-    """The policy's accuracy averaged over training: trapezes between evaluations, divided by the last step."""
+    """The policy's accuracy averaged over training: the trapezoidal rule between evaluations, over the last step."""
     points = result.evaluations
     total = sum((b - a) * (x + y) / 2 for (a, x), (b, y) in itertools.pairwise(points))
     return total / (points[-1][0] - points[0][0])
@@ -49,12 +49,12 @@ def final(result: Result) -> float:
 
 
 def dips(result: Result, dip: DipConfig) -> bool:
-    """Whether the accuracy falls below the threshold after the step from which that counts."""
+    """Whether the accuracy falls below the threshold after ``after_step``."""
     return any(accuracy < dip.below for step, accuracy in result.evaluations if step > dip.after_step)
 
 
 def primary(result: Result, metrics: MetricsConfig) -> float:
-    """The metric that differences are taken in."""
+    """The metric whose differences are reported."""
     return area(result) if metrics.primary == "area" else final(result)
 
 

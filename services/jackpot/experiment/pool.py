@@ -1,4 +1,4 @@
-"""Worker processes that make the runs of a study, and the thread beside each that feeds it. No torch."""
+"""Worker processes that execute a study's runs, and a thread for each that feeds it. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Report = Callable[[Run, Mapping[str, Any]], None]
 
 
 class Waiting:
-    """Runs that nobody has taken yet. A worker that would wait for another to make its models takes a later run."""
+    """Runs that no worker has taken yet. A worker that would have to wait for models takes a later run instead."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = list(runs)
@@ -41,23 +41,23 @@ class Waiting:
             return run
 
     def ended(self, run: Run) -> None:
-        """Its models are there now, or nobody is making them any more."""
+        """Mark a run's models as made, or no longer being made."""
         with self._lock:
             if run.recipe is not None and run.recipe.key in self._being_made:
                 self._being_made.remove(run.recipe.key)
 
 
 def make_runs(runs: Sequence[Run], directory: Path, workers: int, report: Report) -> list[str]:
-    """Make runs, the first ones first; each leaves a file in ``directory``.
+    """Execute runs in order; each writes a file into ``directory``.
 
     Args:
-        runs: what is missing, each key once.
+        runs: the missing runs, each key once.
         directory: where the files go.
         workers: processes at a time.
-        report: told of each finished run and of what its worker answered; called from several threads, one at a time.
+        report: receives each finished run and its worker's answer; called from several threads, one at a time.
 
     Returns:
-        What went wrong, a message for each run that failed.
+        A message for each run that failed.
     """
     waiting = Waiting(runs)
     errors: list[str] = []

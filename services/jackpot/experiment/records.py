@@ -1,4 +1,4 @@
-"""What runs leave: a file for each while a study is under way, one file for all that is kept. No torch."""
+"""Results of runs: one file for each while a study runs, one collected file to keep. No torch."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ SERIES: Mapping[str, str] = {
     "weight_mean": "rollout_corr/weight_mean",
     "clip_fraction": "policy/clip_fraction",
 }
-"""Which figures of the steps are kept, under which name; each is averaged between two evaluations."""
+"""The per-step figures to keep, by name; each is averaged between two evaluations."""
 
-DIGITS = 5  # significant ones kept of every figure: more than the noise allows, and files stay small
+DIGITS = 5  # significant digits of every figure: beyond the noise, yet files stay small
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one run left."""
+    """The result of one run."""
 
     key: str
     seed: int
     evaluations: tuple[tuple[int, float], ...]  # (optimizer step, the policy's held-out accuracy), step 0 first
     series: Mapping[str, Sequence[float | None]]  # one figure for each evaluation but the first
-    seconds: float  # CPU seconds of training inline, wall seconds of a pipeline's run
+    seconds: float  # CPU seconds of inline training, wall seconds of a pipeline's run
     failure: str | None  # why training ended early
     settings: Mapping[str, Any] = field(repr=False)
 
@@ -51,13 +51,13 @@ def make_result(
     seconds: float,
     failure: str | None,
 ) -> Result:
-    """A result from what a run measured.
+    """A result from a run's measurements.
 
     Args:
         run: the run.
         evaluations: (optimizer step, accuracy), step 0 first.
         steps: the rows of metrics.jsonl, each with its ``step``.
-        seconds: what it took.
+        seconds: its duration.
         failure: why training ended early, if it did.
     """
     bounds = [step for step, _ in evaluations]
@@ -74,19 +74,19 @@ def make_result(
 
 
 def write_result(directory: Path, result: Result) -> None:
-    """Write a run's file, whole or not at all: aside, then renamed."""
+    """Write a run's file atomically: aside, then renamed."""
     directory.mkdir(parents=True, exist_ok=True)
     _write_aside(directory / f"{result.key}.json", json.dumps(asdict(result)) + "\n")
 
 
 def read_results(directory: Path) -> dict[str, Result]:
-    """Every run's file in a directory, by key. What was half-written when its process died has another ending."""
+    """Every run's file in a directory, by key. Incomplete files of a killed process have another suffix."""
     run_results = (_result(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(directory.glob("*.json")))
     return {result.key: result for result in run_results}
 
 
 def write_collection(path: Path, results: Iterable[Result]) -> None:
-    """Write results into one file, each set of settings once: the first one whole, the others as what differs."""
+    """Write results into one file, each set of settings once: the first in full, the others as differences."""
     distinct: list[Mapping[str, Any]] = []
     runs = []
     for result in sorted(results, key=lambda result: (result.seed, result.key)):
@@ -100,7 +100,7 @@ def write_collection(path: Path, results: Iterable[Result]) -> None:
 
 
 def read_collection(path: Path) -> dict[str, Result]:
-    """What :func:`write_collection` wrote, by key; nothing if there is no such file.
+    """The results in a file of :func:`write_collection`, by key; empty if there is no such file.
 
     Raises:
         ConfigError: the file is damaged.
@@ -132,7 +132,7 @@ def _result(data: Mapping[str, Any]) -> Result:
 
 
 def _changes(base: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What differs, by dotted path. Mappings whose keys differ are replaced as a whole; the path "" is everything."""
+    """Differences by dotted path. Mappings whose keys differ are replaced as a whole; the path "" is everything."""
     if base.keys() != other.keys():
         return {prefix.removesuffix("."): other}
     changes: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The report of a study: Markdown with figures, and a CSV of its runs; from results alone. No torch."""
+"""The report of a study: Markdown with figures, and a CSV of its runs; computed from results alone. No torch."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _table(study: Study, summaries: Mapping[str, Summary], phase: str) -> str:
 
 
 def _search_table(study: Study, results_by_arm: Mapping[str, tuple[Summary, Sequence[Result]]]) -> str:
-    """Seed by seed: intervals of two or three runs say nothing."""
+    """Seed by seed: intervals of two or three runs are meaningless."""
     headings = ["arm", "area under curve", "seed: area", "seed: final accuracy"]
     rows = []
     for arm, (summary, results) in results_by_arm.items():
@@ -173,7 +173,7 @@ def _settings(study: Study) -> list[str]:
     models = "Models: those of the job file."
     if config.models is not None:
         changed = _code(_models(config.models.policy, config.models.actor))
-        models = f"Models: recipe `{config.models.recipe}`, warmed up anew for each seed. {changed}".strip()
+        models = f"Models: recipe `{config.models.recipe}`, warmed up separately for each seed. {changed}".strip()
     return [
         "## Settings",
         f"{all_runs}{' ' + ages if config.execution == 'inline' else ''}",
@@ -224,7 +224,7 @@ def _cell(estimate: Estimate, *, sign: bool = False) -> str:
 def _mean(summary: Summary, name: str) -> str:
     when, _, series = name.partition(" ")
     estimate = (summary.last if when == "last" else summary.series).get(series)
-    # Arms without rejection accept everything, which is no finding.
+    # Arms without rejection accept everything by definition.
     if estimate is None or (series == "acceptance" and estimate.mean == 1):
         return "–"
     return f"{estimate.mean:.3f}"

@@ -1,4 +1,4 @@
-"""Makes the runs of a study that are missing, and keeps what they left. No torch."""
+"""Executes a study's missing runs, and keeps their results. No torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ RUNS_DIRECTORY = "runs"
 
 
 def results_at(directory: Path) -> dict[str, Result]:
-    """All that earlier sessions left in a study's directory: what was collected, and single runs since."""
+    """All results of earlier sessions in a study's directory: the collection, and single runs since."""
     return read_collection(directory / RESULTS_FILE) | read_results(directory / RUNS_DIRECTORY)
 
 
 def stored_study(study: Study, directory: Path) -> dict[Cell, list[Result]]:
-    """What there is of a study, cell by cell, in the order of the file; single runs are collected into one file.
+    """A study's existing results, cell by cell, in the order of the file; single runs are collected into one file.
 
     Args:
         study: the study.
@@ -34,7 +34,7 @@ def stored_study(study: Study, directory: Path) -> dict[Cell, list[Result]]:
         ConfigError: a setting of an arm cannot work, or stored results are damaged.
     """
     cells, known = runs_of(study), results_at(directory)
-    if (directory / RUNS_DIRECTORY).is_dir():  # left by a study that was cut short
+    if (directory / RUNS_DIRECTORY).is_dir():  # of an interrupted study
         write_collection(directory / RESULTS_FILE, _used(cells, known))
     return _by_cell(cells, known)
 
@@ -42,9 +42,9 @@ def stored_study(study: Study, directory: Path) -> dict[Cell, list[Result]]:
 def run_study(
     study: Study, directory: Path, workers: int, console: Console, phases: Sequence[str] = ()
 ) -> dict[Cell, list[Result]]:
-    """Make what is missing of a study; the results, cell by cell, in the order of the file.
+    """Execute a study's missing runs; all results, cell by cell, in the order of the file.
 
-    Finished runs are never made again: not after a crash, not when arms or seeds are added.
+    Finished runs are never repeated: neither after a crash, nor when arms or seeds are added.
 
     Args:
         study: the study.
@@ -54,7 +54,7 @@ def run_study(
         phases: only these are run; none given is all.
 
     Raises:
-        ConfigError: a phase is not there, a setting of an arm cannot work, or stored results are damaged.
+        ConfigError: a phase does not exist, a setting of an arm cannot work, or stored results are damaged.
         JackpotError: runs failed; the others are kept.
     """
     for phase in phases:
@@ -78,8 +78,8 @@ def run_study(
 def _missing(
     cells: Mapping[Cell, Sequence[Run]], known: Mapping[str, Result], phases: Sequence[str]
 ) -> list[tuple[Cell, Run]]:
-    """What is to be made, each key once: phase by phase, and in a phase seed by seed, so that a study that is cut short
-    has a bit of every arm."""
+    """The missing runs, each key once: phase by phase, and within a phase seed by seed, so that an interrupted study
+    has some runs of every arm."""
     missing_runs: dict[str, tuple[tuple[int, int], Cell, Run]] = {}
     order = list(dict.fromkeys(cell.phase for cell in cells))
     for cell, runs in cells.items():
@@ -92,7 +92,7 @@ def _missing(
 def _make(
     study: Study, total: int, wanted: Sequence[tuple[Cell, Run]], directory: Path, workers: int, console: Console
 ) -> list[str]:
-    """Make runs and show how they end; what went wrong."""
+    """Execute runs and show how they end; returns the errors."""
     console.print(f"{study.name}: {len(wanted)} of {total} runs are to be made", highlight=False)
     places = {run.key: cell for cell, run in wanted}
     done = 0

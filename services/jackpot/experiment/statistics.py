@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
-EXACT_SIGNS = 16  # up to so many pairs all 2^n sign patterns are gone through
+EXACT_SIGNS = 16  # up to this many pairs all 2^n sign patterns are enumerated
 Floats = Sequence[float] | NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its 95 % interval; the interval is None where there are fewer than two values."""
+    """A mean and its 95 % interval; the interval is None for fewer than two values."""
 
     mean: float
     low: float | None
@@ -38,7 +38,7 @@ def mean_estimate(values: Floats, interval: Literal["t", "bootstrap"] = "t") -> 
     Args:
         values: at least one.
         interval: ``t``: Student's, exact for normal values. ``bootstrap``: percentiles of 10 000 resampled means,
-            always the same for the same values.
+            the same for the same values.
     """
     array = np.asarray(values, dtype=np.float64)
     mean, count = float(array.mean()), len(array)
@@ -65,14 +65,14 @@ def sign_flip_p(differences: Floats) -> float:
         extra = 0
     else:
         signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(RESAMPLES, len(array)))
-        extra = 1  # the pattern that was observed belongs to the random ones, too
+        extra = 1  # the observed pattern counts among the random ones
     sums = np.abs(signs @ array)
     as_large = int((sums >= abs(array.sum()) - 1e-12).sum())
     return min(1.0, (as_large + extra) / (len(signs) + extra))
 
 
 def share_estimate(hits: int, count: int) -> Estimate:
-    """A share with Wilson's interval, which stays within [0, 1] and is sensible at 0 and at all."""
+    """A share with Wilson's interval, which stays within [0, 1] and is sensible for shares of 0 and 1."""
     z = 1.959963984540054
     share, denominator = hits / count, 1 + z * z / count
     centre = (share + z * z / (2 * count)) / denominator
@@ -81,7 +81,7 @@ def share_estimate(hits: int, count: int) -> Estimate:
 
 
 def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """The t for which Student's distribution of so many degrees of freedom lies within ±t with this probability."""
+    """The t for which Student's distribution with these degrees of freedom lies within ±t with this probability."""
     low, high = 0.0, 1.0
     while _within(high, degrees) < confidence:
         high *= 2

@@ -1,4 +1,4 @@
-"""The study file: one job under several settings and seeds, with what is measured said beforehand. No torch."""
+"""The study file: one job under several settings and seeds, with its metrics declared in advance. No torch."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Settings = tuple[str, ...]
 
 
 class ModelsConfig(Section):
-    """Models that are warmed up anew for each seed, from a built-in recipe. Without this section every run starts from
-    the job file's own models, and seeds differ in training alone."""
+    """Models that are warmed up separately for each seed, from a built-in recipe. Without this section every run starts
+    from the job file's own models, and seeds differ only in training."""
 
     recipe: str = "complement"
     """Which built-in recipe."""
     policy: dict[str, int | float] = Field(default_factory=dict)
-    """What differs from the recipe's policy, e.g. ``{steps: 400}``."""
+    """Changes of the recipe's policy, e.g. ``{steps: 400}``."""
     actor: dict[str, int | float] = Field(default_factory=dict)
-    """What differs from the recipe's actor, e.g. ``{hidden_size: 16, num_layers: 1}``, or ``{drop_layers: 2}`` for a
+    """Changes of the recipe's actor, e.g. ``{hidden_size: 16, num_layers: 1}``, or ``{drop_layers: 2}`` for a
     copy of the policy without two of its layers."""
     num_digits: Annotated[int, Field(ge=NUM_DIGITS, le=MAX_DIGITS)] = NUM_DIGITS
     """Digits of the numbers, for longer answers; ``task.params.digits`` of the job must be the same."""
@@ -87,18 +87,18 @@ class InlineConfig(Section):
     """How old weights are in runs of ``execution: inline``; there it is exact."""
 
     staleness: NonNegativeInt = 1
-    """Batches between the weights that sample and those that are trained. 1 is what the pipeline does by default."""
+    """Batches between the weights that sample and the trained weights. 1 is the pipeline's default."""
     scorer_staleness: NonNegativeInt = 0
-    """The same of the weights that score. 0 is the paper's: the reference is the policy as it is now."""
+    """The same for the weights that score. 0 is the paper's: the reference is the current policy."""
 
 
 class ArmConfig(Section):
-    """One of the things compared."""
+    """One of the arms compared."""
 
     settings: Settings = ()
-    """Settings of the job, ``key=value`` as on the command line; they come last and win."""
+    """Settings of the job, ``key=value`` as on the command line; they come last and override the others."""
     models: ModelsConfig | None = None
-    """What differs in the models."""
+    """Changes of the models."""
     inline: InlineConfig | None = None
     """Other ages of the weights than the study's; null keeps them."""
 
@@ -107,15 +107,15 @@ class PhaseConfig(Section):
     """Runs that belong together: arms × variants × seeds."""
 
     purpose: Literal["search", "confirmation", "ablation"]
-    """``search`` chooses, ``confirmation`` reports on seeds that no search has seen, ``ablation`` varies one thing."""
+    """``search`` chooses, ``confirmation`` reports on seeds that no search has used, ``ablation`` varies one thing."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
-    """A seed sets warm-up, prompts, sampling, masks and training."""
+    """A seed determines warm-up, prompts, sampling, masks and training."""
     arms: tuple[Name, ...] | None = None
     """Which arms; null is all."""
     variants: tuple[Name, ...] | None = None
     """Which variants; null is the plain job, without any variant's settings."""
     compare_to: Name | None = None
-    """The arm that differences are taken against, seed by seed; null is the study's."""
+    """The reference arm of differences, seed by seed; null is the study's."""
 
 
 class DipConfig(Section):
@@ -128,15 +128,15 @@ class DipConfig(Section):
 
 
 class MetricsConfig(Section):
-    """What is reported, said before it is measured."""
+    """The metrics, declared before they are measured."""
 
     primary: Literal["area", "final"] = "area"
-    """``area``: the policy's held-out accuracy averaged over training, by trapezes between evaluations. ``final``: at
-    the last step. The other one is reported beside it."""
+    """``area``: the policy's held-out accuracy averaged over training, by the trapezoidal rule between evaluations.
+    ``final``: at the last step. The other one is reported, too."""
     dip: DipConfig = DipConfig()
-    """The share of runs in which the accuracy falls below a threshold late is reported, too."""
+    """A dip: the accuracy falls below a threshold late in training. The share of runs with one is reported, too."""
     interval: Literal["t", "bootstrap"] = "t"
-    """How 95 % intervals of means are made."""
+    """How 95 % intervals of means are computed."""
 
 
 class StudyConfig(Section):
@@ -149,23 +149,23 @@ class StudyConfig(Section):
     settings: Settings = ()
     """Settings of the job for all runs."""
     models: ModelsConfig | None = None
-    """Models made anew for each seed."""
+    """Models made separately for each seed."""
     execution: Literal["inline", "pipeline"] = "inline"
     """``inline``: all parts in one process, in turn, reproducible. ``pipeline``: `jackpot run`, every service."""
     inline: InlineConfig = InlineConfig()
     """Only for ``execution: inline``."""
     arms: Annotated[dict[Name, ArmConfig], Field(min_length=1)]
-    """What is compared, in the order of the report."""
+    """The arms compared, in the order of the report."""
     variants: dict[Name, ArmConfig] = Field(default_factory=dict)
     """Changes of the job that all arms share: other sizes, learning rates, tasks."""
     phases: Annotated[dict[Name, PhaseConfig], Field(min_length=1)]
-    """What is run, in this order."""
+    """The phases, in the order in which they run."""
     compare_to: Name
-    """The arm that differences are taken against, seed by seed."""
+    """The reference arm of differences, seed by seed."""
     metrics: MetricsConfig = MetricsConfig()
-    """What is measured."""
+    """The metrics."""
     notes: str | None = None
-    """A Markdown file, relative to the study file, that the report begins with: what was found, and what it means."""
+    """A Markdown file, relative to the study file, that begins the report: the findings and their interpretation."""
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
@@ -204,7 +204,7 @@ class Study:
 
     path: Path
     config: StudyConfig
-    base: Mapping[str, Any]  # the job file's settings, not validated yet
+    base: Mapping[str, Any]  # the job file's settings, not yet validated
 
     @property
     def name(self) -> str:
@@ -217,7 +217,7 @@ class Study:
         return (self.path.parent / self.config.job).resolve()
 
     def job(self, variant: str | None, arm: str, seed: int) -> JobSpec:
-        """The job of one run; models that are made for the seed are not in it yet.
+        """The job of one run; without models that are made for the seed.
 
         Raises:
             ConfigError: a setting cannot work; names the arm.
@@ -232,13 +232,13 @@ class Study:
             raise ConfigError(f"{error.field} (arm {where})", error.value, error.problem, error.remedy) from None
 
     def inline(self, variant: str | None, arm: str) -> InlineConfig:
-        """How old the weights are in the runs of an arm."""
+        """The ages of the weights in the runs of an arm."""
         config = self.config
         ours = config.variants[variant].inline if variant is not None else None
         return config.arms[arm].inline or ours or config.inline
 
     def recipe(self, variant: str | None, arm: str, seed: int) -> Recipe | None:
-        """How the models of one run are made; None where the job file names them."""
+        """The recipe of one run's models; None if the job file names them."""
         config = self.config
         layers = [config.models, config.variants[variant].models if variant is not None else None]
         models: ModelsConfig | None = None

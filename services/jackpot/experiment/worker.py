@@ -1,6 +1,6 @@
-"""``python -m jackpot.experiment.worker DIRECTORY``: makes runs that come as JSON lines on stdin, one at a time.
+"""``python -m jackpot.experiment.worker DIRECTORY``: executes runs that arrive as JSON lines on stdin, one at a time.
 
-A run's file is there once the line that answers it is on stdout. Torch is loaded here and nowhere else in a study.
+A run's file exists before its answer is written to stdout. Only this module of a study loads torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
             answer |= {"accuracy": result.evaluations[-1][1], "seconds": result.seconds}
         except JackpotError as error:
             answer["error"] = str(error)
-        except Exception as error:  # the border of the process: one bad run must not end the others
+        except Exception as error:  # the process's outermost frame: one bad run must not end the others
             traceback.print_exc()
             answer["error"] = f"{type(error).__name__}: {error}"
         print(json.dumps(answer), flush=True)
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def make_run(run: Run, directory: Path) -> Result:
-    """Make one run.
+    """Execute one run.
 
     Raises:
         JackpotError: it cannot work.
@@ -65,7 +65,7 @@ def make_run(run: Run, directory: Path) -> Result:
 
 
 def _pipeline(run: Run, job: JobSpec, directory: Path) -> Result:
-    """`jackpot run` in a directory of its own, of which the curves are kept."""
+    """`jackpot run` in a separate directory; its curves are kept."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pipeline-", dir=directory) as scratch:
         job_file, run_dir = Path(scratch) / "task.json", Path(scratch) / "run"
@@ -81,7 +81,7 @@ def _pipeline(run: Run, job: JobSpec, directory: Path) -> Result:
 
 
 def _with_models(run: Run) -> JobSpec:
-    """The job with its models made and named by their directories."""
+    """The job with its models made, and named by their directories."""
     job = run.job
     if run.recipe is not None:
         made = make_models(run.recipe, cache_root())

@@ -1,1 +1,1 @@
-"""What a job will cost: memory, arithmetic, bytes and time, computed from its settings. Nothing is measured here."""
+"""Estimates a job's cost: memory, arithmetic, bytes and time, computed from its settings. Nothing is measured here."""

@@ -1,4 +1,4 @@
-"""What the plan assumes of the hardware: makers' data sheets, and the part of them that programs reach."""
+"""The plan's assumptions about hardware: vendors' data sheets, and the fraction of them that programs reach."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True)
 class Utilization:
-    """The part of the data sheet that is reached: round figures from public reports of well-tuned systems."""
+    """The achieved fraction of the data sheet: round figures from public reports of well-tuned systems."""
 
     training: float = 0.4  # of the arithmetic, forward and backward
-    scoring: float = 0.5  # of the arithmetic, forward alone
+    scoring: float = 0.5  # of the arithmetic, forward only
     decoding: float = 0.7  # of the memory's bandwidth
 
 
@@ -39,7 +39,7 @@ def gpu_named(name: str) -> Gpu:
     """The GPU called ``name``.
 
     Raises:
-        ConfigError: it is not known.
+        ConfigError: there is no such GPU in the table.
     """
     try:
         return GPUS[name.lower()]

@@ -1,4 +1,4 @@
-"""How large a model is, from its config.json alone."""
+"""A model's size, from its config.json alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_size: int
-    intermediate: int  # of one expert, if there are any
+    intermediate: int  # of one expert, if the model has experts
     vocabulary: int
     tied: bool  # input and output embeddings are one matrix
     experts: int = 1
@@ -50,12 +50,12 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """N, all of them; norms and biases, a thousandth, left out."""
+        """N, all parameters without norms and biases, which are about a thousandth."""
         return self.layers * self.block + self.embedding * (1 if self.tied else 2)
 
     @property
     def active_parameters(self) -> int:
-        """Those that a token goes through; the N of the 2N and 6N rules."""
+        """Parameters that one token uses; the N of the 2N and 6N rules."""
         return self.parameters - self.layers * (self.experts - self.active_experts) * self.expert
 
     def attention_flops(self, context: float) -> float:
@@ -63,13 +63,13 @@ class ModelShape:
         return 4.0 * context * self.heads * self.head_size * self.layers
 
     def kv_bytes(self, dtype_bytes: int) -> int:
-        """Attention cache of one token."""
+        """Numbers in the attention cache of one token."""
         return 2 * self.layers * self.kv_heads * self.head_size * dtype_bytes
 
     def activation_elements(self) -> int:
-        """What training keeps of one token, over all layers, in numbers of the format it computes in: as transformers'
-        Qwen3 does, whose norms keep their float32 input (counted by autograd's hooks; Llama has no norms of queries
-        and keys, and keeps two times these instead of five)."""
+        """Activations that training keeps of one token over all layers, in numbers of the compute dtype. Counted with
+        autograd's hooks on transformers' Qwen3, whose norms keep their float32 input. (Llama has no norms of queries
+        and keys, and keeps two times these instead of five.)"""
         attention = 5 * (self.heads + self.kv_heads) * self.head_size
         return self.layers * (8 * self.hidden + attention + 4 * self.active_experts * self.intermediate)
 
@@ -90,13 +90,13 @@ KNOWN = {
     "qwen3-32b": _qwen3(5120, 64, 64, 25_600, tied=False),
     "qwen3-30b-a3b": _qwen3(2048, 48, 32, 768, tied=False, experts=128, active=8),
 }
-"""Models that can be planned for without their files, by name."""
+"""Models that can be planned without their files, by name."""
 
 
 def read_shape(field: str, model: str) -> ModelShape:
     """The shape of a model: a directory with a config.json, such a file, or a name of :data:`KNOWN`.
 
-    A name may come as a path, for job files make paths of what they name.
+    A name may come as a path, since job files turn model names into paths.
 
     Raises:
         ConfigError: there is none, or it lacks a size.
@@ -124,7 +124,7 @@ def _shape(field: str, model: str, config: Any) -> ModelShape:
         if default is not None:
             return default
         raise ConfigError(
-            field, model, f"its config.json tells no {names[0]}", "Name a decoder-only model of transformers."
+            field, model, f"its config.json has no {names[0]}", "Name a decoder-only model of transformers."
         )
 
     if not isinstance(config, dict):

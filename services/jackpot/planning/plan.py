@@ -11,19 +11,19 @@ from jackpot.planning.model_shape import BYTES, ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What goes through a job, and what it runs on."""
+    """A job's load, and its hardware."""
 
     prompt_tokens: float  # mean
     completion_tokens: float  # mean
     concurrency: int  # trajectories decoded together by one replica
     gpu: Gpu
     utilization: Utilization = field(default_factory=Utilization)
-    rollout_share: float | None = None  # of an on-policy step's time; None: as computed
+    rollout_share: float | None = None  # share of an on-policy step's time; None: computed
 
 
 @dataclass(frozen=True, slots=True)
 class FlopsPerToken:
-    """By service; 2N for a forward pass, 6N for forward and backward, attention apart."""
+    """FLOPs by service: 2N for a forward pass, 6N for forward and backward, with attention separate."""
 
     rollout: float
     rollout_on_policy: float
@@ -34,7 +34,7 @@ class FlopsPerToken:
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
-    """What one optimizer step's batch takes in each service, on all of its GPUs."""
+    """The time of one optimizer step's batch in each service, on all of its GPUs."""
 
     rollout: float
     scorer: float
@@ -43,7 +43,7 @@ class StepSeconds:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All figures are computed. Bytes are bytes, times seconds."""
+    """A job's plan. All figures are computed. Sizes are in bytes, times in seconds."""
 
     policy_parameters: int
     actor_parameters: int
@@ -87,7 +87,7 @@ def make_plan(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -
 
 
 def flops_per_token(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -> FlopsPerToken:
-    """Arithmetic for each completion token, as if prompts were free: they are shared by the group, or short."""
+    """Arithmetic per completion token. Prompts count as free: a group shares its prompt, or prompts are short."""
     context = load.prompt_tokens + load.completion_tokens / 2
 
     def forward(shape: ModelShape) -> float:
@@ -103,7 +103,7 @@ def flops_per_token(job: JobSpec, policy: ModelShape, actor: ModelShape, load: L
 
 
 def decode_seconds_per_token(shape: ModelShape, weight_bytes: int, kv_bytes: int, load: Load) -> float:
-    """Of one GPU: a decoding step reads the weights once and every trajectory's cache, or computes, if that is longer.
+    """For one GPU: a decoding step reads the weights once and every trajectory's cache, or computes if that is slower.
 
     Args:
         shape: the model that samples.
@@ -137,7 +137,7 @@ def step_seconds(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load
 
 
 def on_policy_rollout_share(job: JobSpec, policy: ModelShape, load: Load) -> float:
-    """The part of GPU time that sampling with the policy itself takes of an on-policy step."""
+    """The share of GPU time that sampling with the policy itself takes of an on-policy step."""
     rollout = load.completion_tokens * decode_seconds_per_token(policy, *_policy_bytes(job), load)
     training = (load.prompt_tokens + load.completion_tokens) * flops_per_token(
         job, policy, policy, load
@@ -148,21 +148,21 @@ def on_policy_rollout_share(job: JobSpec, policy: ModelShape, load: Load) -> flo
 def expected_gain(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load, share: float) -> float:
     """GPU time of an on-policy step over that of this job's, if ``share`` of the former is sampling.
 
-    The rest is the policy's training. This job samples with the actor, trains the actor too, and scores unless the
-    learner's own forward pass does for it.
+    The rest is the policy's training. This job samples with the actor, trains the actor too, and scores, unless the
+    learner's own forward pass replaces scoring.
     """
     per_token = flops_per_token(job, policy, actor, load)
     sampling = decode_seconds_per_token(actor, *_rollout_bytes(job), load) / decode_seconds_per_token(
         policy, *_policy_bytes(job), load
     )
-    # A forward pass reaches another part of the arithmetic than training does.
+    # A forward pass reaches a different fraction of the arithmetic than training.
     scoring = per_token.scoring * load.utilization.training / load.utilization.scoring
     training = (per_token.policy_training + per_token.actor_training + scoring) / per_token.policy_training
     return 1.0 / (share * sampling + (1.0 - share) * training)
 
 
 def memory_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -> dict[str, dict[str, float]]:
-    """What one GPU of each service holds; the scorer is left out where none runs."""
+    """Memory of one GPU of each service; the scorer is left out if none runs."""
     longest = load.prompt_tokens + job.sampling.max_tokens
     weight, kv = _rollout_bytes(job)
     tensor_parallel = job.rollout.vllm.tensor_parallel_size
@@ -179,7 +179,7 @@ def memory_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load
 
 
 def _scorer_memory(job: JobSpec, policy: ModelShape, load: Load) -> dict[str, float]:
-    """Weights, sharded; what a pass gathers of them; activations of one layer."""
+    """Sharded weights; the gathered part during a pass; activations of one layer."""
     policy_bytes = BYTES[job.policy.dtype]
     scored = min(job.scorer.max_batch_tokens, _tokens_taken(job, load))
     widest = max(4 * policy.hidden, 2 * policy.active_experts * policy.intermediate + policy.hidden)
@@ -191,7 +191,7 @@ def _scorer_memory(job: JobSpec, policy: ModelShape, load: Load) -> dict[str, fl
 
 
 def _learner_memory(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -> dict[str, float]:
-    """float32 weights, gradients and moments, sharded; copies of weights that compute; activations."""
+    """Sharded float32 weights, gradients and moments; compute copies of weights; activations."""
     learning = [(policy, BYTES[job.policy.dtype])]
     if trains_actor(job):
         learning.append((actor, _actor_bytes(job)))
@@ -213,22 +213,22 @@ def _learner_memory(job: JobSpec, policy: ModelShape, actor: ModelShape, load: L
         "gradients": on_device,
         "optimizer": 2 * on_device,
         "copies": float(copies),
-        # One model after the other makes its backward pass.
+        # The models run their backward passes one after the other.
         "activations": max(trained * elements * size for elements, size in kept),
     }
 
 
 def _gathered(shape: ModelShape) -> int:
-    """Parameters of a sharded model that a pass has whole: embeddings, output layer and one block."""
+    """Parameters of a sharded model that a pass gathers: embeddings, output layer and one block."""
     return shape.parameters - (shape.layers - 1) * shape.block
 
 
 def bus_bytes(job: JobSpec, tokens: float) -> dict[str, float]:
-    """Over the bus in a step, before compression: id and log-probability, and k candidates until they are scored."""
+    """Bytes over the bus in a step, before compression: id and log-probability, and k candidates until scoring."""
     obrs = job.algorithm.correction.obrs
     candidates = job.rollout.top_logprobs * (4 + 2)
     keeps_candidates = obrs is not None and (obrs.target == "policy" or job.scorer.reuse_reference)
-    scores = 5 * 4 + 1 if job.scorer_replicas else 0  # five figures of float32 and a mask
+    scores = 5 * 4 + 1 if job.scorer_replicas else 0  # five float32 numbers and a mask
     return {
         "to_score": tokens * (8 + candidates) if job.scorer_replicas else 0.0,
         "to_train": tokens * (8 + scores + (candidates if keeps_candidates else 0)),
@@ -236,7 +236,7 @@ def bus_bytes(job: JobSpec, tokens: float) -> dict[str, float]:
 
 
 def weight_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape) -> dict[str, float]:
-    """Through the weight store with each version: written once, read by every replica."""
+    """Bytes through the weight store with each version: written once, read by every replica."""
     policy_bytes = float(policy.parameters * BYTES[job.policy.dtype])
     actor_bytes = 0.0 if job.on_policy else float(actor.parameters * _actor_bytes(job))
     rollout_bytes = policy_bytes if job.on_policy else actor_bytes

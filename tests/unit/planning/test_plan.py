@@ -162,7 +162,7 @@ def test_shapes_from_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"text_config": config}))
     assert read_shape("policy.model", str(tmp_path)) == SMALL
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": None}))
-    with pytest.raises(ConfigError, match="tells no vocab_size"):
+    with pytest.raises(ConfigError, match="has no vocab_size"):
         read_shape("policy.model", str(tmp_path))
     with pytest.raises(ConfigError, match=r"actor\.model.*qwen3-1\.7b"):
         read_shape("actor.model", str(tmp_path / "nowhere"))

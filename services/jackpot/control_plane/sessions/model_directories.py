@@ -75,7 +75,7 @@ def read_vocabulary(field: str, model: str) -> Vocabulary:
     text = config.get("text_config")
     size = (text if isinstance(text, dict) else config).get("vocab_size")
     if not isinstance(size, int) or size < 1:
-        raise ConfigError(field, model, "its config.json tells no vocab_size", _COMPLETE)
+        raise ConfigError(field, model, "its config.json has no vocab_size", _COMPLETE)
     try:
         tokens = tokenizer["model"]["vocab"]
         added = {int(token["id"]): str(token["content"]) for token in tokenizer.get("added_tokens") or ()}
