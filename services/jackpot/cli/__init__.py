@@ -48,6 +48,6 @@ def main() -> None:
             raise
         typer.echo(f"error: {error.name} is not installed. {INSTALL}", err=True)
         sys.exit(1)
-    except OSError as error:  # a full disk, a directory without permission: not ours to explain further
+    except OSError as error:  # a full disk, a directory without permission: the system's message is enough
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

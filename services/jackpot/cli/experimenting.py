@@ -30,8 +30,8 @@ def experiment(
 ) -> None:
     """Run a study: arms × seeds, with resume; means, intervals, a Markdown report with figures.
 
-    A finished run is never made again, not after a crash and not when arms or seeds are added; a changed setting makes
-    another run of it.
+    A finished run is never repeated, neither after a crash nor when arms or seeds are added. A changed setting makes it
+    a different run.
     """
     from jackpot.experiment.report import write_report
     from jackpot.experiment.runner import run_study, stored_study

@@ -18,7 +18,7 @@ EXIT_CODES = {"succeeded": 0, "failed": 1, "stopped": 130}
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. learner.lr=1e-3")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON, as the last line.")]
-RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run goes; default runs/<job id>.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="The run directory; default runs/<job id>.")]
 
 
 def run(
@@ -42,7 +42,7 @@ def run(
 def demo(
     overrides: Overrides = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="On-policy, none, tis and jackpot on the same seed, in one picture.")
+        bool, typer.Option("--compare", help="On-policy, none, tis and jackpot on the same seed, in one figure.")
     ] = False,
     run_dir: RunDir = None,
     as_json: Json = False,
@@ -58,7 +58,7 @@ def demo(
 def validate(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")], overrides: Overrides = None
 ) -> None:
-    """Check a job file and all that it names, without starting anything."""
+    """Check a job file and everything that it names, without starting anything."""
     from jackpot.control_plane.sessions.preparation import prepare_job
     from jackpot.orchestrator.task_report import report_task
 
@@ -123,7 +123,7 @@ def _compare(job_file: Path, overrides: list[str], run_dir: Path | None, as_json
 
 
 def _require_services() -> None:
-    """What the service processes import, and this one does not: its absence would show only in their logs."""
+    """Check packages that only the service processes import: a missing one would show only in their logs."""
     for name in ("torch", "transformers", "safetensors", "psutil", "matplotlib"):
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
@@ -151,7 +151,7 @@ def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if summary["state"] == "stopped":
-        console.print(f"go on with: jackpot run --resume {directory}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"resume with: jackpot run --resume {directory}", highlight=False, soft_wrap=True, markup=False)
     if "error" in summary:
         typer.echo(f"error: {summary['error']}", err=True)
     if as_json:
@@ -179,7 +179,7 @@ def _with_error(accuracy: dict[str, Any], when: str) -> str:
 
 
 def _busy_lines(services: dict[str, dict[str, Any]]) -> list[str]:
-    """How busy each service was, and what took most of the rest."""
+    """How busy each service was, and what took most of its remaining time."""
     lines = []
     for name, shares in services.items():
         most = sorted(((share, what) for what, share in shares["others"].items() if share >= 0.01), reverse=True)[:2]
@@ -194,5 +194,5 @@ def _figure(value: float | None) -> str:
 
 
 def _console(as_json: bool) -> Console:
-    # With --json, stdout carries the JSON alone; what is meant for people goes to stderr.
+    # With --json, stdout carries only the JSON; output for people goes to stderr.
     return Console(stderr=as_json)

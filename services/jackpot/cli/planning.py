@@ -38,7 +38,7 @@ def plan(
         int | None, typer.Option(min=1, help="Trajectories decoded together; default rollout.max_batch_size.")
     ] = None,
     rollout_share: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Part of an on-policy step spent sampling; default: computed.")
+        float | None, typer.Option(min=0, max=1, help="Share of an on-policy step spent sampling; default: computed.")
     ] = None,
     training_utilization: Annotated[float | None, typer.Option(min=0.01, max=1)] = None,
     scoring_utilization: Annotated[float | None, typer.Option(min=0.01, max=1)] = None,

@@ -20,7 +20,7 @@ EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": 130}
 
 
 def _known_jobs(incomplete: str) -> list[str]:
-    """Ids for the shell's completion; none if no server answers."""
+    """Job ids for shell completion; none if no server answers."""
     from jackpot.client import Client
 
     try:
@@ -32,12 +32,12 @@ def _known_jobs(incomplete: str) -> list[str]:
 
 
 Url = Annotated[str | None, typer.Option("--url", envvar="JACKPOT_URL", help="The server.")]
-Ca = Annotated[Path | None, typer.Option("--ca", envvar="JACKPOT_CA", help="PEM of who signed its certificate.")]
+Ca = Annotated[Path | None, typer.Option("--ca", envvar="JACKPOT_CA", help="PEM file of its certificate authority.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.", autocompletion=_known_jobs)]
 Labels = Annotated[list[str] | None, typer.Option("--label", "-l", help="key=value; may be given several times.")]
 
-_checkpoints = typer.Typer(no_args_is_help=True, help="List and download what a job has trained.")
+_checkpoints = typer.Typer(no_args_is_help=True, help="List and download a job's checkpoints.")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -53,13 +53,15 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow it to its end; exit as it ends.")] = False,
     priority: Annotated[int, typer.Option(help="Greater starts earlier.")] = 0,
     label: Labels = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Have it checked, and start nothing.")] = False,
-    idempotency_key: Annotated[str | None, typer.Option(help="Repeating with it makes no second job.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check it; start nothing.")] = False,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Repeating it with the same key makes no second job.")
+    ] = None,
     url: Url = None,
     ca: Ca = None,
     as_json: Json = False,
 ) -> None:
-    """Submit a job to a server. Relative paths in the job file are taken from where it lies."""
+    """Submit a job to a server. Relative paths in the job file are resolved from its directory."""
     from jackpot.config import load_job
 
     job = load_job(job_file, overrides or []).model_dump(mode="json", exclude_unset=True)
@@ -145,9 +147,9 @@ def resume(
     ca: Ca = None,
     as_json: Json = False,
 ) -> None:
-    """Let a failed or cancelled job go on from its last checkpoint."""
+    """Resume a failed or cancelled job from its last checkpoint."""
     with _client(url, ca) as client:
-        # Events before this one are old news.
+        # Events before this one have been shown already.
         seen = len(client.job(job_id).transitions)
         record = client.resume(job_id)
         if follow:
@@ -178,7 +180,7 @@ def scale(
 
 
 def delete(job_id: JobId, url: Url = None, ca: Ca = None, as_json: Json = False) -> None:
-    """Forget a finished job, with everything that it has written."""
+    """Delete a finished job, with everything that it has written."""
     with _client(url, ca) as client:
         client.delete(job_id)
     _print({"deleted": job_id}, as_json, f"deleted {job_id}")
@@ -199,9 +201,7 @@ def list_checkpoints(job_id: JobId, url: Url = None, ca: Ca = None, as_json: Jso
 @_checkpoints.command("pull")
 def pull(
     job_id: JobId,
-    name: Annotated[
-        str | None, typer.Argument(help="As in the list, or latest; without it export, else latest.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="As in the list, or latest; default export, else latest.")] = None,
     role: Annotated[str, typer.Option(help="policy or actor.")] = "policy",
     to: Annotated[Path | None, typer.Option("--to", help="A new directory for it.")] = None,
     url: Url = None,
@@ -240,7 +240,7 @@ def _follow(client: Client, job_id: str, as_json: bool, last_event_id: str | Non
             elif line := _told(event, total):
                 typer.echo(line)
     except KeyboardInterrupt:
-        typer.echo(f"\n{job_id} goes on; follow it again with: jackpot watch {job_id}", err=True)
+        typer.echo(f"\n{job_id} keeps running; follow it again with: jackpot watch {job_id}", err=True)
         raise typer.Exit(130) from None
     job = client.job(job_id)
     if job.error:

@@ -1,4 +1,4 @@
-"""Commands that look at finished runs again: replay."""
+"""Commands that re-examine finished runs: replay."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def replay(
     arguments = [str(run_dir), *(overrides or []), *(f"--lambda={each}" for each in lambdas or [])]
     arguments += ["--json"] if as_json else []
     arguments += [f"--correction={correction}"] if correction is not None else []
-    # In a process of its own: it needs torch, which no command of this program loads.
+    # In a separate process: it needs torch, which no command of this program loads.
     code = subprocess.run([sys.executable, "-m", "jackpot.replay", *arguments], check=False).returncode
     raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""Commands of those who run a server: serve, token."""
+"""Commands for operators of a server: serve, token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DataDir = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-_tokens = typer.Typer(no_args_is_help=True, help="Make, list and end the tokens of a server.")
+_tokens = typer.Typer(no_args_is_help=True, help="Create, list and revoke the tokens of a server.")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -39,16 +39,16 @@ def serve(
         Path | None,
         typer.Option(envvar="JACKPOT_TLS_DIR", help="Directory of ca.crt, and tls.crt and tls.key, for rediss://."),
     ] = None,
-    require_token: Annotated[bool, typer.Option(help="Ask for tokens. Always the case once a token was made.")] = False,
+    require_token: Annotated[bool, typer.Option(help="Require tokens. Always on once a token was made.")] = False,
     token_file: Annotated[
-        Path | None, typer.Option(help="Where tokens lie, if not in the data directory; it may be read-only.")
+        Path | None, typer.Option(help="The tokens' file, if not in the data directory; it may be read-only.")
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="TLS certificate, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
     tls_elsewhere: Annotated[bool, typer.Option(help="A proxy in front of the server speaks TLS.")] = False,
-    allowed_host: Annotated[list[str] | None, typer.Option(help="A name of the server, beside its address.")] = None,
+    allowed_host: Annotated[list[str] | None, typer.Option(help="A name of the server, besides its address.")] = None,
     allow_task: Annotated[
-        list[str] | None, typer.Option(help="A task that jobs may name, beside the built-in ones; * is a wildcard.")
+        list[str] | None, typer.Option(help="A task that jobs may name, besides the built-in ones; * is a wildcard.")
     ] = None,
     root: Annotated[
         list[Path] | None, typer.Option(help="Directory that models and data may lie in; anywhere if only local.")
@@ -84,7 +84,7 @@ def serve(
         host=host,
         port=port,
         store_url=store and redis_url_over_tls(store, str(redis_tls or "")),
-        # A file that was named but is not there yet asks for tokens, too: a typo opens no door.
+        # A named file that does not exist yet requires tokens, too, so that a typo cannot open the server.
         token_required=require_token or token_file is not None or TokenFile(directory / "tokens.json").exists,
         token_file=token_file,
         tls_certificate=tls_cert,
@@ -97,7 +97,7 @@ def serve(
         requests_per_second=rate_limit,
         burst=max(1, int(rate_limit * 3)),
     ).with_roots(root)
-    # The address of a store may hold a password: jobs' processes do not inherit it.
+    # A store's address may hold a password, so that jobs' processes do not inherit it.
     os.environ.pop("JACKPOT_STORE_URL", None)
     serve_until_stopped(settings, _announce)
 
@@ -106,7 +106,7 @@ def _bucket(url: str | None) -> str | None:
     """The address of a weight store, checked as a job's.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not valid.
     """
     from pydantic import ValidationError
 
@@ -121,12 +121,12 @@ def _bucket(url: str | None) -> str | None:
 
 
 def _announce(url: str) -> None:
-    typer.echo(f"jackpot serves at {url} (stop it with Ctrl-C; running jobs go on)")
+    typer.echo(f"jackpot serves at {url} (stop it with Ctrl-C; running jobs continue)")
 
 
 @_tokens.command("create")
 def create_token(
-    name: Annotated[str, typer.Option(help="Whose it is, or what for.")] = "default",
+    name: Annotated[str, typer.Option(help="Its owner or purpose.")] = "default",
     scope: Annotated[str, typer.Option(help="read, write or admin; each includes the ones before.")] = "write",
     expires: Annotated[str, typer.Option(help="e.g. 12h, 30d, or never.")] = "30d",
     data_dir: DataDir = Path(DEFAULT_DATA_DIR),
@@ -140,12 +140,12 @@ def create_token(
     token = file.create(name, Scope.of(scope), parse_lifetime(expires))
     typer.echo(json.dumps({"token": token, "name": name, "scope": scope, "expires": expires}) if as_json else token)
     if first:
-        typer.echo("From its next start the server asks for tokens. Use it: export JACKPOT_TOKEN=…", err=True)
+        typer.echo("From its next start the server requires tokens. Use it: export JACKPOT_TOKEN=…", err=True)
 
 
 @_tokens.command("list")
 def list_tokens(data_dir: DataDir = Path(DEFAULT_DATA_DIR), as_json: Json = False) -> None:
-    """List the tokens, without what they are."""
+    """List the tokens' records, without the tokens themselves."""
     from jackpot.control_plane.tokens import TokenFile, without_hash
 
     tokens = [without_hash(record) for record in TokenFile(data_dir.expanduser() / "tokens.json").list()]
@@ -162,7 +162,7 @@ def revoke_token(
     token_id: Annotated[str, typer.Argument(metavar="ID", help="As in `jackpot token list`.")],
     data_dir: DataDir = Path(DEFAULT_DATA_DIR),
 ) -> None:
-    """End a token at once."""
+    """Revoke a token at once."""
     from jackpot.control_plane.tokens import TokenFile
 
     record = TokenFile(data_dir.expanduser() / "tokens.json").revoke(token_id)
