@@ -206,7 +206,7 @@ async def test_a_latest_checkpoint_that_is_damaged_gives_way_and_the_job_still_e
         process.kill()
         process.wait()
         await bus.close()
-    assert "checkpoints/00000004 is damaged, an older one is looked for" in log
+    assert "checkpoints/00000004 is damaged, looking for an older one" in log
     for batch in (2, 3):
         assert f"batch {batch} (1 steps from step {batch + 1} on) was trained into a checkpoint that is lost" in log
     assert json.loads((run_dir / "resumed.json").read_text())["resumed_from_step"] == 2

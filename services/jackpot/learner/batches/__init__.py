@@ -1,1 +1,1 @@
-"""Which groups make a batch, and how its sequences are packed."""
+"""The groups of a batch, and the packing of its sequences."""

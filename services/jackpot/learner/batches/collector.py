@@ -1,4 +1,4 @@
-"""Batches from the bus: taken, put in slot order and laid out flat, the next one while a batch is being trained on."""
+"""Collects batches from the bus, in slot order and flat; the next one is collected while a batch is trained."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LOG = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# Short enough that a stop request or a lease renewal is never late, long enough not to spin.
+# Short enough for timely stop requests and lease renewals, long enough not to spin.
 BLOCK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Collected:
-    """A batch that is whole: its groups in slot order, and the same as flat arrays."""
+    """A complete batch: its groups in slot order, and the same as flat arrays."""
 
     groups: list[ScoredGroup]
     batch: Batch
@@ -52,7 +52,7 @@ class BatchCollector:
         self._gathering: asyncio.Task[Collected] | None = None
 
     def prefetch(self, batch: int) -> None:
-        """Begin to gather a batch, which :meth:`collect` asks for next, beside what the caller does until then."""
+        """Start collecting the batch of the next :meth:`collect`, concurrently with the caller's work."""
         assert self._gathering is None
         self._first_slot = batch * self._size
         self._gathering = asyncio.create_task(self._gather(batch))
@@ -60,15 +60,15 @@ class BatchCollector:
     async def collect(
         self, batch: int, stopped: Callable[[], bool], watch: Callable[[], None] = lambda: None
     ) -> Collected | None:
-        """A batch, once it is whole; None if stopped while waiting.
+        """A batch, once it is complete; None if stopped while waiting.
 
         Args:
             batch: its number.
             stopped: whether to give up.
-            watch: called now and then while waiting; what it raises is raised.
+            watch: called repeatedly while waiting; its errors propagate.
 
         Raises:
-            DeadlineError: nothing arrived for ``batch_timeout_seconds``, or the bus stayed away for that long.
+            DeadlineError: nothing arrived for ``batch_timeout_seconds``, or the bus was unavailable for that long.
         """
         if self._gathering is None:
             self.prefetch(batch)
@@ -81,7 +81,7 @@ class BatchCollector:
                 self._gathering = None
                 if self._still_held(collected):
                     return self._used(batch, collected)
-                self.prefetch(batch)  # the server lost what was held: it is generated anew
+                self.prefetch(batch)  # the server lost the groups held: they are generated again
             elif stopped():
                 await self.close()
             else:
@@ -97,17 +97,17 @@ class BatchCollector:
             self._gathering = None
 
     async def with_bus(self, call: Callable[[], Awaitable[Result]]) -> Result:
-        """Repeat a call, safe to repeat as all of the bus's are, until the server is back.
+        """Repeat a call until the server is back; all calls of the bus are safe to repeat.
 
         Raises:
-            DeadlineError: it stayed away for ``batch_timeout_seconds``.
+            DeadlineError: it was unavailable for ``batch_timeout_seconds``.
         """
         deadline = time.monotonic() + self._timeout
         while True:
             try:
                 return await call()
             except BusLostError:
-                # What was held is generated anew by the orchestrator; what was trained is in the manifests.
+                # The orchestrator regenerates the held groups; trained ones are in the manifests.
                 self._held.clear()
                 await self._bus.open()
             except BusError as error:
@@ -150,7 +150,7 @@ class BatchCollector:
         return range(batch * self._size, (batch + 1) * self._size)
 
     def _check_deadline(self, batch: int, since: float) -> None:
-        """Counts from when the learner began to wait, not from when it began to gather: a step may take long."""
+        """Counts from the start of the learner's wait, not from the start of collecting: a step may take long."""
         if time.monotonic() - max(since, self._last_arrival) > self._timeout:
             have = sum(slot in self._held for slot in self._slots(batch))
             raise DeadlineError(

@@ -1,1 +1,1 @@
-"""Checkpoints: written, kept, found again."""
+"""Checkpoints: writing, keeping and finding them."""

@@ -1,7 +1,7 @@
 """Checkpoints: weights, optimizer moments, step and random state, by torch.distributed.checkpoint. No pickle on disk.
 
-Every rank writes its own shards, as safetensors that say where in the whole tensor they lie; what is not a tensor is
-JSON. Any number of ranks reads what any number has written. Writing happens beside training, from a copy.
+Every rank writes its own shards, as safetensors with their position in the whole tensor; everything else is JSON. Any
+number of ranks can read a checkpoint, whatever number wrote it. Writing runs concurrently with training, from a copy.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _RANDOM = "random/torch"
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where training stands: finished optimizer steps and finished batches, the λ in force, and what the controllers
-    of λ and λ_distill remember."""
+    """The state of training: finished optimizer steps and finished batches, the current λ, and the state of the
+    controllers of λ and λ_distill."""
 
     step: int
     batch: int
@@ -49,9 +49,9 @@ class CheckpointStore:
     Args:
         directory: ``checkpoints/`` of the run directory; created if missing.
         keep: how many of the newest stay.
-        ranks: who writes and reads together.
-        evaluations: ``evaluations.jsonl``, by which the checkpoint of the best policy stays as well; None keeps the
-            newest alone.
+        ranks: the processes that write and read together.
+        evaluations: ``evaluations.jsonl``, by which the best policy's checkpoint is kept as well; None keeps only the
+            newest.
         stored: the job's checkpoints in an object store; None keeps them in ``directory``.
     """
 
@@ -66,14 +66,14 @@ class CheckpointStore:
     ) -> None:
         self._directory = directory
         self._ranks = ranks
-        # The others write and read as rank 0 says.
+        # The other ranks follow rank 0's orders.
         self._kept = KeptCheckpoints(directory, keep, evaluations, stored) if ranks.rank == 0 else None
 
     def begin(self, progress: Progress, learnables: Mapping[Role, Learnable]) -> PendingCheckpoint:
-        """Copy every learnable as it is now and start to write; a collective.
+        """Copy every learnable's current state and start writing it; a collective.
 
         Raises:
-            OSError: there is no place for a checkpoint; the previous one is untouched.
+            OSError: there is no space for a checkpoint; the previous one is untouched.
         """
         aside = self._directory / f".{progress.step:08d}"
         if self._kept is not None:
@@ -89,7 +89,7 @@ class CheckpointStore:
         return PendingCheckpoint(self, progress, aside, writing)
 
     def save(self, progress: Progress, learnables: Mapping[Role, Learnable]) -> Path:
-        """Write a checkpoint of every learnable by role, atomically, and delete those that need not stay.
+        """Write a checkpoint of every learnable by role, atomically, and delete those no longer needed.
 
         Raises:
             OSError: as :meth:`begin`.
@@ -98,15 +98,15 @@ class CheckpointStore:
         return self.begin(progress, learnables).finish()
 
     def latest(self) -> Path | None:
-        """The checkpoint to go on from; rank 0 alone. See :meth:`KeptCheckpoints.latest`."""
+        """The checkpoint to resume from; rank 0 only. See :meth:`KeptCheckpoints.latest`."""
         return self._of_rank_0.latest()
 
     @property
     def steps(self) -> Collection[int]:
-        """The steps of which there is a checkpoint, or one is on its way; rank 0 alone.
+        """The steps with a checkpoint, finished or in progress; rank 0 only.
 
         Raises:
-            ObjectStoreError: they are in an object store that cannot be asked.
+            ObjectStoreError: they are in an object store that does not answer.
         """
         return self._of_rank_0.steps
 
@@ -119,7 +119,7 @@ class CheckpointStore:
         try:
             progress = Progress(**json.loads((path / STATE_FILE).read_text(encoding="utf-8")))
             reader = HuggingFaceStorageReader(str(path))
-            # Moments are not there before the first step, and a step that was skipped leaves them so.
+            # There are no moments before the first step; a skipped step creates none.
             stored = reader.read_metadata().state_dict_metadata
             for learnable in learnables.values():
                 learnable.optimizer.state.clear()
@@ -141,7 +141,7 @@ class CheckpointStore:
         return progress
 
     def complete(self, progress: Progress, aside: Path) -> Path:
-        """Make what all ranks have written the latest checkpoint. Rank 0 alone; see :meth:`KeptCheckpoints.add`."""
+        """Make the directory of all ranks the latest checkpoint. Rank 0 only; see :meth:`KeptCheckpoints.add`."""
         (aside / STATE_FILE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
         return self._of_rank_0.add(aside, f"{progress.step:08d}")
 
@@ -153,7 +153,7 @@ class CheckpointStore:
 
 @dataclass(frozen=True, slots=True)
 class PendingCheckpoint:
-    """A checkpoint on its way to the disk."""
+    """A checkpoint that is being written."""
 
     store: CheckpointStore
     progress: Progress
@@ -161,7 +161,7 @@ class PendingCheckpoint:
     writing: Future[Any]
 
     def finish(self) -> Path:
-        """Wait until it is there whole; a collective.
+        """Wait until it is complete; a collective.
 
         Raises:
             JackpotError: it could not be written; the previous checkpoint is untouched.
@@ -177,7 +177,7 @@ class PendingCheckpoint:
 
 
 def _one_process_is_no_warning() -> None:
-    # Not in a context that ends: the warning comes from the thread that writes.
+    # A process-wide filter: the warning comes from the writing thread, possibly after a context would have ended.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of models and optimizers: tensors under names that do not depend on the number of ranks."""
+"""The tensors of models and optimizers in a checkpoint, under names that do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def tensors_of(learnables: Mapping[Role, Learnable]) -> dict[str, Tensor]:
 
 
 def empty_moments(learnables: Mapping[Role, Learnable], stored: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors for the moments among ``stored`` to be read into."""
+    """Tensors into which the moments among ``stored`` are read."""
     tensors: dict[str, Tensor] = {}
     for role, name, key, parameter in _moment_names(learnables):
         stored_name = f"{role}/optimizer/{name}/{key}"
         if stored_name in stored:
             whole = parameter.detach()
-            # A counter is one number, beside the parameter, also where that is sharded.
+            # A step counter is a single number, even if its parameter is sharded.
             tensors[stored_name] = torch.zeros((), device=whole.device) if key == "step" else torch.zeros_like(whole)
     return tensors
 
 
 def take_up_moments(learnables: Mapping[Role, Learnable], tensors: Mapping[str, Tensor]) -> None:
-    """Give the optimizers the moments that were read into ``tensors``."""
+    """Load the moments that were read into ``tensors`` into the optimizers."""
     for role, name, key, parameter in _moment_names(learnables):
         value = tensors.get(f"{role}/optimizer/{name}/{key}")
         if value is not None:

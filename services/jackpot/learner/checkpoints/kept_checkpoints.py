@@ -1,7 +1,7 @@
-"""The checkpoints that a job has: which are whole, which one is the latest, which stay.
+"""A job's checkpoints: which are complete, which one is the latest, which are kept.
 
 A checkpoint is written aside, gets a manifest with every file's size and hash, is synced and renamed; then ``latest``
-names it. With an object store a checkpoint is there once the store holds it; the directory keeps a copy of the newest.
+names it. With an object store a checkpoint exists once the store holds it; the directory keeps a copy of the newest.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class KeptCheckpoints:
     """Checkpoints as directories named by step, and the pointer to one of them. For one process at a time.
 
     Args:
-        directory: where they lie, or their copies; created if missing.
-        keep: how many of the newest stay.
-        evaluations: ``evaluations.jsonl``, by which the checkpoint of the best policy stays as well; None keeps the
-            newest alone.
+        directory: of the checkpoints, or of their copies; created if missing.
+        keep: how many of the newest are kept.
+        evaluations: ``evaluations.jsonl``, by which the best policy's checkpoint is kept as well; None keeps only the
+            newest.
         stored: the job's checkpoints in an object store; None keeps them in ``directory``.
     """
 
@@ -50,7 +50,7 @@ class KeptCheckpoints:
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
 
     def begin(self, aside: Path) -> None:
-        """Make the empty directory that a checkpoint is written into."""
+        """Create the empty directory into which a checkpoint is written."""
         shutil.rmtree(aside, ignore_errors=True)
         if self._stored is not None:
             for name in self._local():  # the store has it: this machine needs space for one checkpoint, not two
@@ -58,16 +58,16 @@ class KeptCheckpoints:
         aside.mkdir()
 
     def add(self, aside: Path, name: str) -> Path:
-        """Make what was written aside the latest checkpoint, and delete what need not stay.
+        """Make the directory written aside the latest checkpoint, and delete those no longer needed.
 
         Raises:
-            OSError: the disk is full or gone; ``latest`` names what it did.
+            OSError: the disk is full or gone; ``latest`` is unchanged.
             ObjectStoreError: an object store refuses, or is out of reach for too long.
         """
         manifest = manifest_of(describe_directory(aside))
         (aside / MANIFEST).write_bytes(manifest)
         sync_tree(aside)
-        self._remove(name)  # of a step that is trained once more
+        self._remove(name)  # of a step that is trained again
         final = self._directory / name
         aside.rename(final)
         sync(self._directory)
@@ -83,8 +83,8 @@ class KeptCheckpoints:
         return final
 
     def latest(self) -> Path | None:
-        """The checkpoint to go on from, verified: what ``latest`` names; if that is damaged or gone, the newest that is
-        not. None if there is none.
+        """The verified checkpoint to resume from: the one that ``latest`` names, or the newest intact one if that is
+        damaged or gone. None if there is none.
 
         Raises:
             JackpotError: there are checkpoints, and all of them are damaged; or the disk cannot be read.
@@ -99,33 +99,33 @@ class KeptCheckpoints:
                 return self._intact(name)
             except (DirectoryDamagedError, ObjectCorruptError, ObjectMissingError) as error:
                 self._damaged.add(name)
-                LOG.error("checkpoint %s is damaged, an older one is looked for: %s", self._where(name), error)
+                LOG.error("checkpoint %s is damaged, looking for an older one: %s", self._where(name), error)
             except OSError as error:
                 raise JackpotError(
-                    f"checkpoint {self._where(name)} cannot be read now ({error}); it is tried again at the next "
+                    f"checkpoint {self._where(name)} cannot be read now ({error}); it is retried at the next "
                     "start. If that lasts, delete it to go on from an older one"
                 ) from error
         if names:
             raise JackpotError(
-                f"all checkpoints in {self._where()} are damaged ({', '.join(names)}); the log says how. "
+                f"all checkpoints in {self._where()} are damaged ({', '.join(names)}); the log has the details. "
                 "Bring one back from a backup, or start a new run"
             )
         return None
 
     @property
     def steps(self) -> Collection[int]:
-        """The steps of which there is a checkpoint, or one is on its way.
+        """The steps with a checkpoint, finished or in progress.
 
         Raises:
-            ObjectStoreError: they are in an object store that cannot be asked.
+            ObjectStoreError: they are in an object store that does not answer.
         """
-        # Also the copies' own: between them and the store's lies the upload.
+        # The local copies count, too: they exist before their upload is finished.
         here = {path.name.removeprefix(".") for path in self._directory.iterdir()}
         there = self._stored.names() if self._stored is not None else []
         return {int(name) for name in here.union(there) if STEP_NAME.fullmatch(name)}
 
     def _names(self) -> list[str]:
-        """The checkpoints that are there whole, oldest first."""
+        """The complete checkpoints, oldest first."""
         local = self._local()
         if self._stored is None:
             return local
@@ -156,9 +156,9 @@ class KeptCheckpoints:
                 check_directory(path)
                 if (path / MANIFEST).read_bytes() == manifest:
                     return path
-                LOG.warning("%s is not what the store has; it is read again", path)
+                LOG.warning("%s differs from the store's checkpoint; reading it again", path)
             except DirectoryDamagedError as error:
-                LOG.warning("%s; the checkpoint is read again", error)
+                LOG.warning("%s; reading the checkpoint again", error)
             self._remove(name)
         return self._fetch(self._stored, path, manifest)
 
@@ -174,7 +174,7 @@ class KeptCheckpoints:
         return final
 
     def _remove(self, name: str) -> None:
-        """Remove a directory here, if it is there; it disappears whole."""
+        """Remove a local directory, if it exists, atomically."""
         aside = self._directory / f".{name}.removed"
         shutil.rmtree(aside, ignore_errors=True)
         try:
@@ -195,10 +195,10 @@ class KeptCheckpoints:
             for name in self._superfluous([name for name in self._stored.sweep() if STEP_NAME.fullmatch(name)], newest):
                 self._stored.remove(name)
         except ObjectStoreError as error:
-            LOG.warning("older checkpoints stay for now: %s", error)
+            LOG.warning("older checkpoints are kept for now: %s", error)
 
     def _superfluous(self, names: list[str], newest: str) -> list[str]:
-        """Those among the names, ascending, that need not stay; never what ``latest`` names, as ``newest`` does."""
+        """The names (ascending) that are no longer needed; never ``newest``, which ``latest`` names."""
         intact = [name for name in names if name not in self._damaged]
         best = best_step(self._evaluations, [int(name) for name in intact]) if self._evaluations else None
         stay = {newest, *intact[-self._keep :]}

@@ -1,1 +1,1 @@
-"""The models that learn, and how they are made ready for it."""
+"""The trained models, and their preparation for training."""

@@ -1,4 +1,4 @@
-"""Blocks of a model made ready for training: compiled, and without activations kept from the forward pass."""
+"""Prepares a model's blocks for training: compilation and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from jackpot.errors import ConfigError
 
 
 def compile_and_checkpoint(model: PreTrainedModel, config: LearnerConfig) -> None:
-    """Compile the model's blocks and have them forget their activations, as the job asks; in place.
+    """Compile the model's blocks and checkpoint their activations, as the job asks; in place.
 
-    Only ``forward`` is replaced, so that names of parameters stay and FSDP's hooks run outside of what is compiled.
+    Only ``forward`` is replaced, so that parameters keep their names and FSDP's hooks run outside of the compiled code.
 
     Raises:
-        ConfigError: the model has no list of blocks to treat so.
+        ConfigError: the model has no list of blocks.
     """
     if not config.compile and not config.activation_checkpointing:
         return
@@ -36,7 +36,7 @@ def compile_and_checkpoint(model: PreTrainedModel, config: LearnerConfig) -> Non
 
 
 def require_compiler(device: torch.device, environ: Mapping[str, str] = os.environ) -> None:
-    """Make sure that what torch.compile generates can be built: C++ for CPUs, and for GPUs Triton's launchers, in C.
+    """Check that torch.compile's output can be built: C++ for CPUs, and for GPUs Triton's launchers in C.
 
     Raises:
         ConfigError: there is no compiler.

@@ -1,7 +1,7 @@
-"""Mixed precision in one process: float32 weights that learn, and a copy of them in 16 bits that computes.
+"""Mixed precision in one process: float32 weights that are trained, and a 16-bit copy of them that computes.
 
-It gives what FSDP gives (:mod:`jackpot.compute.ranks.sharding`), to the bit. But FSDP hooks into both passes of every
-block, which takes the host about as long as launching all that the block does, and a small model's GPU waits for it.
+The result equals FSDP's (:mod:`jackpot.compute.ranks.sharding`), to the bit. But FSDP hooks into both passes of every
+block. This takes the host about as long as launching the block's kernels, and a small model's GPU waits for it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from transformers import PreTrainedModel
 
 
 class MixedPrecisionCopy:
-    """The copy of a model that batches pass through.
+    """The 16-bit copy of a model that computes the passes.
 
-    Gradients go to the model as they arrive, where they are added up in float32. None stays with the copy.
+    Gradients are moved to the model as they arrive, and summed there in float32. The copy keeps none.
 
     Args:
-        model: float32; what of it requires a gradient learns.
-        dtype: what the copy computes in.
+        model: float32; its parameters that require a gradient are trained.
+        dtype: of the copy.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self.computing = in_dtype(copy.deepcopy(model), dtype)
-        # Tied parameters are one in both.
+        # Tied parameters stay tied in the copy.
         self._pairs = list(zip(model.parameters(), self.computing.parameters(), strict=True))
         for learning, computing in self._pairs:
             if computing.requires_grad:
@@ -34,13 +34,13 @@ class MixedPrecisionCopy:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the model's weights, which have changed."""
+        """Copy the model's changed weights."""
         for learning, computing in self._pairs:
             computing.copy_(learning)
 
 
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Convert a model's parameters in place. Buffers stay as they are: positions need all of float32."""
+    """Convert a model's parameters in place. Buffers are unchanged: positions need the precision of float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

@@ -1,4 +1,4 @@
-"""The optimizer, and the clip of gradients before it."""
+"""The optimizer, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jackpot.config import LearnerConfig
 def build_optimizer(model: nn.Module, lr: float, config: LearnerConfig) -> torch.optim.AdamW:
     """AdamW over a model's parameters; weight decay on matrices only, not on norms and biases.
 
-    Fused: one program for all tensors, instead of a dozen operations on each or on temporary copies of all.
+    Fused: one kernel for all tensors, instead of a dozen operations on each or on temporary copies of all.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -24,7 +24,7 @@ def build_optimizer(model: nn.Module, lr: float, config: LearnerConfig) -> torch
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale a model's gradients to a norm of at most ``max_norm``, over all of them and all ranks; the norm before."""
+    """Scale a model's gradients to a norm of at most ``max_norm``, over all tensors and ranks; the norm before."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):

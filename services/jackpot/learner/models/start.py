@@ -1,4 +1,4 @@
-"""From settings to a trainer: ranks met, seeds set, models loaded in the number format that they learn in."""
+"""From settings to a trainer: joins the ranks, sets seeds, loads models in their training dtype."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LOG = logging.getLogger(__name__)
 
 
 def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Trainer, Ranks]:
-    """The trainer of this process and the ranks it belongs to.
+    """This process's trainer and its ranks.
 
-    One process trains whole, plain models; several go through FSDP, and so does one that offloads to the CPU.
+    One process trains whole, plain models; several use FSDP, and so does one that offloads to the CPU.
 
     Raises:
-        ConfigError: a model, a device or the number of ranks that cannot work.
+        ConfigError: a model, a device or the number of ranks cannot work.
     """
     processes = job.learner.processes
     set_threads(max(1, environment.threads // processes) if environment.threads else 0)
@@ -44,7 +44,7 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
     if job.learner.compile:
         require_compiler(device)
     ranks = join_ranks("learner", job.learner, device) if is_sharded(job) else SOLO
-    # Parameters that wait in the CPU's memory are not to pass through the GPU's first.
+    # Offloaded parameters must not pass through GPU memory first.
     place = torch.device("cpu") if job.learner.cpu_offload else ranks.device or device
     policy = _load_learning(job.policy, place, ranks, field="policy.model")
     actor = None
@@ -59,12 +59,12 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
 
 
 def is_sharded(job: JobSpec) -> bool:
-    """Whether the job's models go through FSDP: several processes, or parameters on the CPU."""
+    """Whether the job's models use FSDP: several processes, or parameters on the CPU."""
     return job.learner.processes > 1 or job.learner.cpu_offload
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and Python. Training draws nothing at random today; what a model might draw is repeatable."""
+    """Seed torch, numpy and Python. Training draws no random numbers today; any that a model draws are repeatable."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -30,8 +30,8 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
         job: the job as resolved.
         policy: θ.
         actor: ω, or None when the policy samples for itself.
-        ranks: the processes that train together; with a mesh, models that learn are of :func:`load_on_ranks`, and
-            sharded over it here. Without, those that compute in 16 bits get a copy for that.
+        ranks: the processes that train together. With a mesh, trained models come from :func:`load_on_ranks` and are
+            sharded over it here. Without one, models that compute in 16 bits get a 16-bit copy.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
         return learning if self.initial is None else [*learning, ("policy", self.initial)]
 
     def _shard(self) -> None:
-        """Shard what batches pass through; before there are optimizers."""
+        """Shard the models of the passes; before the optimizers are created."""
         offload = self._job.learner.cpu_offload
         for role, model in self._passing():
             shard(model, self._ranks, self._dtypes[role], field=f"{role}.model", cpu_offload=offload)
@@ -116,7 +116,7 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
             self._copies[role].refresh()
 
     def weights(self, role: Role) -> dict[str, Tensor]:
-        """A copy of a role's weights on the CPU, in the number format that they are published in; a collective.
+        """A copy of a role's weights on the CPU, in the dtype of publishing; a collective.
 
         Rank 0 gets all of them, the others nothing.
         """
@@ -130,7 +130,7 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
         return copied
 
     def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
-        """Start to write a checkpoint of everything as it is now; a collective. Errors as ``store.begin``."""
+        """Start writing a checkpoint of the current state; a collective. Errors as ``store.begin``."""
         return store.begin(progress, self.learnables)
 
     def restore(self, store: CheckpointStore, path: Path) -> Progress:
@@ -142,15 +142,15 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
 
 
 def _begin_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy on the CPU. Of what is on a GPU it is there only after a synchronization: in page-locked memory, which the
-    GPU writes by itself and at several times the speed, and which torch keeps for the next copy."""
+    """A copy on the CPU. For a tensor on a GPU it is valid only after a synchronization: it lies in page-locked memory,
+    which the GPU writes by itself at several times the speed, and which torch reuses for the next copy."""
     if tensor.device.type != "cuda":
         return tensor.to("cpu", dtype, copy=True)
     return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _attend_alike(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Have a model's attention be that of another of the same architecture, which was chosen for its passes."""
+    """Give a model the attention of another of the same architecture, which was chosen for its passes."""
     attention = other.config._attn_implementation
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)

@@ -1,1 +1,1 @@
-"""Weights on their way to the replicas."""
+"""Publishes weights to the replicas."""

@@ -1,4 +1,4 @@
-"""What need not hold up the next step: it is done beside it, one piece at a time, and fails loudly."""
+"""Background work that runs concurrently with the next step, one piece at a time. Its failures are raised."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from collections.abc import Callable
 class BackgroundWork:
     """Runs one piece of blocking work at a time in a thread.
 
-    A piece that failed is raised by whatever is called next: nothing later is begun on top of it.
+    The next call raises a failed piece's error, so that nothing is started after a failure.
     """
 
     def __init__(self) -> None:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, work: Callable[[], None]) -> None:
-        """Begin a piece, once the one before is done; at most one is ever under way.
+        """Start a piece once the previous one is done; at most one runs at a time.
 
         Raises:
-            Exception: what the piece before met.
+            Exception: the previous piece's error.
         """
         await self.finish()
         self._task = asyncio.create_task(asyncio.to_thread(work))
 
     async def finish(self) -> None:
-        """Wait until nothing is under way.
+        """Wait until no piece is running.
 
         Raises:
-            Exception: what the last piece met.
+            Exception: the last piece's error.
         """
         if self._task is not None:
             task, self._task = self._task, None
             await task
 
     def check(self) -> None:
-        """Look without waiting.
+        """Check without waiting.
 
         Raises:
-            Exception: what the last piece met, if it failed.
+            Exception: the last piece's error, if it failed.
         """
         if self._task is not None and self._task.done():
             task, self._task = self._task, None

@@ -1,8 +1,8 @@
-"""Weight versions broadcast to the rollout replicas, before the store has them.
+"""Broadcasts weight versions to the rollout replicas before the store has them.
 
-The store gets every version all the same: scorers, evaluators and restarts read it there, and so does a replica that
-joins late or that a broadcast missed. Nothing here ever holds up or fails the job: a broadcast has a deadline, and what
-goes wrong is logged and counted.
+The store receives every version as well: scorers, evaluators and restarted processes read it there, and so does a
+replica that joins late or that a broadcast missed. Nothing here blocks or fails the job: a broadcast has a deadline,
+and errors are logged and counted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 Outcome = Literal["sent", "failed", "skipped"]
 STATUS_SECONDS = 5.0
-# After n failures in a row, 2ⁿ versions go through the store alone, up to this many.
+# After n failures in a row, 2ⁿ versions go only through the store, up to this many.
 LONGEST_PAUSE = 64
 
 
@@ -42,25 +42,25 @@ class Sender(Protocol):
     """The learner's end of one broadcast group."""
 
     def send(self, version: int, state: Mapping[str, Tensor]) -> None:
-        """Have every replica of the group hold a version; raises if one does not."""
+        """Send a version to every replica of the group; raises if one does not hold it afterwards."""
 
     def close(self) -> None:
-        """Leave the group, also in the middle of a broadcast."""
+        """Leave the group, even in the middle of a broadcast."""
 
 
 OpenSender = Callable[[ReplicaClient, str, int], Sender]
 
 
 class WeightBroadcaster:
-    """Sends versions to whichever replicas are there. Make it on the event loop; :meth:`send` blocks.
+    """Sends versions to the replicas that answer. Create it on the event loop; :meth:`send` blocks.
 
     Args:
         channels: to the rollout replicas, by address.
-        open_sender: makes the learner's end, given the replicas, this host and a free port; blocks until all have come.
+        open_sender: creates the learner's end from the replicas, this host and a free port; blocks until all joined.
         transport: ``nccl`` or ``gloo``.
         workers: processes of each replica that hold a part of the model.
         timeout_seconds: for joining, and for each version.
-        count: told what became of each version.
+        count: receives the outcome of each version.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class WeightBroadcaster:
         self._pause = 0  # versions to leave to the store
 
     def send(self, version: int, state: Mapping[str, Tensor]) -> Outcome:
-        """Broadcast a version to every replica that answers; what became of it. Never raises, never hangs."""
+        """Broadcast a version to every replica that answers; returns the outcome. Never raises, never hangs."""
         outcome = self._send(version, state)
         self._count(outcome)
         return outcome
@@ -108,10 +108,10 @@ class WeightBroadcaster:
         sessions = self._sessions()
         if not sessions:
             self._leave()
-            LOG.info("no replica is there yet to broadcast version %d to; the store has it", version)
+            LOG.info("no replica answers yet to receive version %d; the store has it", version)
             return "skipped"
         started = time.monotonic()
-        # Every stage has a deadline of its own, of which a join and a broadcast may each use up one; but not in NCCL.
+        # A join and a broadcast may each use up their own deadline; NCCL has none.
         seconds = 2 * self._timeout_seconds + STATUS_SECONDS
         try:
             _within(seconds, lambda: self._to_all(sessions, version, state), f"the broadcast of version {version}")
@@ -135,7 +135,7 @@ class WeightBroadcaster:
         sender.send(version, state)
 
     def _join(self, addresses: Collection[str]) -> Sender:
-        """Make a group of these replicas."""
+        """Form a group of these replicas."""
         client = self._client = ReplicaClient(
             {address: self._stubs[address] for address in addresses},
             self._loop,
@@ -152,7 +152,7 @@ class WeightBroadcaster:
         return sender
 
     def _sessions(self) -> dict[str, str]:
-        """The broadcast group that each replica is in, of those that answer."""
+        """The broadcast group of each replica that answers."""
 
         async def ask() -> list[Any]:
             request = rollout_pb2.RolloutServiceGetStatusRequest()
@@ -179,7 +179,7 @@ class WeightBroadcaster:
 def connect_broadcaster(
     environment: ServiceEnvironment, job: JobSpec, device: torch.device, count: Callable[[Outcome], object]
 ) -> WeightBroadcaster | None:
-    """The job's broadcaster, or None where weights go through the store alone. Call on the event loop.
+    """The job's broadcaster, or None if weights go only through the store. Call it on the event loop.
 
     Raises:
         ConfigError: ``weights.transport`` cannot work here.
@@ -216,7 +216,7 @@ def connect_broadcaster(
 
 
 def own_host(addresses: Sequence[str]) -> str:
-    """The address of this machine at which those who serve at ``addresses`` reach it."""
+    """This machine's address as seen from the servers at ``addresses``."""
     hosts = [a.rpartition(":")[0].strip("[]") for a in addresses if not a.startswith("unix:")]
     distant = [host for host in hosts if not _is_loopback(host)]
     if not distant:
@@ -241,11 +241,11 @@ def _free_port() -> int:
 
 
 def _within(seconds: float, work: Callable[[], Result], awaited: str) -> Result:
-    """Run work in a thread of its own; one that does not end in time is left behind.
+    """Run work in a separate thread; one that does not end in time is abandoned.
 
     Raises:
         DeadlineError: it did not.
-        BaseException: what the work raised.
+        BaseException: the work's own error.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -253,7 +253,7 @@ def _within(seconds: float, work: Callable[[], Result], awaited: str) -> Result:
     def run() -> None:
         try:
             results.append(work())
-        except BaseException as error:  # the border of the thread: raised where it is waited for
+        except BaseException as error:  # the thread's outermost frame: the waiting caller raises it
             errors.append(error)
 
     thread = threading.Thread(target=run, name="broadcast-weights", daemon=True)

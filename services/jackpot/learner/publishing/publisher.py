@@ -1,4 +1,4 @@
-"""Publication of weight versions, and the export at the end."""
+"""Publishes weight versions, and exports the final models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jackpot.storage.run_directory import RunFiles
 from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import Role
 
-# What makes a weights file a Hugging Face directory; whatever of it the initial model has is carried over.
+# Files that make a weights file a Hugging Face directory; those that the initial model has are copied.
 MODEL_FILES: Sequence[str] = (
     "config.json",
     "generation_config.json",
@@ -36,7 +36,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """The weights of one version, apart from the models that go on learning."""
+    """A copy of one version's weights, separate from the models, which continue to learn."""
 
     version: int
     states: Mapping[Role, State]
@@ -49,10 +49,10 @@ class WeightPublisher:
     Args:
         job: the job as resolved.
         store: the job's weight store.
-        run_dir: where ``export/`` goes.
-        checkpointed: tells the versions that a checkpoint, whole or on its way, will be downloaded with: they stay as
-            long as it does.
-        broadcast: gives a version to the rollout replicas at once; None leaves them to the store.
+        run_dir: parent of ``export/``.
+        checkpointed: returns the versions of all checkpoints, finished or in progress: downloads need them, so that
+            they are kept as long as the checkpoint.
+        broadcast: sends a version to the rollout replicas at once; without it they read it from the store.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class WeightPublisher:
         return Snapshot(version, states, {"obrs_lambda": trainer.controls.obrs_lambda})
 
     def publish(self, snapshot: Snapshot) -> None:
-        """Write a snapshot as a version of every role; a no-op for a version that is there already and intact.
+        """Write a snapshot as a version of every role; a no-op for an intact version that exists already.
 
         A version is announced once its files are durable. Before that it is broadcast, so that the replicas need not
         read it there.

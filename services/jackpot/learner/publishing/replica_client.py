@@ -1,7 +1,7 @@
-"""The rollout replicas as vLLM's weight transfer sees them: four blocking calls, each to every replica at once.
+"""The rollout replicas as a client of vLLM's weight transfer: four blocking calls, each to all replicas concurrently.
 
 This is vLLM's ``VLLMWeightSyncClient``, which is structural, over our own gRPC. vLLM calls ``update_weights`` in a
-thread of its own while it broadcasts; pausing, versions and resuming are the replicas' business.
+separate thread while it broadcasts; the replicas handle pausing, versions and resuming.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from jackpot.errors import EngineError, JackpotError
 from jackpot.rpc.channel import call
 from jackpot.v1 import rollout_pb2
 
-# Name, dtype as torch calls it, shape; in the order in which they are sent.
+# Name, torch's name of the dtype, shape; in sending order.
 Layout = Sequence[tuple[str, str, Sequence[int]]]
 
-# How much longer than its own deadline a call may take to come back to the thread that waits.
+# How much longer than its own deadline a call may take to return to the waiting thread.
 _GRACE_SECONDS = 5.0
 
 
@@ -26,7 +26,7 @@ class ReplicaClient:
 
     Args:
         stubs: the replicas' ``RolloutServiceStub`` by address.
-        loop: that their channels belong to; the calls come from other threads.
+        loop: the event loop of their channels; the calls come from other threads.
         session: the group's name.
         transport: ``nccl`` or ``gloo``.
         workers: processes of each replica that hold a part of the model.
@@ -59,7 +59,7 @@ class ReplicaClient:
         return 1 + self._workers * len(self._stubs)
 
     def announce(self, version: int, layout: Layout) -> None:
-        """What the next update is."""
+        """Set the next update."""
         self._version, self._layout = version, layout
 
     def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
@@ -81,28 +81,28 @@ class ReplicaClient:
         self._all("JoinTransfer", join)
 
     def start_weight_update(self) -> None:
-        """Tell every replica what will be sent.
+        """Announce the update to every replica.
 
         Raises:
-            JackpotError: a replica is not there, or the weights are not its model's: nothing must be sent.
+            JackpotError: a replica is gone, or the weights do not fit its model: nothing must be sent.
         """
         tensors = [rollout_pb2.TensorLayout(name=name, dtype=dtype, shape=shape) for name, dtype, shape in self._layout]
         self._stage(start=rollout_pb2.TransferStart(tensors=tensors))
 
     def update_weights(self, update_info: Any) -> None:
-        """Have every replica receive; returns once all have everything.
+        """Have every replica receive the update; returns once all have all of it.
 
         Raises:
-            EngineError: the update is not what was announced.
+            EngineError: the update differs from the announced one.
             JackpotError: a replica did not get it.
         """
         layout = list(zip(update_info["names"], update_info["dtype_names"], update_info["shapes"], strict=True))
         if [(name, dtype, list(shape)) for name, dtype, shape in self._layout] != layout:
-            raise EngineError("what is to be broadcast is not what was announced to the replicas.")
+            raise EngineError("the update differs from the one announced to the replicas.")
         self._stage(update=rollout_pb2.TransferUpdate())
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Have every replica take the version up; they know which it is.
+        """Have every replica apply the announced version.
 
         Raises:
             JackpotError: a replica could not.

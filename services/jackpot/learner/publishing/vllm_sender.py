@@ -1,4 +1,4 @@
-"""The learner's end of a broadcast group, by vLLM's own trainer side of weight transfer."""
+"""The learner's end of a broadcast group, built on the trainer side of vLLM's weight transfer."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from vllm.distributed.weight_transfer.nccl_engine import (  # noqa: E402
 from jackpot.compute.ranks.gloo_group import GlooGroup  # noqa: E402
 from jackpot.learner.publishing.replica_client import Layout, ReplicaClient  # noqa: E402
 
-# Two such buffers on each GPU; larger ones bring nothing.
+# Two such buffers on each GPU; larger ones are no faster.
 BUFFER_BYTES = 256 << 20
 
 
 class StateSource(WeightSource):
-    """A version's CPU tensors, brought to the device that sends, one at a time."""
+    """A version's CPU tensors, moved to the sending device one at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.state: Mapping[str, Tensor] = {}
@@ -101,10 +101,10 @@ class VllmSender:
     Args:
         client: the group's replicas.
         transport: ``nccl`` or ``gloo``.
-        host: where the replicas reach this process.
-        port: a free one.
-        device: that sends; for NCCL a CUDA device.
-        timeout_seconds: for gloo; NCCL knows no deadline.
+        host: this process's host, as seen from the replicas.
+        port: a free port.
+        device: the sending device; for NCCL a CUDA device.
+        timeout_seconds: for gloo; NCCL has no deadline.
     """
 
     def __init__(
@@ -132,11 +132,11 @@ class VllmSender:
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
 
     def send(self, version: int, state: Mapping[str, Tensor]) -> None:
-        """Have every replica of the group hold a version.
+        """Send a version to every replica of the group.
 
         Raises:
-            JackpotError: a replica refused it, or was gone.
-            RuntimeError: the broadcast broke off.
+            JackpotError: a replica refused it, or is gone.
+            RuntimeError: the broadcast was interrupted.
         """
         self._use_device()
         self._source.state = state
@@ -150,7 +150,7 @@ class VllmSender:
             self._source.state = {}
 
     def close(self) -> None:
-        """Leave the group, also in the middle of a broadcast that hangs."""
+        """Leave the group, even in the middle of a hanging broadcast."""
         self._engine.shutdown()
 
     def _use_device(self) -> None:

@@ -1,1 +1,1 @@
-"""What a step reports: rows of metrics, alarms, profiles."""
+"""Reports of a step: rows of metrics, alarms, profiles."""

@@ -1,4 +1,4 @@
-"""Alarms of a run: to the log, to ``alarms.jsonl``, to Prometheus, and to the end of the job where it is asked for."""
+"""Alarms of a run: written to the log, ``alarms.jsonl`` and Prometheus. They stop the job if it asks for that."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LOG = logging.getLogger(__name__)
 
 
 class AlarmLog:
-    """Watches a run's steps, and its evaluations as the orchestrator writes them down.
+    """Watches a run's steps, and its evaluations as the orchestrator writes them.
 
     Args:
         config: the job's alarms.
         run_dir: the run directory.
-        metrics: where alarms are counted.
+        metrics: counts alarms.
     """
 
     def __init__(self, config: AlarmsConfig, run_dir: Path, metrics: Metrics) -> None:
@@ -37,7 +37,7 @@ class AlarmLog:
         self._evaluations = JsonLinesReader(files.evaluations)
 
     def look(self, rows: Sequence[Mapping[str, float]]) -> list[Alarm]:
-        """Look at the steps of a batch and at the evaluations since the last look; the alarms that begin."""
+        """Check the steps of a batch and the evaluations since the last call; returns the alarms that begin."""
         alarms = [alarm for figures in rows for alarm in self._watch.observe_step(figures)]
         for row in self._evaluations.records(HeldOutAccuracy):
             if row.comparable:

@@ -12,16 +12,16 @@ from torch.profiler import ProfilerActivity, profile
 
 LOG = logging.getLogger(__name__)
 
-WARM_UP_BATCHES = 1  # a process's first batch allocates memory and builds kernels: it says nothing about the next
+WARM_UP_BATCHES = 1  # a process's first batch allocates memory and builds kernels, and so is not representative
 
 
 class StepProfiler:
-    """Records whole batches until ``steps`` optimizer steps are recorded, once in the life of a process.
+    """Records whole batches until ``steps`` optimizer steps are recorded, once per process.
 
     Args:
         directory: where ``steps-<first>-<last>-rank<n>.json`` goes.
         steps: how many; 0 records nothing.
-        rank: this process's.
+        rank: of this process.
     """
 
     def __init__(self, directory: Path, steps: int, rank: int = 0) -> None:
@@ -34,11 +34,11 @@ class StepProfiler:
 
     @contextmanager
     def batch(self, first_step: int, num_steps: int) -> Iterator[None]:
-        """Around the training of one batch: steps [first_step, first_step + num_steps), 0-based."""
+        """Context of one batch's training: steps [first_step, first_step + num_steps), 0-based."""
         self._batches += 1
         if self._profile is None and self._wanted > 0 and self._batches > WARM_UP_BATCHES:
             self._first = first_step
-            # A single cycle, whose events are all to be kept: so torch 2.11 need not warn that others would not be.
+            # A single cycle, all of whose events are kept, so that torch 2.11 does not warn about losing others.
             self._profile = profile(activities=_activities(), record_shapes=True, acc_events=True)
             self._profile.start()
         yield

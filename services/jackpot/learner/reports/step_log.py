@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one row per optimizer step, written by the learner alone."""
+"""``metrics.jsonl``: one row per optimizer step, written only by the learner."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StepLog:
         self._metrics = metrics
 
     def write(self, rows: Sequence[Mapping[str, float]], num_tokens: int) -> None:
-        """Append rows in one write, so that a reader never sees half a line of a crash-free run.
+        """Append rows in one write, so that a reader never sees an incomplete line unless the learner crashed.
 
         Args:
             rows: one per optimizer step of a batch.
@@ -38,7 +38,7 @@ class StepLog:
         self._writer.append(_json_numbers({**row, "time": now}) for row in rows)
 
     def resumed(self, step: int) -> None:
-        """Record that training went on from the checkpoint of ``step``."""
+        """Record that training resumed from the checkpoint of ``step``."""
         write_resumption(self._files, step)
 
 

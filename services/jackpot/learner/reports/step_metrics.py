@@ -1,4 +1,4 @@
-"""The figures of one optimizer step, gathered while its micro-batches pass. Names are those of ``metrics.jsonl``."""
+"""The figures of one optimizer step, gathered over its micro-batches. Names are as in ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StepMeter:
         batch: the step's trajectories.
         weights: their token weights.
         step: the optimizer step, 0-based.
-        complete: whether the batch has all of its tokens here; else the row lacks figures over all of them.
+        complete: whether this process has all tokens of the batch; otherwise the row lacks figures over all of them.
     """
 
     def __init__(self, batch: Batch, weights: TokenWeights, step: int, *, complete: bool = True) -> None:
@@ -32,21 +32,21 @@ class StepMeter:
         self._row: dict[str, float] = {"step": step + 1}
         if complete:
             self._row |= _batch_figures(batch, step) | mismatch_figures(batch, weights)
-        # Of the passes, where the models compute: to read them there would hold up what a GPU is given to do.
+        # Sums of the passes stay on the models' device: reading them after each pass would stall the GPU's queue.
         self._found: dict[str, Tensor] = {}
         self._sums: dict[str, float] = {}
         self._found_nonfinite = 0.0
         self._counted = True
 
     def begin_pass(self, counted: bool) -> None:
-        """Whether what the next pass finds is counted; it is not in a filler's.
+        """Set whether the next pass's figures are counted; a filler's are not.
 
         See :class:`jackpot.compute.batching.ModelPass`.
         """
         self._counted = counted
 
     def add_up(self, ranks: Ranks) -> None:
-        """Read what the passes found, and make the sums those of all ranks' passes; a collective."""
+        """Read the passes' figures, and sum them over all ranks; a collective."""
         totals = torch.stack(list(self._found.values())).cpu()
         ranks.sum_(totals)
         self._sums = dict(zip(self._found, totals.tolist(), strict=True))
@@ -82,18 +82,18 @@ class StepMeter:
         self._row[f"{role}/lr"] = lr
 
     def controls(self, obrs_lambda: float, distillation_weight: float | None) -> None:
-        """Record λ as it goes out with the next weights, and the λ_distill of this step."""
+        """Record the λ published with the next weights, and the λ_distill of this step."""
         self._row["rollout_corr/obrs_lambda_next"] = obrs_lambda
         if distillation_weight is not None:
             self._row["actor/distill_weight"] = distillation_weight
 
     @property
     def kl_policy_actor(self) -> float | None:
-        """Mean KL(policy ‖ actor) of the micro-batches, once added up; None without distillation."""
+        """Mean KL(policy ‖ actor) of the micro-batches, once summed; None without distillation."""
         return self._sums.get("kl/policy_actor")
 
     def row(self) -> dict[str, float]:
-        """The finished row, once added up."""
+        """The finished row, once summed."""
         return (
             self._row
             | self._sums
@@ -102,7 +102,7 @@ class StepMeter:
 
     def _add(self, name: str, amount: Tensor, divisor: float) -> None:
         amount = amount.detach().double()
-        # Not by a product: what is not counted may be no number.
+        # Selected, not multiplied: uncounted values may be NaN.
         share = amount / divisor if self._counted else torch.zeros_like(amount)
         self._found[name] = share + self._found[name] if name in self._found else share
 
@@ -121,7 +121,7 @@ def _batch_figures(batch: Batch, step: int) -> dict[str, float]:
 
 
 def mismatch_figures(batch: Batch, weights: TokenWeights) -> dict[str, float]:
-    """What the token weights of a batch say about the mismatch: the columns ``rollout_corr/*``."""
+    """Figures of the mismatch from a batch's token weights: the columns ``rollout_corr/*``."""
     target, actor = weights.target_logprobs, batch.tokens.actor_logprobs
     log_ratio = (target - actor).double()
     divergence = kl_before_and_after(target, actor, weights.normalizer, weights.obrs_lambda)

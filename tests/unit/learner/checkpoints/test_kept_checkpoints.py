@@ -140,7 +140,7 @@ def test_what_is_damaged_is_named_and_gives_way(
     with caplog.at_level(logging.ERROR):
         assert kept.latest() == tmp_path / "00000004"
     (message,) = (record.getMessage() for record in caplog.records)
-    assert message.startswith(f"checkpoint {tmp_path}/00000006 is damaged, an older one is looked for:")
+    assert message.startswith(f"checkpoint {tmp_path}/00000006 is damaged, looking for an older one:")
     assert re.search(said, message)
 
     # It counts no longer: what is good stays in its place, also where its number is smaller.
