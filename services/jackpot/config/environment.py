@@ -1,4 +1,4 @@
-"""What a service process learns from its launcher: one frozen object, read once from the environment.
+"""A service process's settings from its launcher: one frozen object, read once from the environment.
 
 A launcher (local processes, Kubernetes) sets these variables; nothing else in a service reads ``os.environ``.
 """
@@ -21,11 +21,11 @@ _START_WITH = "The launcher sets it; start services with `jackpot run`."
 
 
 def redis_url_over_tls(url: str, tls_dir: str) -> str:
-    """A rediss:// address with the PEM files of a directory, as far as it names none itself; others stay as they are.
+    """A rediss:// address with the PEM files of a directory, unless it names its own; other addresses are unchanged.
 
     Args:
         url: of a Redis.
-        tls_dir: holds ``ca.crt`` and, for servers that ask clients for a certificate, ``tls.crt`` and ``tls.key``.
+        tls_dir: holds ``ca.crt`` and, for servers that require client certificates, ``tls.crt`` and ``tls.key``.
     """
     parts = urlsplit(url)
     if parts.scheme != "rediss" or not tls_dir:
@@ -57,16 +57,16 @@ class ServiceEnvironment(BaseModel):
     """gRPC address to serve on: ``unix:/path`` or ``host:port``."""
     advertise_address: str = ""
     """Rollout service only: the gRPC address that a replica which joins a running job announces in the run directory.
-    Empty for those that the job began with: the orchestrator was told their addresses."""
+    Empty for the job's initial replicas, whose addresses the orchestrator has."""
     tls_dir: str = ""
     """Directory with ``tls.crt``, ``tls.key`` and ``ca.crt`` for mutual TLS between the services; empty is plaintext,
     which is refused on anything but unix sockets and loopback."""
     tls_peer_name: str = ""
-    """Name that every service's certificate carries (a DNS subject alternative name). Clients look for it in place of
-    the address's host, whose name a scheduler makes up, and servers refuse callers without it. Empty: clients look for
-    the host, and servers take every certificate of the authority."""
+    """Name that every service's certificate carries (a DNS subject alternative name). Clients check it instead of
+    the address's host, whose name a scheduler chooses, and servers refuse callers without it. Empty: clients check the
+    host, and servers accept every certificate of the authority."""
     health_listen: str = ""
-    """``host:port`` for plaintext gRPC health checks and nothing else: probes speak no TLS. Empty serves none."""
+    """``host:port`` for plaintext gRPC health checks only, since probes do not use TLS. Empty serves none."""
     role: Role = "actor"
     """Rollout service only: whose weights it samples with. ``policy`` makes it the evaluator."""
     rollout_addresses: tuple[str, ...] = ()
@@ -74,16 +74,16 @@ class ServiceEnvironment(BaseModel):
     evaluator_address: str = ""
     """Orchestrator only: a rollout server on the policy's weights."""
     metrics_address: str = ""
-    """``host:port`` for /metrics; port 0 takes a free one, empty serves none. The port that it got is written to
+    """``host:port`` for /metrics; port 0 takes a free one, empty serves none. The actual port is written to
     ``metrics/`` in the run directory."""
     metrics_host: str = ""
-    """Name under which Prometheus reaches the address above; empty: its own host, or where that is 0.0.0.0 this
-    machine's name."""
+    """Name by which Prometheus reaches the address above; empty: its own host, or this machine's name if that is
+    0.0.0.0."""
     threads: int = 0
-    """Threads for torch; 0 leaves torch's own choice."""
+    """Threads for torch; 0 keeps torch's default."""
     scratch_dir: str = ""
-    """Directory on a disk of this machine for copies of what an object store holds (``weights.store``); may be lost at
-    any time. Empty: ``scratch/`` in the run directory."""
+    """Directory on a local disk for copies of objects in an object store (``weights.store``); may be lost at any
+    time. Empty: ``scratch/`` in the run directory."""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> ServiceEnvironment:

@@ -23,7 +23,7 @@ from jackpot.section import Number, Section
 
 
 class JobSpec(Section):
-    """A training job, whole. What `jackpot run` takes and what the REST API accepts as JSON."""
+    """A whole training job: the input of `jackpot run`, and of the REST API as JSON."""
 
     name: str = Field(default="job", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
     """Start of the job id: lower-case letters, digits and hyphens, at most 40."""
@@ -168,13 +168,13 @@ class JobSpec(Section):
 
     @property
     def deterministic(self) -> bool:
-        """Whether groups are sampled and scored each by itself, so that a seed decides every bit."""
+        """Whether each group is sampled and scored by itself, so that a seed determines every bit."""
         possible = self.orchestrator.max_staleness == 0 and self.rollout.engine != "vllm"
         return possible if self.run.deterministic is None else self.run.deterministic
 
     @property
     def scorer_replicas(self) -> int:
-        """Scorers that run: none where the learner's own forward pass gives the scores."""
+        """Scorers that run: none if the learner's own forward pass gives the scores."""
         return 0 if self.scorer.reuse_reference else self.scorer.replicas
 
     @property

@@ -1,4 +1,4 @@
-"""From a file, a mapping and dotted overrides to a :class:`JobSpec`, with errors that name field, value and remedy."""
+"""Parses a file or mapping and dotted overrides into a :class:`JobSpec`; errors name field, value and remedy."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ _PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# YAML 1.1 takes 1e-3 for a string because it has no dot; everyone who writes it means the number.
+# YAML 1.1 reads 1e-3 as a string because it has no dot; every author means the number.
 _PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
 
-# What PyYAML raises on bad input beside its own errors: !!int abc, unhashable keys, thousands of brackets.
+# Errors of PyYAML on bad input besides its own: !!int abc, unhashable keys, thousands of brackets.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, RecursionError)
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     """Read a YAML or JSON job file and apply ``a.b=value`` overrides.
 
-    Relative model and data paths are taken relative to the job file, so that a job runs from anywhere.
+    Relative model and data paths are resolved from the job file's directory, so that a job runs from anywhere.
 
     Raises:
         InvalidJobError: the file cannot be read or a setting cannot work.
@@ -101,7 +101,7 @@ def parse_job(data: Mapping[str, Any], overrides: Sequence[str] = (), *, base: P
     try:
         job = JobSpec.model_validate(merged)
     except ValidationError as error:
-        # A mapping for `actor` is measured against its section alone, anything else against the word 'policy' alone.
+        # A mapping for `actor` is checked only against its section, anything else only against the word 'policy'.
         details = [
             d
             for d in error.errors()
@@ -125,7 +125,7 @@ def read_yaml(text: str, where: str) -> Mapping[str, Any]:
         where: it comes from, for the message.
 
     Raises:
-        InvalidJobError: it is no YAML, not a mapping, or uses what could blow it up (aliases, endless nesting).
+        InvalidJobError: it is not YAML, not a mapping, or could expand without bound (aliases, endless nesting).
     """
     try:
         data = yaml.load(text, Loader=_PlainLoader)
@@ -151,7 +151,7 @@ def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str
         try:
             value = yaml.load(text, Loader=_PlainLoader)
         except _YAML_ERRORS:
-            value = text  # no YAML: taken as it stands, and judged by the field
+            value = text  # not YAML: passed on as text, for the field to check
         *parents, leaf = dotted.strip().split(".")
         node = data
         for parent in parents:

@@ -28,6 +28,6 @@ class ActorConfig(ModelConfig):
     """``policy``: the actor is the policy itself in a cheaper number format. It holds the policy's newest weights; give
     it the policy's model and ``train: false``."""
     quantization: Literal["fp8_per_channel", "fp8_per_tensor"] | None = None
-    """Weights in 8 bits, rounded anew with each version; ``dtype`` is what it computes in. Needs the vLLM engine."""
+    """Weights in 8 bits, rounded again with each version; ``dtype`` is the compute format. Needs the vLLM engine."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Number format of the attention cache; ``auto`` is the model's. ``fp8`` needs the vLLM engine."""

@@ -1,4 +1,4 @@
-"""The run around the training: alarms, trackers, processes."""
+"""Settings of the run: alarms, trackers, processes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class AlarmsConfig(Section):
     """``warn`` writes to the log, to ``alarms.jsonl`` and to a metric; ``stop`` also ends the job as failed, after a
     checkpoint. ``warn``, because a solved task looks like a collapsed one: all its rewards are equal, too."""
     equal_rewards_steps: NonNegativeInt = 10
-    """Steps in a row without any difference between rewards; 0 is off. Ten batches by chance is no chance."""
+    """Steps in a row without any difference between rewards; 0 is off. Ten such batches in a row are not chance."""
     zero_gradient_steps: NonNegativeInt = 3
     """Steps in a row with a policy gradient of exactly 0; 0 is off."""
     kl_bound: PositiveFloat | None = 5.0
-    """Greatest KL(policy ‖ actor), in nats per token (where the actor does not learn: k3's estimate of KL from scoring
-    to sampling); null is off. At 5 the actor's tokens have next to no probability under the policy."""
+    """Greatest KL(policy ‖ actor), in nats per token (if the actor does not learn: k3's estimate of KL from scoring
+    to sampling); null is off. At 5 the actor's tokens have almost no probability under the policy."""
     acceptance_bound: Fraction = 0.05
-    """Smallest acceptance rate of a step; 0 is off. Below it nearly all that is sampled is thrown away, so that a step
+    """Smallest acceptance rate of a step; 0 is off. Below it nearly all sampled tokens are discarded, so that a step
     costs twenty times what it should."""
     accuracy_drop: Fraction = 0.1
     """How far the policy's held-out accuracy may fall below its best while the actor's mean reward rises, in two
@@ -35,7 +35,7 @@ class TrackingConfig(Section):
     """Experiment trackers. The run directory has every figure without them."""
 
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where steps and evaluations go besides: ``tensorboard`` (files in ``tensorboard/`` of the run directory) and
+    """Trackers of steps and evaluations: ``tensorboard`` (files in ``tensorboard/`` of the run directory) and
     ``wandb``. Each needs the extra of its name."""
     wandb_project: str = Field(default="jackpot", min_length=1)
     """The project in Weights & Biases."""
@@ -52,13 +52,13 @@ class RunConfig(Section):
     """How often one process is restarted before the job stops with its last error."""
     keep_trajectories: NonNegativeInt = 2
     """How many of the last batches the learner keeps in ``trajectories/`` for `jackpot replay`; 0 keeps none. Two are
-    enough to choose λ by, take few MB, and the weights that they belong to are still there."""
+    enough to choose λ, take few MB, and their weights are still kept."""
     deterministic: bool | None = None
     """Whether a seed gives the same trajectories, masks and steps to the bit, on one machine with one number of
-    threads. What else is in a forward pass changes the last bits of a row, so each group is then sampled and scored in
-    passes of its own, which takes several times as long. Needs ``orchestrator.max_staleness: 0``, since with staleness
-    timing decides which version samples, and the transformers engine. null is on wherever it can be."""
+    threads. Other rows of a forward pass change the last bits of a row, so each group is then sampled and scored in
+    separate passes, which takes several times as long. Needs ``orchestrator.max_staleness: 0``, since with staleness
+    timing decides which version samples, and the transformers engine. null turns it on wherever possible."""
     threads_per_process: NonNegativeInt = 0
-    """CPU threads per process for torch; 0 shares the cores out."""
+    """CPU threads per process for torch; 0 divides the cores among processes."""
     startup_timeout_seconds: PositiveFloat = 180.0
-    """How long a process may take until it serves."""
+    """How long a process may take to start serving."""

@@ -1,4 +1,4 @@
-"""Settings of the vLLM engine beside those that every engine has."""
+"""Settings of the vLLM engine, in addition to those of every engine."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ class VllmConfig(Section):
     """vLLM's own settings. The number formats of the model are under ``actor``."""
 
     tensor_parallel_size: PositiveInt = 1
-    """GPUs that one replica's model is split over."""
+    """GPUs over which one replica's model is split."""
     data_parallel_size: PositiveInt = 1
     """Copies of the model inside one replica. ``rollout.replicas`` does the same with processes that fail alone."""
     max_model_len: PositiveInt | None = None
-    """Longest prompt and completion together; null is what the model allows. Shorter needs less memory."""
+    """Longest prompt and completion together; null is the model's limit. Shorter needs less memory."""
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1), Number] = 0.9
     """Part of the GPU's memory for weights and attention cache. Lower it where others use the same GPU."""
     kv_cache_bytes: PositiveInt | None = None
     """Memory for the attention cache; null is what ``gpu_memory_fraction`` leaves, or 256 MiB on CPU."""
     eager: bool = False
-    """Whether to do without CUDA graphs: slower, but starts at once. On CPU always so."""
+    """Whether to run without CUDA graphs: slower, but starts at once. Always so on CPU."""
     lora: None = None
     """Must be null: adapters are not supported."""
 
