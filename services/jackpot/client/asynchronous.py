@@ -1,4 +1,4 @@
-"""The client for asyncio: what carries the calls, and nothing else."""
+"""The client for asyncio: only the transport of calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class AsyncClient:
-    """:class:`Client` for asyncio: the same methods, awaited, but for ``logs`` and ``pull``."""
+    """:class:`Client` for asyncio: the same methods, awaited, except ``logs`` and ``pull``."""
 
     def __init__(self, url: str | None = None, token: str | None = None, ca: Path | None = None) -> None:
         self._settings = Settings(url, token, ca)

@@ -1,4 +1,4 @@
-"""What both clients ask of the control plane's REST API, and what its answers mean. No connection is made here."""
+"""The requests of both clients to the control plane's REST API, and how answers are parsed. No connections here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """A request, and what its answer means. All requests here are safe to repeat."""
+    """A request, and how its answer is parsed. All requests here are safe to repeat."""
 
     method: str
     path: str
@@ -53,14 +53,14 @@ def submit(
     job: Mapping[str, Any], priority: int, labels: Mapping[str, str], idempotency_key: str | None
 ) -> Call[JobRecord]:
     """Start a job."""
-    # A key even if the caller has none: a request that is repeated because its answer was lost makes no second job.
+    # A key even without one from the caller: a request repeated after a lost answer must not make a second job.
     headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key or secrets.token_hex(16)}
     params = {"priority": priority, "label": [f"{key}={value}" for key, value in labels.items()]}
     return Call("POST", "/v1/jobs", _job, params, headers, json.dumps(job).encode())
 
 
 def check(job: Mapping[str, Any]) -> Call[dict[str, Any]]:
-    """Check a job, start nothing."""
+    """Check a job without starting it."""
     headers = {"Content-Type": "application/json"}
     return Call("POST", "/v1/jobs", _object, {"dry_run": True}, headers, json.dumps(job).encode())
 
@@ -112,7 +112,7 @@ def ledger(job_id: str, entries: int) -> Call[dict[str, Any]]:
 
 
 def checkpoints(job_id: str) -> Call[list[dict[str, Any]]]:
-    """What can be pulled of a job."""
+    """The checkpoints of a job that can be pulled."""
     return Call("GET", f"{path_of(job_id)}/checkpoints", lambda response: list(response.json()["checkpoints"]))
 
 

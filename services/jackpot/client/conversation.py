@@ -1,5 +1,5 @@
-"""How both clients speak to the server, whatever carries their bytes: addresses, repeated attempts, events over several
-connections, refusals. No connection is made here."""
+"""The protocol of both clients, independent of their transport: addresses, retries, events over several connections,
+errors. No connections here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jackpot.errors import ApiError
 
 DEFAULT_URL = "http://127.0.0.1:8700"
 TIMEOUT_SECONDS = 30.0
-ATTEMPTS = 5  # of a request that is safe to repeat, while the server restarts
+ATTEMPTS = 5  # retries of a repeatable request while the server restarts
 MOST_FAILED_CONNECTIONS = 4 * ATTEMPTS  # without an event in between
 RETRY_SECONDS = 0.5
 
@@ -37,7 +37,7 @@ class Event:
 
 
 class Settings:
-    """Where the server is and how it is spoken to: as the client is told, or the environment says."""
+    """The server's address, token and authority, from the client's arguments or the environment."""
 
     def __init__(self, url: str | None, token: str | None, ca: Path | None) -> None:
         self.url = (url or os.environ.get("JACKPOT_URL") or DEFAULT_URL).rstrip("/")
@@ -47,17 +47,17 @@ class Settings:
             "headers": {"Authorization": f"Bearer {token}"} if token else {},
             "timeout": TIMEOUT_SECONDS,
             "verify": ssl.create_default_context(cafile=str(ca)) if ca else True,
-            # A proxy for the way out has no business between this machine and itself.
+            # An outbound proxy must not stand between this machine and itself.
             "trust_env": not self.url.startswith(("http://127.0.0.1", "http://localhost", "http://[::1]")),
         }
 
     def unreachable(self, error: Exception) -> ApiError:
-        """What is said if nobody answers."""
+        """The error if the server does not answer."""
         return ApiError(f"{self.url} does not answer ({error}). Is `jackpot serve` running there? Set JACKPOT_URL.")
 
     @contextmanager
     def reaching(self) -> Iterator[None]:
-        """Say :meth:`unreachable` of a connection that fails inside the ``with``."""
+        """Raise :meth:`unreachable` for a connection that fails inside the ``with``."""
         try:
             yield
         except httpx.TransportError as error:
@@ -65,18 +65,18 @@ class Settings:
 
 
 def attempts(call: Call[T], settings: Settings) -> Generator[float, httpx.Response | httpx.TransportError, T]:
-    """A call, repeated while the server restarts. The generator makes no connection itself: it yields how many seconds
-    to wait before each attempt, is sent the attempt's outcome, and returns what the answer means.
+    """A call, repeated while the server restarts. The generator makes no connection itself: it yields the seconds to
+    wait before each attempt, receives the attempt's outcome, and returns the parsed answer.
 
     Raises:
-        ApiError: the server refuses, or nobody answers.
+        ApiError: the server refuses, or does not answer.
     """
     pause_seconds = 0.0
     for attempt in range(ATTEMPTS):
         outcome = yield pause_seconds
         is_last = attempt == ATTEMPTS - 1
         if isinstance(outcome, httpx.TransportError):
-            # The first attempt fails fast when nobody is there at all; a server that restarts drops connections.
+            # The first attempt fails fast if there is no server at all; a restarting server drops connections.
             if isinstance(outcome, httpx.ConnectError) or is_last:
                 raise settings.unreachable(outcome) from outcome
         elif outcome.status_code not in (429, 503) or is_last:
@@ -92,7 +92,7 @@ def timeout_of(stream: Stream) -> httpx.Timeout:
 
 
 def raise_for(response: httpx.Response) -> None:
-    """Turn a problem document into an error that says what it says."""
+    """Turn a problem document into an error with its message."""
     if response.status_code < 400:
         return
     try:
@@ -110,7 +110,7 @@ def raise_for(response: httpx.Response) -> None:
 
 
 class EventFollower:
-    """A job's events over as many connections as it takes: each goes on where the last broke off.
+    """A job's events over as many connections as needed: each resumes where the last one broke.
 
     Args:
         job_id: whose events.
@@ -128,15 +128,15 @@ class EventFollower:
 
     @property
     def stream(self) -> Stream:
-        """What the next connection asks for."""
+        """The request of the next connection."""
         return calls.events(self._job_id, self._last_id)
 
     @contextmanager
     def connection(self) -> Iterator[None]:
-        """Around one connection: swallows its failure, unless there were too many in a row.
+        """Context of one connection: suppresses its failure, unless there were too many in a row.
 
         Raises:
-            ApiError: the server refuses, or nobody answers.
+            ApiError: the server refuses, or does not answer.
         """
         try:
             yield
@@ -150,7 +150,7 @@ class EventFollower:
                 raise
 
     def feed(self, line: str) -> Event | None:
-        """Take up a line; the event that it ends, if it does."""
+        """Parse a line; returns the event that it completes, if any."""
         if line:
             name, _, value = line.partition(":")
             if name:

@@ -1,4 +1,4 @@
-"""The client that blocks: what carries the calls, and nothing else."""
+"""The blocking client: only the transport of calls."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Client:
     Args:
         url: of the server; else JACKPOT_URL, else http://127.0.0.1:8700.
         token: of `jackpot token create`; else JACKPOT_TOKEN.
-        ca: PEM file of the authority that signed the server's certificate, unless the system knows it.
+        ca: PEM file of the authority that signed the server's certificate, unless the system trusts it.
 
-    Every method raises :class:`~jackpot.errors.ApiError` with the server's own words if it refuses, or if nobody
-    answers.
+    Every method raises :class:`~jackpot.errors.ApiError` with the server's message if it refuses, or if it does
+    not answer.
     """
 
     def __init__(self, url: str | None = None, token: str | None = None, ca: Path | None = None) -> None:
@@ -78,7 +78,7 @@ class Client:
         return self._do(calls.act(job_id, "cancel"))
 
     def resume(self, job_id: str) -> JobRecord:
-        """Let a failed or cancelled job go on."""
+        """Resume a failed or cancelled job."""
         return self._do(calls.act(job_id, "resume"))
 
     def scale(self, job_id: str, rollout_replicas: int) -> JobDetail:
@@ -86,7 +86,7 @@ class Client:
         return self._do(calls.scale(job_id, rollout_replicas))
 
     def delete(self, job_id: str) -> None:
-        """Forget a finished job and its files."""
+        """Delete a finished job and its files."""
         self._do(calls.delete(job_id))
 
     def metrics(self, job_id: str, names: Sequence[str] = (), points: int = 300) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Client:
         return self._do(calls.ledger(job_id, entries))
 
     def checkpoints(self, job_id: str) -> list[dict[str, Any]]:
-        """What can be pulled."""
+        """The checkpoints that can be pulled."""
         return self._do(calls.checkpoints(job_id))
 
     def samples(self, job_id: str, limit: int = 10) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ class Client:
         return self._do(calls.samples(job_id, limit))
 
     def events(self, job_id: str, last_event_id: str | None = None) -> Iterator[Event]:
-        """The job's events until it is over. A lost connection is taken up again where it was."""
+        """The job's events until it is over. A lost connection resumes where it stopped."""
         follower = EventFollower(job_id, last_event_id, self._settings)
         while True:
             with follower.connection(), self._streamed(follower.stream) as response:

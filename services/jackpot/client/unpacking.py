@@ -1,4 +1,4 @@
-"""A pulled checkpoint becomes a directory."""
+"""Unpacks a pulled checkpoint into a directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jackpot.errors import ApiError
 
 
 def unpack(chunks: Iterator[bytes], directory: Path) -> Path:
-    """Unpack an archive beside ``directory`` and rename what it holds, so that a directory of that name is whole."""
+    """Unpack an archive beside ``directory`` and rename the result, so that ``directory`` is always complete."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:

@@ -47,7 +47,7 @@ class BatchCollector:
         self._size = job.learner.groups_per_batch
         self._timeout = job.learner.batch_timeout_seconds
         self._held: dict[int, Delivery[ScoredGroup]] = {}  # by slot: taken from the bus, not yet in a batch
-        self._first_slot = 0  # of the batch being gathered; what lies before it is in a batch already
+        self._first_slot = 0  # of the batch being collected; earlier slots are in a batch already
         self._last_arrival = 0.0
         self._gathering: asyncio.Task[Collected] | None = None
 

@@ -1,4 +1,4 @@
-"""The models that a trainer has, with their optimizers: made ready for training, copied out, saved and restored."""
+"""A trainer's models and their optimizers: prepared for training, copied for publishing, saved and restored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jackpot.trajectory import Role
 
 
 class TrainedModels(Mapping[Role, PreTrainedModel]):
-    """Policy, actor and their optimizers; by role the model that batches pass through.
+    """Policy, actor and their optimizers; maps each role to the model of its passes.
 
     Args:
         job: the job as resolved.
@@ -55,7 +55,7 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
             # Dropout would make the policy differ from its own reference.
             model.eval()  # type: ignore[no-untyped-call]
             model.requires_grad_(role in self.peak_lr)
-        # What a checkpoint restores later goes into the policy alone: this stays the job's initial model.
+        # A checkpoint is restored only into the policy: this stays the job's initial model.
         self.initial = copy.deepcopy(policy) if job.algorithm.kl_penalty.weight > 0 else None
         if self.initial is not None:
             self.initial.requires_grad_(False)
@@ -70,7 +70,7 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
         self.layout = layout_of(job.learner.packing, learning, self.device, ranks)
         if self.initial is not None:
             _attend_alike(self.initial, policy)
-        # After the trials of the layout, which would be compiled, too.
+        # After the trials of the layout, which would otherwise be compiled, too.
         for _, model in self._passing():
             release(model)
             assert ranks.mesh is None or all(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -90,7 +90,7 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
         return len(self._by_role)
 
     def _passing(self) -> list[tuple[Role, PreTrainedModel]]:
-        """The models that batches pass through, and whose they are: what learns, and the initial policy."""
+        """The models of the passes, by role: the trained models, and the initial policy."""
         learning = [(role, self._by_role[role]) for role in self.peak_lr]
         return learning if self.initial is None else [*learning, ("policy", self.initial)]
 
@@ -101,7 +101,7 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
             shard(model, self._ranks, self._dtypes[role], field=f"{role}.model", cpu_offload=offload)
 
     def _copy(self) -> None:
-        """Have batches pass through copies of what does not compute in float32."""
+        """Have models that do not compute in float32 compute with 16-bit copies."""
         for role in self.peak_lr:
             dtype = DTYPES[self._dtypes[role]]
             if dtype != torch.float32:
@@ -111,7 +111,7 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
             in_dtype(self.initial, DTYPES[self._dtypes["policy"]])
 
     def refresh(self, role: Role) -> None:
-        """A model's weights have changed: what computes with a copy of them takes them over."""
+        """A model's weights have changed: update its 16-bit copy, if there is one."""
         if role in self._copies:
             self._copies[role].refresh()
 
@@ -134,7 +134,7 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
         return store.begin(progress, self.learnables)
 
     def restore(self, store: CheckpointStore, path: Path) -> Progress:
-        """Take up a checkpoint; a collective. Errors as ``store.load``."""
+        """Restore a checkpoint; a collective. Errors as ``store.load``."""
         progress = store.load(path, self.learnables)
         for role in self._copies:
             self.refresh(role)

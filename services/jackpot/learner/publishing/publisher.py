@@ -70,7 +70,7 @@ class WeightPublisher:
         self._checkpointed = checkpointed
 
     def snapshot(self, trainer: BatchTrainer, version: int) -> Snapshot:
-        """A copy of every role's weights as they are, for :meth:`publish` beside the next step; a collective."""
+        """A copy of every role's current weights, for :meth:`publish` concurrently with the next step; a collective."""
         copies: dict[Role, State] = {role: trainer.weights(role) for role in trainer.models}
         states = {role: copies[source] for role, source in self._sources(trainer).items()}
         return Snapshot(version, states, {"obrs_lambda": trainer.controls.obrs_lambda})
@@ -112,7 +112,7 @@ class WeightPublisher:
             aside.rename(final)
 
     def _sources(self, trainer: BatchTrainer) -> dict[Role, Role]:
-        """Whose weights each role gets: its own, but an actor that is the policy in another number format has those."""
+        """The source of each role's weights: itself, or the policy if the actor is the policy in a cheaper format."""
         sources: dict[Role, Role] = {role: role for role in trainer.models}
         if not isinstance(self._job.actor, str) and self._job.actor.weights == "policy":
             sources["actor"] = "policy"
