@@ -579,7 +579,7 @@ async def test_a_completion_whose_reward_fails_is_wrong_or_left_out(make_world, 
         assert failed
         assert (row["num_reward_failures"], row["comparable"]) == (failed, False)
         assert row["num_samples"] == (6 if policy == "zero" else 6 - failed)
-        assert row["policy_accuracy"] == (1 - failed / 6 if policy == "zero" else 1.0)
+        assert row["policy_accuracy"] == ((6 - failed) / 6 if policy == "zero" else 1.0)
         failures = world.rows("reward_failures.jsonl")
         assert {(row["completion"], row["failure"].split(":")[0]) for row in failures} == {("0", "failed 2 times")}
 

@@ -162,6 +162,7 @@ def _finish(summary: dict[str, Any], directory: Path, as_json: bool) -> None:
 def _loss_lines(summary: dict[str, Any]) -> list[str]:
     """What failures kept from training, by cause: a bias of what the policy learned from."""
     from jackpot.control_plane.sessions.summary import lost_to_failures
+    from jackpot.storage.run_directory import RunFiles
 
     lost = lost_to_failures(summary["ledger"])
     lines = []
@@ -169,7 +170,7 @@ def _loss_lines(summary: dict[str, Any]) -> list[str]:
         shares = ", ".join(f"{reason} {share:.1%}" for reason, share in lost.items())
         lines.append(f"bias             groups that failures kept from training: {shares} of those dispatched")
     if failures := summary["reward_failures"]:
-        lines.append(f"reward failures  {failures} completions: reward_failures.jsonl names each")
+        lines.append(f"reward failures  {failures} completions: {RunFiles(Path()).reward_failures.name} names each")
     return lines
 
 

@@ -69,6 +69,8 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """All settings that determine the result, with defaults, without the seed."""
         job = self.job.model_dump(mode="json", include=set(SECTIONS))
+        if "evaluation" in job:
+            job["evaluation"]["temperature"] = self.job.evaluation_temperature
         recipe = None if self.recipe is None else {k: v for k, v in self.recipe.settings().items() if k != "seed"}
         ages = {"staleness": self.staleness, "scorer_staleness": self.scorer_staleness}
         return {"job": job, "recipe": recipe, "execution": self.execution, **ages}

@@ -5,7 +5,7 @@ To add one, add its module, a test, and a row to docs/method.md. The modules loa
 
 import sys
 
-from jackpot.algorithm.advantages.advantage import Advantage
+from jackpot.algorithm.advantages.base import Advantage
 from jackpot.algorithm.registry import variants
 
 ADVANTAGES = variants(sys.modules[__name__], Advantage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from jackpot.algorithm.advantages.advantage import Advantage
+from jackpot.algorithm.advantages.base import Advantage
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from jackpot.algorithm.advantages.advantage import Advantage
+from jackpot.algorithm.advantages.base import Advantage
 from jackpot.algorithm.advantages.grpo import group_advantages
 from jackpot.algorithm.advantages.reinforce_plus_plus import whitened
 

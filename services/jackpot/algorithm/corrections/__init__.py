@@ -5,7 +5,7 @@ To add one, add its module, a test, and a row to docs/method.md. The modules loa
 
 import sys
 
-from jackpot.algorithm.corrections.correction import Correction, SampledTokens, Weights
+from jackpot.algorithm.corrections.base import Correction, SampledTokens, Weights
 from jackpot.algorithm.registry import variants
 
 CORRECTIONS = variants(sys.modules[__name__], Correction)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from jackpot.algorithm.corrections.correction import Correction, Level, SampledTokens, Weights, target_ratio
+from jackpot.algorithm.corrections.base import Correction, Level, SampledTokens, Weights, target_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor

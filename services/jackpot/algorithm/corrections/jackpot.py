@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from jackpot.algorithm.corrections.correction import Correction, SampledTokens, Weights
+from jackpot.algorithm.corrections.base import Correction, SampledTokens, Weights
 from jackpot.section import Number, PositiveFloat
 
 if TYPE_CHECKING:

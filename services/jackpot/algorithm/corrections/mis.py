@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from jackpot.algorithm.corrections.correction import Correction, SampledTokens, Weights, masked_outside, target_ratio
+from jackpot.algorithm.corrections.base import Correction, SampledTokens, Weights, masked_outside, target_ratio
 from jackpot.section import NonNegativeFloat, PositiveFloat
 
 if TYPE_CHECKING:

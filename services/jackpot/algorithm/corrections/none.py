@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from jackpot.algorithm.corrections.correction import Correction, SampledTokens, Weights
+from jackpot.algorithm.corrections.base import Correction, SampledTokens, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor

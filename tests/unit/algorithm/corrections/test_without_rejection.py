@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from jackpot.algorithm.corrections.correction import MAX_LOG_RATIO
+from jackpot.algorithm.corrections.base import MAX_LOG_RATIO
 from jackpot.algorithm.corrections.icepop import icepop_weights
 from jackpot.algorithm.corrections.is_ import is_weights
 from jackpot.algorithm.corrections.mis import mis_weights

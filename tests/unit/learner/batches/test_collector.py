@@ -59,7 +59,7 @@ async def test_the_next_batch_is_there_when_it_is_asked_for(
     assert [group.group_id for group in second.groups] == ids
 
 
-async def test_what_is_delivered_again_of_a_batch_already_trained_waits_for_its_commit_alone(
+async def test_what_is_delivered_again_of_a_batch_already_trained_keeps_its_lease_until_the_commit(
     job: JobSpec, bus: TrajectoryBus, valkey_url: str, make_groups: Callable[..., list[ScoredGroup]], tmp_path: Path
 ) -> None:
     """As after a crash between the training of batch 0 and its checkpoint: it is trained from its manifest."""
@@ -73,9 +73,10 @@ async def test_what_is_delivered_again_of_a_batch_already_trained_waits_for_its_
     second = await collector.collect(1, lambda: False)
     assert second is not None
     assert [group.group_id for group in second.groups] == new
-    assert [delivery.group_id for delivery in collector.deliveries] == [*old, *new]  # all leases are renewed
-    collector.committed(1)
-    assert [delivery.group_id for delivery in collector.deliveries] == new
+    assert await again.renew() == []  # it holds all four
+    await again.commit_trained(dict.fromkeys(old, 1))
+    assert await again.renew() == []
+    assert await again.readings.dispatched() == dict.fromkeys(new, "scored")
     await again.close()
 
 
