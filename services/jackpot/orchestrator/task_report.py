@@ -65,7 +65,7 @@ def report_task(job: JobSpec) -> list[str]:
 
 def _prompt_lines(job: JobSpec, task: Task, encoder: PromptEncoder) -> list[str]:
     survey = survey_prompts(task, encoder)
-    of_all = "" if survey.num_prompts == task.num_prompts else f" (of {task.num_prompts})"
+    of_all = "" if survey.num_prompts == task.num_prompts else f" looked at, from all over the {task.num_prompts},"
     used = survey.num_prompts - len(survey.unusable)
     lines = [f"training prompts         {used} of {survey.num_prompts}{of_all} can be used"]
     lines += _left_out(survey.unusable)
