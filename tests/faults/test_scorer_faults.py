@@ -218,17 +218,17 @@ async def test_it_outlives_its_bus_being_killed_and_its_state_being_lost(world: 
 async def test_a_damaged_version_next_to_good_ones_does_not_stop_the_scoring(
     world: World, server: EmbeddedServer
 ) -> None:
-    job = world.job(orchestrator={"max_staleness": 2})
+    job = world.job(orchestrator={"max_staleness": 3}, learner={"groups_per_batch": 1})
     engine = world.engine(job)
     await engine.refresh()
     world.publish_policy(1)
     world.damage_policy(1)
-    groups = copies(sample_group(world), range(2))
+    groups = copies(sample_group(world), range(2, 4))  # to be scored by versions 1 and 2, a batch earlier
     stop = asyncio.Event()
     async with connected(server, job, world, "scorer-0") as own, connected(server, job, world, "test") as bus:
         worker = asyncio.create_task(ScorerWorker(job, own, engine, stop).run())
         await publish(bus, groups[:1])
-        (delivery,) = await until(lambda: bus.take_scored(4, 0.5), "scores by the old version")
+        (delivery,) = await until(lambda: bus.take_scored(4, 0.5), "scores by the old version, in its place")
         assert delivery.value.policy_version == 0 and engine.num_refused_versions >= 1
         world.publish_policy(2)
         await publish(bus, [replace(groups[1], dispatch_version=2)])
@@ -244,7 +244,13 @@ async def test_a_scorer_of_two_ranks_follows_the_weights_and_is_restarted_whole_
 ) -> None:
     group = sample_group(world, lengths=(30,) * 4, prompt_length=10)
     scorer = {"max_groups_per_batch": 2, "processes": 2, "device": "cpu"}
-    job = world.job(scorer=scorer, bus={"lease_seconds": 60.0}, orchestrator={"max_staleness": 2})
+    # Slots 0 to 6 are scored by version 0, slots 14 to 20 by version 1.
+    job = world.job(
+        scorer=scorer,
+        bus={"lease_seconds": 60.0},
+        orchestrator={"max_staleness": 2},
+        learner={"groups_per_batch": 7},
+    )
     with tempfile.TemporaryDirectory() as directory:
         processes = Processes(world, job, server.url, f"unix:{directory}/scorer.sock")
         try:
@@ -253,14 +259,14 @@ async def test_a_scorer_of_two_ranks_follows_the_weights_and_is_restarted_whole_
                 await publish(bus, copies(group, range(4)))
                 assert await scored(bus, 4) == {slot: 0 for slot in range(4)}
                 world.publish_policy(1)
-                await publish(bus, [replace(one, dispatch_version=1) for one in copies(group, range(4, 8))])
-                assert await scored(bus, 4) == {slot: 1 for slot in range(4, 8)}
+                await publish(bus, [replace(one, dispatch_version=1) for one in copies(group, range(14, 18))])
+                assert await scored(bus, 4) == {slot: 1 for slot in range(14, 18)}
 
                 os.kill(ranks_of(first)[1], signal.SIGKILL)
                 assert await asyncio.to_thread(first.wait, PATIENCE_SECONDS) == 128 + signal.SIGKILL, processes.log
-                await publish(bus, copies(group, range(8, 11)))
+                await publish(bus, copies(group, range(18, 21)))
                 second = processes.start()
-                assert await scored(bus, 3) == {slot: 1 for slot in range(8, 11)}
+                assert await scored(bus, 3) == {slot: 1 for slot in range(18, 21)}
                 second.send_signal(signal.SIGTERM)
                 assert await asyncio.to_thread(second.wait, PATIENCE_SECONDS) == STOPPED_EARLY, processes.log
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,8 @@ from jackpot.v1 import scoring_pb2, scoring_pb2_grpc, weights_pb2
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
+# The slot is then the batch, the step at which it begins to train, and a version more than the one that scores it.
+ONE_GROUP_A_BATCH: dict[str, Any] = {"learner": {"groups_per_batch": 1}}
 ARRAYS = ("target_logprobs", "acceptance_probs", "mask", "normalizer_head", "normalizer_tail", "topk_mass")
 
 
@@ -145,42 +147,73 @@ async def test_a_group_older_than_allowed_is_dropped_as_stale(
     world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
 ) -> None:
     world.publish_policy(3)
-    world.publish_actor(2)
-    stale = sample_group(world, job_id=job_id, slot=0, versions=(0, 2))
-    fresh = sample_group(world, job_id=job_id, slot=1, versions=(2,))
+    for version in (2, 3):
+        world.publish_actor(version)
+    stale = sample_group(world, job_id=job_id, slot=3, versions=(0, 2))
+    fresh = sample_group(world, job_id=job_id, slot=4, versions=(3,))
     await publish(bus, stale, fresh)
-    async with working(world, valkey_url, job_id, world.job(orchestrator={"max_staleness": 1})):
+    async with working(world, valkey_url, job_id, world.job(**ONE_GROUP_A_BATCH)):
         assert set(await scored_groups(bus, 1)) == {fresh.group_id}
         await until(lambda: bus.readings.terminal_states([stale.group_id]), "the stale group to be dropped")
     assert await bus.readings.terminal_states([stale.group_id]) == {stale.group_id: "dropped:stale"}
     ((_, record),) = await bus.readings.read_terminal("", 10)
-    assert record.detail == "3 versions old when it was scored, 1 are allowed"
+    assert record.detail == "3 versions old where step 3 trains on it, 1 are allowed"
 
 
-async def test_a_group_that_newer_weights_make_stale_just_before_its_forward_pass_is_dropped(
+async def test_each_batch_is_scored_by_its_own_version_however_groups_come(
     world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
 ) -> None:
-    """The version is checked before the groups are scored; what counts is the one that scored them."""
-    world.publish_actor(1)
-    stale, fresh = (
-        sample_group(world, job_id=job_id, slot=slot, versions=(version,)) for slot, version in ((0, 0), (1, 1))
-    )
-    async with working(world, valkey_url, job_id, world.job(orchestrator={"max_staleness": 1})) as engine:
-        score = engine.score
+    """Batches of one group and an age of one: slot 1 needs version 0, slot 2 version 1, slot 3 version 2."""
+    for version in (1, 2):
+        world.publish_policy(version, obrs_lambda=1.0 + version)
+        world.publish_actor(version)
+    groups = [
+        sample_group(world, job_id=job_id, slot=slot, versions=(max(0, slot - 1),), dispatch_version=max(0, slot - 1))
+        for slot in range(4)
+    ]
+    async with working(world, valkey_url, job_id, world.job(**ONE_GROUP_A_BATCH)):
+        for order in ((3, 1), (2, 0)):
+            await publish(bus, *(groups[slot] for slot in order))
+            scored = await scored_groups(bus, 2)
+            for slot in order:
+                found = scored[groups[slot].group_id]
+                assert found.policy_version == max(0, slot - 1)
+                assert found.obrs_lambda == (1.0 if slot < 2 else float(slot))
+                scores, trajectory = found.scores[0], groups[slot].trajectories[0]
+                version = found.policy_version
+                expected = expected_scores(
+                    world,
+                    groups[slot],
+                    trajectory,
+                    policy_version=version,
+                    normalizer="tail",
+                    obrs_lambda=found.obrs_lambda,
+                    top_k=20,
+                )
+                allowed = score_rounding(world, expected.target_logprobs)
+                np.testing.assert_allclose(scores.target_logprobs, expected.target_logprobs, rtol=0, atol=allowed)
 
-        async def score_with_newer_weights(groups: Sequence[Group]) -> list[ScoredGroup]:
-            world.publish_policy(2)
-            await engine.refresh()
-            return await score(groups)
 
-        engine.score = score_with_newer_weights  # type: ignore[method-assign]
-        await publish(bus, stale)
-        await until(lambda: bus.readings.terminal_states([stale.group_id]), "the stale group to be dropped")
-        engine.score = score  # type: ignore[method-assign]
-        await publish(bus, fresh)
-        assert set(await scored_groups(bus, 1)) == {fresh.group_id}
-    ((_, record),) = await bus.readings.read_terminal("", 10)
-    assert (record.reason, record.detail) == ("stale", "2 versions old when it was scored, 1 are allowed")
+async def test_groups_of_an_older_batch_do_not_wait_behind_those_whose_version_is_to_come(
+    world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
+) -> None:
+    """The late one is what training, and with it the version that the others wait for, needs."""
+    settings = ONE_GROUP_A_BATCH | {"scorer": {"reference_age": 0}, "bus": {"lease_seconds": 1.5}}
+    early, late = (sample_group(world, job_id=job_id, slot=slot) for slot in (1, 0))
+    async with working(world, valkey_url, job_id, world.job(**settings)) as engine:
+        await publish(bus, early)
+
+        async def taken() -> bool:
+            return (await bus.readings.depths()).rollouts_pending == 1
+
+        await until(taken, "the early group to be taken")
+        await publish(bus, late)
+        (first,) = (await scored_groups(bus, 1)).values()
+        assert (first.group_id, first.policy_version) == (late.group_id, 0)
+        assert engine.version == 0 and not await bus.readings.terminal_states([early.group_id])
+        world.publish_policy(1)
+        (second,) = (await scored_groups(bus, 1)).values()
+    assert (second.group_id, second.policy_version) == (early.group_id, 1)
 
 
 async def test_a_group_whose_actor_version_is_gone_is_dropped_as_stale(
@@ -201,11 +234,12 @@ async def test_a_group_whose_actor_version_is_gone_is_dropped_as_stale(
 async def test_a_group_waits_for_its_version_and_others_do_not_wait_with_it(
     world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
 ) -> None:
-    early = sample_group(world, job_id=job_id, slot=0, dispatch_version=1)
+    world.publish_actor(1)
+    early = sample_group(world, job_id=job_id, slot=2, versions=(1,), dispatch_version=1)
     ready = sample_group(world, job_id=job_id, slot=1)
     await publish(bus, early, ready)
     # A lease that is shorter than the wait: only renewal keeps the group.
-    job = world.job(bus={"lease_seconds": 1.5})
+    job = world.job(**ONE_GROUP_A_BATCH | {"bus": {"lease_seconds": 1.5}})
     async with working(world, valkey_url, job_id, job) as engine:
         (first,) = (await scored_groups(bus, 1)).values()
         assert (first.group_id, first.policy_version) == (ready.group_id, 0)
@@ -219,14 +253,15 @@ async def test_a_group_waits_for_its_version_and_others_do_not_wait_with_it(
 async def test_a_version_that_never_comes_ends_the_group_by_name(
     world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
 ) -> None:
-    group = sample_group(world, job_id=job_id, dispatch_version=9)
+    group = sample_group(world, job_id=job_id, slot=10, dispatch_version=9)
     await publish(bus, group)
-    job = world.job(scorer={"version_timeout_seconds": 0.1}, bus={"max_attempts": 2})
+    settings = {"scorer": {"version_timeout_seconds": 0.1}, "bus": {"max_attempts": 2}}
+    job = world.job(**ONE_GROUP_A_BATCH | settings)
     async with working(world, valkey_url, job_id, job):
         await until(lambda: bus.readings.terminal_states([group.group_id]), "the group's end")
     ((_, record),) = await bus.readings.read_terminal("", 10)
     assert record.reason == "scoring_failed"
-    assert "waited 0.1 s for version 9 of the policy's weights (version 0 is held)" in record.detail
+    assert "waited 0.1 s for version 9 of the policy's weights (version 0 is the newest)" in record.detail
 
 
 async def test_groups_that_cannot_be_scored_do_not_take_their_neighbours_along(
@@ -263,15 +298,16 @@ async def test_groups_that_cannot_be_scored_do_not_take_their_neighbours_along(
 async def test_scores_of_a_group_that_another_worker_took_over_are_thrown_away(
     world: World, bus: TrajectoryBus, valkey_url: str, job_id: str
 ) -> None:
-    group = sample_group(world, job_id=job_id, dispatch_version=1)
-    async with working(world, valkey_url, job_id, world.job()) as engine:
-        waits, wait_for_version = asyncio.Event(), engine.wait_for_version
+    world.publish_actor(1)
+    group = sample_group(world, job_id=job_id, slot=2, versions=(1,), dispatch_version=1)
+    async with working(world, valkey_url, job_id, world.job(**ONE_GROUP_A_BATCH)) as engine:
+        waits, refresh_soon = asyncio.Event(), engine.refresh_soon
 
-        async def note_and_wait(min_version: int, timeout_seconds: float) -> None:
+        async def note_and_refresh() -> None:  # what a worker does that has groups
             waits.set()
-            await wait_for_version(min_version, timeout_seconds)
+            await refresh_soon()
 
-        engine.wait_for_version = note_and_wait  # type: ignore[method-assign]
+        engine.refresh_soon = note_and_refresh  # type: ignore[method-assign]
         await publish(bus, group)
         async with asyncio.timeout(PATIENCE_SECONDS):
             await waits.wait()  # the worker has read the group; its entry alone being taken would not tell that

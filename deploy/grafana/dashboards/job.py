@@ -206,6 +206,8 @@ DRIFT = Row(
             gauge("jackpot_staleness_mean_steps", "mean"),
             gauge("jackpot_staleness_max_steps", "most"),
             gauge("jackpot_staleness_limit_steps", "allowed"),
+            gauge("jackpot_reference_age_mean_steps", "reference, mean"),
+            gauge("jackpot_reference_age_max_steps", "reference, most"),
         ),
         curves(
             "Tokens without a finite number",

@@ -113,6 +113,29 @@ class JobSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _reference_has_an_age(self) -> JobSpec:
+        age, greatest = self.scorer.reference_age, self.orchestrator.max_staleness // self.learner.updates_per_batch
+        if not age:
+            return self
+        if self.scorer.reuse_reference:
+            raise ValueError(
+                f"scorer.reference_age = {age} cannot be with reuse_reference, whose reference is the policy as the "
+                "batch begins. Set reference_age to 0, or leave one of them out"
+            )
+        if age > greatest:
+            raise ValueError(
+                f"scorer.reference_age = {age} is older than samples may be: max_staleness = "
+                f"{self.orchestrator.max_staleness} lets them be {greatest} batches old. "
+                f"Set reference_age to at most {greatest}, or raise max_staleness"
+            )
+        if age + 2 > self.weights.keep_versions:
+            raise ValueError(
+                f"scorer.reference_age = {age} needs versions that weights.keep_versions = "
+                f"{self.weights.keep_versions} does not keep. Raise keep_versions to {age + 2}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_be_deterministic(self) -> JobSpec:
         if not self.run.deterministic:
             return self
@@ -165,6 +188,22 @@ class JobSpec(Section):
     def rollout_role(self) -> Literal["policy", "actor"]:
         """Whose weight versions the rollout replicas pull."""
         return "policy" if self.on_policy else "actor"
+
+    @property
+    def reference_age(self) -> int:
+        """How many batches old the policy is that scores a batch."""
+        if self.scorer.reference_age is not None:
+            return self.scorer.reference_age
+        overlap = self.orchestrator.max_staleness // self.learner.updates_per_batch
+        return 0 if self.scorer.reuse_reference else min(1, overlap)
+
+    def start_step(self, slot: int) -> int:
+        """The optimizer step at which the batch of a slot begins to train."""
+        return slot // self.learner.groups_per_batch * self.learner.updates_per_batch
+
+    def reference_version(self, slot: int) -> int:
+        """The version of the policy that scores the group of a slot: the same for all groups of a batch."""
+        return max(0, self.start_step(slot) - self.reference_age * self.learner.updates_per_batch)
 
     @property
     def deterministic(self) -> bool:

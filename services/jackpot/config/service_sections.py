@@ -65,11 +65,17 @@ class ScorerConfig(Section):
     to rounding."""
     max_groups_per_batch: PositiveInt = 16
     """Groups taken from the bus at once."""
+    reference_age: NonNegativeInt | None = None
+    """How many batches old the reference is, the policy that scores a batch. 0 is the paper's: the policy as the batch
+    begins; 1 is the policy as the batch before it began. All groups of a batch are scored by that one version. null is
+    1 where sampling overlaps training (``max_staleness`` of a batch or more), else 0: with 1 scoring overlaps training
+    as well, and the PPO clip can act in a batch's only update, without which the demo's learning rate ruins it
+    (docs/training.md). With 0 and overlap, a batch is scored only once the one before it has been trained on."""
     reuse_reference: bool = False
     """Whether the learner's own forward pass gives the scores. No scorer runs then: groups go straight to the learner,
     and only ``chunk_tokens`` of this section still counts. For one update per batch and ``target: reference``; the
-    reference is then the policy as the step begins. Off by default, where the reference is the version that scored, up
-    to ``max_staleness`` older: only an old reference lets the PPO clip act in a batch's only update. Without the clip
+    reference is then the policy as the step begins (``reference_age`` 0). Off by default, where it is a batch older:
+    only an old reference lets the PPO clip act in a batch's only update. Without the clip
     the learning rate alone bounds a step: halve it. The demo then ends at accuracy 0 with 1.5e-3, and at 0.97 with
     half of it (docs/training.md)."""
     weight_poll_seconds: PositiveFloat = 0.05

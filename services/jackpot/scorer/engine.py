@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from jackpot.errors import DeadlineError
+from jackpot.errors import DeadlineError, WeightCorruptError, WeightError
 from jackpot.scorer.target import PendingWeights, TargetPolicy
 from jackpot.telemetry import Metrics
 from jackpot.telemetry.activity import Activity
@@ -19,7 +19,7 @@ LOG = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 0.2
 """How long scoring waits for newer weights to be read. Small models' are there by then; reading and verifying large
-ones takes many seconds, in which the version held goes on scoring."""
+ones takes many seconds, in which those at hand go on scoring."""
 
 
 class Scorer(Protocol):
@@ -64,59 +64,87 @@ class ScoringEngine:
         self._groups_apart = groups_apart
         self.activity = activity or Activity(metrics, "scorer", instance)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
-        self._refreshing = asyncio.Lock()
+        self._reading_weights = asyncio.Lock()
+        self._scoring = asyncio.Lock()
         self._reading: asyncio.Task[None] | None = None
         self.tokens_scored = 0
 
     @property
     def version(self) -> int | None:
-        """The policy version held; None before the first."""
-        return self._target.version
+        """The newest policy version at hand; None before the first."""
+        return self._target.newest
 
     @property
     def obrs_lambda(self) -> float:
-        """The λ that the next score applies."""
-        return self._target.obrs_lambda
+        """The λ that goes with the newest version."""
+        return self._target.newest_lambda
 
     @property
     def num_refused_versions(self) -> int:
         """How many times a damaged policy version was refused."""
         return self._target.num_refused
 
-    async def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
-        """Score groups with the version held. Errors as :meth:`Scorer.score_groups`."""
+    def serves(self, version: int) -> bool:
+        """As :meth:`TargetPolicy.serves`."""
+        return self._target.serves(version)
+
+    async def score(self, groups: Sequence[Group], version: int | None = None) -> list[ScoredGroup]:
+        """Score groups, all with one version of the policy. Errors as :meth:`Scorer.score_groups`.
+
+        Args:
+            groups: what to score.
+            version: that scores; one that is damaged or pruned is replaced by the newest. None is the newest.
+        """
         loop = asyncio.get_running_loop()
-        scored = await loop.run_in_executor(self._thread, self._score, groups)
+        async with self._scoring:
+            version = self.version if version is None else version
+            pending = None if version in (None, self._target.version) else await self._read(version)
+            scoring = loop.run_in_executor(self._thread, self._score, groups, pending)
+            try:
+                scored = await asyncio.shield(scoring)
+            finally:  # a caller that goes away leaves a pass under way: the model's version is settled only after it
+                await asyncio.wait((scoring,))
         num_tokens = sum(group.num_tokens for group in groups)
         self.tokens_scored += num_tokens
         self._metrics.tokens_scored_total.inc(num_tokens)
         return scored
 
-    def _score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+    async def _read(self, version: int) -> PendingWeights:
+        if (held := self._target.held(version)) is not None:
+            return held
+        async with self._reading_weights:
+            try:
+                return await asyncio.to_thread(self._target.read_version, version)
+            except (WeightError, FileNotFoundError) as error:
+                if self.version in (None, version):
+                    raise
+                if isinstance(error, WeightCorruptError):
+                    self._metrics.count_weights_refused("policy")
+                LOG.error("version %s scores in place of version %s: %s", self.version, version, error)
+                assert self.version is not None
+                return await asyncio.to_thread(self._target.read_version, self.version)
+
+    def _score(self, groups: Sequence[Group], pending: PendingWeights | None) -> list[ScoredGroup]:
+        if pending is not None:
+            with self.activity.doing("load_weights"):
+                self._target.apply(pending)
         with self.activity.doing("score"):
             if self._groups_apart:
                 return [scored for group in groups for scored in self._scorer.score_groups([group])]
             return self._scorer.score_groups(groups)
 
     async def refresh(self) -> None:
-        """Take up the newest policy version, if there is a newer one. Scoring goes on while it is read."""
-        async with self._refreshing:
+        """Read the newest policy version, if there is a newer one. Scoring goes on meanwhile."""
+        async with self._reading_weights:
             refused = self._target.num_refused
             pending = await asyncio.to_thread(self._target.read_newer)
-            if self._target.num_refused > refused:
-                self._metrics.count_weights_refused("policy")
-            if pending is None:
-                return
-            started = time.monotonic()
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._apply, pending)
-            seconds = pending.read_seconds + time.monotonic() - started
-        self._metrics.observe_weights("policy", pending.version, seconds)
-        details = {"version": pending.version, "obrs_lambda": pending.obrs_lambda, "seconds": seconds}
+        if self._target.num_refused > refused:
+            self._metrics.count_weights_refused("policy")
+        if pending is None:
+            return
+        self._metrics.observe_weights("policy", pending.version, pending.read_seconds)
+        details = {"version": pending.version, "obrs_lambda": pending.obrs_lambda, "seconds": pending.read_seconds}
         LOG.info("policy weights loaded", extra=details)
-
-    def _apply(self, pending: PendingWeights) -> None:
-        with self.activity.doing("load_weights"):
-            self._target.apply(pending)
 
     async def refresh_soon(self) -> None:
         """As :meth:`refresh`, but while a version takes long to be read, return and leave the reading under way."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-from torch import Tensor
 
 from jackpot.bus.payload_format import decode_group, encode_group
 from jackpot.compute.ranks.group import RankLostError, Ranks
@@ -61,7 +60,8 @@ class LeadPolicy:
 
     def apply(self, pending: PendingWeights) -> None:
         """As :meth:`PolicyModel.apply`, on all ranks."""
-        with self._orders.give("apply", version=pending.version, obrs_lambda=pending.obrs_lambda):
+        path = str(pending.directory)
+        with self._orders.give("apply", version=pending.version, obrs_lambda=pending.obrs_lambda, path=path):
             self._part.apply(pending)
 
 
@@ -102,16 +102,18 @@ class Follower:
         target: its part of the target policy.
         scorer: scores with it.
         ranks: all of them.
+        num_held: versions of the policy that stay in memory: as many as on rank 0, and so the same.
     """
 
-    def __init__(self, job: JobSpec, target: TargetPolicy, scorer: Scorer, ranks: Ranks) -> None:
+    def __init__(self, job: JobSpec, target: TargetPolicy, scorer: Scorer, ranks: Ranks, num_held: int) -> None:
         self._max_bytes = job.bus.max_payload_bytes
         self._target = target
         self._scorer = scorer
         self._ranks = ranks
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reading")
-        self._reading: Future[State] | None = None
-        self._state: Mapping[str, Tensor] | None = None
+        self._reading: tuple[Path, Future[State]] | None = None
+        self._num_held = num_held
+        self._states: OrderedDict[Path, State] = OrderedDict()
 
     def run(self) -> int:
         """Do as rank 0 says until it says stop; the exit code that it gives.
@@ -132,15 +134,15 @@ class Follower:
             case "score":
                 self._score(order)
             case "read":
-                self._reading = self._reader.submit(self._target.read, Path(order.details["path"]))
+                directory = Path(order.details["path"])
+                self._reading = directory, self._reader.submit(self._target.read, directory)
             case "have_read":
-                self._state = self._read()
-                self._ranks.agree(self._state is not None)
+                self._ranks.agree(self._keep_what_was_read())
             case "apply":
-                assert self._state is not None
                 version, obrs_lambda = order.details["version"], order.details["obrs_lambda"]
-                self._target.apply(PendingWeights(version, obrs_lambda, self._state, 0.0))
-                self._state = None
+                directory = Path(order.details["path"])
+                self._states.move_to_end(directory)
+                self._target.apply(PendingWeights(version, obrs_lambda, directory, self._states[directory], 0.0))
             case _:
                 raise order.refuse()
 
@@ -156,10 +158,16 @@ class Follower:
         except JackpotError as error:
             LOG.info("rank 0 says what becomes of this: %s", error)  # it found the same, at the same place
 
-    def _read(self) -> State | None:
+    def _keep_what_was_read(self) -> bool:
+        """Whether a version could be read; it is kept then, in place of the least recently used."""
         assert self._reading is not None
+        directory, reading = self._reading
         try:
-            return self._reading.result()
+            self._states[directory] = reading.result()
         except (WeightError, FileNotFoundError) as error:
             LOG.warning("policy weights cannot be read: %s", error)
-            return None
+            return False
+        self._states.move_to_end(directory)
+        if len(self._states) > self._num_held:
+            self._states.popitem(last=False)
+        return True

@@ -14,7 +14,7 @@ from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.scorer.engine import Scorer
 from jackpot.scorer.rank_leader import Follower, LeadPolicy, LeadScorer
-from jackpot.scorer.target import ActorVersions, HeldPolicy, TargetPolicy
+from jackpot.scorer.target import POLICY_VERSIONS_HELD, ActorVersions, HeldPolicy, TargetPolicy
 from jackpot.scoring.group_scorer import GroupScorer, needs_actor
 from jackpot.storage.weights import WeightStore
 
@@ -34,7 +34,7 @@ class RankedScorer:
         """
         held = HeldPolicy(job.policy, job.scorer.device, self.ranks)
         policy = held if self.orders is None else LeadPolicy(held, self.ranks, self.orders)
-        target = TargetPolicy(policy, store, initial_lambda(job))
+        target = TargetPolicy(policy, store, initial_lambda(job), policy_versions_held(job))
         scorer = GroupScorer(job, target, self._actors(job, store, target), self.ranks)
         if self.orders is None:
             return target, scorer
@@ -43,7 +43,7 @@ class RankedScorer:
     def make_follower(self, job: JobSpec, store: WeightStore) -> Follower:
         """What another rank than 0 does. Errors as :meth:`make_scorer`."""
         target, scorer = self.make_scorer(job, store)
-        return Follower(job, target, scorer, self.ranks)
+        return Follower(job, target, scorer, self.ranks, policy_versions_held(job))
 
     def _actors(self, job: JobSpec, store: WeightStore, target: TargetPolicy) -> ActorVersions | None:
         if not needs_actor(job):
@@ -77,6 +77,11 @@ def join_ranked_scorer(environment: ServiceEnvironment, job: JobSpec) -> RankedS
     if ranks.device is not None and ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     return RankedScorer(ranks, Orders(ranks, config.collective_timeout_seconds) if ranks.rank == 0 else None)
+
+
+def policy_versions_held(job: JobSpec) -> int:
+    """How many versions of the policy a scorer has to keep in memory so that none is read twice."""
+    return max(POLICY_VERSIONS_HELD, job.reference_age + 1)
 
 
 def initial_lambda(job: JobSpec) -> float:

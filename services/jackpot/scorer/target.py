@@ -31,6 +31,9 @@ LOG = logging.getLogger(__name__)
 # hashing the whole file, so not at every poll.
 RETRY_SECONDS = 1.0
 
+# Of the policy in host memory beside the model's own weights, at least: groups of two batches may come mixed.
+POLICY_VERSIONS_HELD = 2
+
 # With updates in flight a trajectory mixes a few versions; this many are kept in host memory.
 ACTOR_VERSIONS_HELD = 3
 
@@ -43,6 +46,7 @@ class PendingWeights:
 
     version: int
     obrs_lambda: float
+    directory: Path  # where it was read from
     state: State  # what this process holds of it
     read_seconds: float
 
@@ -86,20 +90,28 @@ class HeldPolicy:
 
 
 class TargetPolicy:
-    """Follows the newest version of the policy's weights, and says which version its model holds.
+    """Reads the versions of the policy's weights, and says which one its model holds.
 
     Args:
         policy: the model.
         store: the job's weight store.
         obrs_lambda: λ for versions that do not carry one.
+        num_held: versions that stay in memory; the least recently used gives way.
     """
 
-    def __init__(self, policy: PolicyModel, store: WeightStore, obrs_lambda: float) -> None:
+    def __init__(
+        self, policy: PolicyModel, store: WeightStore, obrs_lambda: float, num_held: int = POLICY_VERSIONS_HELD
+    ) -> None:
         self.model = policy.model
         self._policy = policy
-        self.version: int | None = None
+        self.version: int | None = None  # in the model
         self.obrs_lambda = obrs_lambda
+        self.newest: int | None = None  # read and found intact
+        self.newest_lambda = obrs_lambda
         self.num_refused = 0
+        self._damaged: set[int] = set()
+        self._num_held = num_held
+        self._held: OrderedDict[int, PendingWeights] = OrderedDict()
         self._default_lambda = obrs_lambda
         self._store = store
         self._retry_at = 0.0  # monotonic
@@ -110,33 +122,67 @@ class TargetPolicy:
         return len(output_head(self.model).weight)
 
     def read_newer(self) -> PendingWeights | None:
-        """The newest version if it is newer than the one held, read from the store.
+        """The newest version if it is newer than :attr:`newest`, read from the store.
 
-        A version that is damaged (logged, counted) or just pruned is left alone; the one held stays in use.
+        A version that is damaged (logged, counted) or just pruned is left alone; older ones stay in use.
         """
-        started = time.monotonic()
-        if started < self._retry_at:
+        if time.monotonic() < self._retry_at:
             return None
+        version = None
         try:
             newest = self._store.latest("policy")
-            if newest is None or (self.version is not None and newest.version <= self.version):
+            if newest is None or (self.newest is not None and newest.version <= self.newest):
                 return None
-            state = self.read(self._store.open("policy", newest.version))
+            version = newest.version
+            pending = self.read_version(version)
         except WeightCorruptError as error:
             self.num_refused += 1
+            if version is not None:
+                self._damaged.add(version)
             self._retry_at = time.monotonic() + RETRY_SECONDS
-            LOG.error("policy weights refused, version %s stays in use: %s", self.version, error)
+            LOG.error("policy weights refused, version %s stays in use: %s", self.newest, error)
             return None
         except (WeightMissingError, FileNotFoundError) as error:
             self._retry_at = time.monotonic() + RETRY_SECONDS
-            LOG.warning("policy weights pruned while they were read, version %s stays in use: %s", self.version, error)
+            LOG.warning("policy weights pruned while they were read, version %s stays in use: %s", self.newest, error)
             return None
-        obrs_lambda = float(newest.metadata.get("obrs_lambda", self._default_lambda))
-        return PendingWeights(newest.version, obrs_lambda, state, time.monotonic() - started)
+        self.newest, self.newest_lambda = pending.version, pending.obrs_lambda
+        return pending
+
+    def held(self, version: int) -> PendingWeights | None:
+        """A version that is in memory."""
+        if version in self._held:
+            self._held.move_to_end(version)
+        return self._held.get(version)
+
+    def read_version(self, version: int) -> PendingWeights:
+        """A published version, from the store or from memory.
+
+        Raises:
+            WeightMissingError: the store does not hold it (any more).
+            WeightCorruptError: its bytes are damaged.
+            FileNotFoundError: it was pruned while it was read.
+        """
+        started = time.monotonic()
+        if (held := self.held(version)) is not None:
+            return held
+        manifest = self._store.manifest("policy", version)
+        obrs_lambda = float(manifest.metadata.get("obrs_lambda", self._default_lambda))
+        directory = self._store.open("policy", version)
+        state = self._policy.read(directory)
+        self._held[version] = PendingWeights(version, obrs_lambda, directory, state, time.monotonic() - started)
+        if len(self._held) > self._num_held:
+            self._held.popitem(last=False)
+        return self._held[version]
 
     def read(self, directory: Path) -> State:
         """As :meth:`PolicyModel.read`."""
         return self._policy.read(directory)
+
+    def serves(self, version: int) -> bool:
+        """Whether groups that need ``version`` can be scored now: it has been published, or it came damaged, and
+        another stands in for it."""
+        return self.newest is not None and (version <= self.newest or version in self._damaged)
 
     def apply(self, pending: PendingWeights) -> None:
         """As :meth:`PolicyModel.apply`."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from jackpot.bus import Delivery, TrajectoryBus
 from jackpot.bus.coalesce import all_ended
@@ -35,8 +37,19 @@ GREATEST_PAUSE_SECONDS = 5.0
 SCORING_ERRORS = (JackpotError, RuntimeError, ValueError, IndexError)
 
 
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A group that is taken and not scored yet."""
+
+    delivery: Delivery[Group]
+    since: float  # monotonic
+
+
 class ScorerWorker:
-    """Scores what the bus delivers, while the next groups are being fetched.
+    """Scores what the bus delivers, each batch by its version of the policy, while the next groups are fetched.
+
+    A group whose version is still to come waits here, its lease renewed, and keeps no other back. Pacing bounds how
+    many can: a batch is dispatched at most ``max_staleness`` steps before it trains.
 
     Args:
         job: the job as resolved.
@@ -50,32 +63,38 @@ class ScorerWorker:
         self._bus = bus
         self._engine = engine
         self._stop = stop
+        self._waiting: list[_Waiting] = []
 
     async def run(self) -> None:
         """Work until stopped."""
         fetching = asyncio.create_task(self._fetch())
         try:
             async with self._bus.leases_renewed():
-                while deliveries := await self._fetched(fetching):
-                    fetching = asyncio.create_task(self._fetch())
-                    await self._process(deliveries)
-                    if self._stop.is_set():
-                        await self._give_back(await self._fetched(fetching))
-                        break
+                while not self._stop.is_set():
+                    await self._wait_for_work(fetching)
+                    if fetching.done():
+                        self._waiting += [_Waiting(delivery, time.monotonic()) for delivery in fetching.result()]
+                        fetching = asyncio.create_task(self._fetch())
+                    if self._waiting:
+                        await self._score_what_can_be()
+                await self._wait_for_work(fetching)
+                fetched = fetching.result() if fetching.done() else []
+                await self._give_back([*(waiting.delivery for waiting in self._waiting), *fetched])
         finally:
             fetching.cancel()
             await asyncio.gather(fetching, return_exceptions=True)
 
-    async def _fetched(self, fetching: asyncio.Task[list[Delivery[Group]]]) -> list[Delivery[Group]]:
-        """What a fetch brings; nothing if the bus keeps it waiting while a stop is asked for."""
+    async def _wait_for_work(self, fetching: asyncio.Task[list[Delivery[Group]]]) -> None:
+        """Until groups are fetched, a stop is asked for, or it is time to look for the weights that groups wait for."""
         stopping = asyncio.create_task(self._stop.wait())
+        look_again = self._job.scorer.weight_poll_seconds if self._waiting else None
         try:
-            with self._engine.activity.doing("wait_groups"):
-                await asyncio.wait((fetching, stopping), return_when=asyncio.FIRST_COMPLETED)
-                await asyncio.wait((fetching,), timeout=4 * BLOCK_SECONDS)
+            with self._engine.activity.doing("wait_weights" if self._waiting else "wait_groups"):
+                await asyncio.wait((fetching, stopping), timeout=look_again, return_when=asyncio.FIRST_COMPLETED)
+                if self._stop.is_set():
+                    await asyncio.wait((fetching,), timeout=4 * BLOCK_SECONDS)
         finally:
             stopping.cancel()
-        return fetching.result() if fetching.done() else []
 
     async def _fetch(self) -> list[Delivery[Group]]:
         """The next groups; none only when stopped."""
@@ -89,54 +108,61 @@ class ScorerWorker:
             await self._on_bus("taking groups", take)
         return deliveries
 
-    async def _process(self, deliveries: Sequence[Delivery[Group]]) -> None:
+    async def _score_what_can_be(self) -> None:
+        """Score the groups whose version of the policy is there, each batch by its own; the others go on waiting."""
         await self._engine.refresh_soon()
-        held = self._engine.version
-        early = [d for d in deliveries if held is None or d.value.dispatch_version > held]
-        ready = [d for d in deliveries if d not in early]
-        await self._settle(ready)
-        if early and await self._newer_weights_came(early):
-            await self._settle(early)
+        ready: dict[int, list[Delivery[Group]]] = {}
+        early = []
+        for waiting in self._waiting:
+            version = self._job.reference_version(waiting.delivery.value.slot)
+            if self._engine.serves(version):
+                ready.setdefault(version, []).append(waiting.delivery)
+            else:
+                early.append(waiting)
+        self._waiting = early
+        for version, deliveries in sorted(ready.items()):
+            await self._settle(deliveries, version)
+        self._waiting = [waiting for waiting in self._waiting if not await self._is_given_up(waiting)]
 
-    async def _newer_weights_came(self, deliveries: Sequence[Delivery[Group]]) -> bool:
-        """Wait for the version that all of these need. If it does not come, they are given back, and it is false."""
-        needed = max(delivery.value.dispatch_version for delivery in deliveries)
-        waiting = asyncio.create_task(self._engine.wait_for_version(needed, self._job.scorer.version_timeout_seconds))
-        stopping = asyncio.create_task(self._stop.wait())
-        try:
-            with self._engine.activity.doing("wait_weights"):
-                await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                await self._give_back(deliveries)
-                return False
-            waiting.result()
-        except DeadlineError as error:
-            LOG.error("%s", error)
-            for delivery in deliveries:
-                await self._fail(delivery, error)
+    async def _is_given_up(self, waiting: _Waiting) -> bool:
+        """Whether a group has waited too long for a version that was there when it was dispatched: a failed attempt.
+        One that training has yet to make may take as long as training does."""
+        timeout = self._job.scorer.version_timeout_seconds
+        if time.monotonic() - waiting.since < timeout:
             return False
-        finally:
-            waiting.cancel()
-            stopping.cancel()
+        group, newest = waiting.delivery.value, self._engine.version
+        version = self._job.reference_version(group.slot)
+        held = "none is there" if newest is None else f"version {newest} is the newest"
+        if version > group.dispatch_version:
+            LOG.warning(
+                "group %s has waited %g s for version %d of the policy, which training makes (%s)",
+                group.group_id,
+                timeout,
+                version,
+                held,
+            )
+            waiting.since = time.monotonic()
+            return False
+        what = f"version {version} of the policy's weights ({held})"
+        error = DeadlineError(what, timeout, "Look at the learner's log and for refused weights in the scorer's.")
+        LOG.error("%s", error)
+        await self._fail(waiting.delivery, error)
         return True
 
-    async def _settle(self, deliveries: Sequence[Delivery[Group]]) -> None:
+    async def _settle(self, deliveries: Sequence[Delivery[Group]], version: int) -> None:
         """Bring every delivery to its next state: scored, dropped, or given back for another attempt."""
-        fresh = [d for d in deliveries if not await self._drop_if_stale(d, self._engine.version)]
-        # Beside one another: they then go on the bus together.
-        await all_ended([self._publish_or_drop(*pair) for pair in await self._score(fresh)])
+        fresh = [delivery for delivery in deliveries if not await self._drop_if_stale(delivery)]
+        # Concurrently: they then go on the bus together.
+        await all_ended([self._publish(*pair) for pair in await self._score(fresh, version)])
 
-    async def _publish_or_drop(self, delivery: Delivery[Group], scored: ScoredGroup) -> None:
-        # A newer version may have been swapped in between the check and the forward pass.
-        if not await self._drop_if_stale(delivery, scored.policy_version):
-            await self._publish(delivery, scored)
-
-    async def _score(self, deliveries: Sequence[Delivery[Group]]) -> list[tuple[Delivery[Group], ScoredGroup]]:
+    async def _score(
+        self, deliveries: Sequence[Delivery[Group]], version: int
+    ) -> list[tuple[Delivery[Group], ScoredGroup]]:
         """Scores of those that can be scored. If the batch fails, each is tried alone."""
         if not deliveries:
             return []
         try:
-            scored = await self._engine.score([delivery.value for delivery in deliveries])
+            scored = await self._engine.score([delivery.value for delivery in deliveries], version)
             return list(zip(deliveries, scored, strict=True))
         except RankLostError:
             raise  # nothing can be scored any more: the launcher starts all ranks again
@@ -145,7 +171,7 @@ class ScorerWorker:
                 await self._refuse(deliveries[0], error)
                 return []
             LOG.warning("a batch of %d groups failed, each is tried alone: %s", len(deliveries), error)
-        return [pair for delivery in deliveries for pair in await self._score([delivery])]
+        return [pair for delivery in deliveries for pair in await self._score([delivery], version)]
 
     async def _refuse(self, delivery: Delivery[Group], error: Exception) -> None:
         if isinstance(error, WeightMissingError):
@@ -155,12 +181,12 @@ class ScorerWorker:
             LOG.error("group %s cannot be scored", delivery.group_id, exc_info=error)
             await self._fail(delivery, error)
 
-    async def _drop_if_stale(self, delivery: Delivery[Group], version: int | None) -> bool:
-        staleness = (version or 0) - delivery.value.oldest_version
-        most = self._job.orchestrator.max_staleness
+    async def _drop_if_stale(self, delivery: Delivery[Group]) -> bool:
+        start = self._job.start_step(delivery.value.slot)
+        staleness, most = start - delivery.value.oldest_version, self._job.orchestrator.max_staleness
         if staleness <= most:
             return False
-        await self._drop(delivery, f"{staleness} versions old when it was scored, {most} are allowed")
+        await self._drop(delivery, f"{staleness} versions old where step {start} trains on it, {most} are allowed")
         return True
 
     async def _publish(self, delivery: Delivery[Group], scored: ScoredGroup) -> None:

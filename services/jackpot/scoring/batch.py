@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from jackpot.compute.batching import AttentionCost, Siblings
 from jackpot.config import AdvantageConfig
 from jackpot.scoring.tokens import SequenceSlice, TokenArrays, sequences_of, token_arrays
-from jackpot.trajectory import EXACT_KL, ScoredGroup, TokenScores
+from jackpot.trajectory import DEFERRED, EXACT_KL, ScoredGroup, TokenScores
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -26,6 +26,7 @@ class Batch:
     rewards: NDArray[np.float64]  # [sequences]
     truncated: NDArray[np.bool_]  # [sequences]
     oldest_versions: NDArray[np.int64]  # [groups]
+    reference_versions: NDArray[np.int64]  # [groups], the policy that scored; −1 where the learner's own pass scores
     temperature: float
     exact_kl: NDArray[np.float64] | None  # [groups, 2], KL before and after OBRS summed over each group's tokens
     num_cut_tokens: int = 0  # sampled, but beyond learner.max_sequence_tokens
@@ -61,6 +62,7 @@ class Batch:
             rewards=self.rewards[bounds[first] : bounds[last]],
             truncated=self.truncated[bounds[first] : bounds[last]],
             oldest_versions=self.oldest_versions[first:last],
+            reference_versions=self.reference_versions[first:last],
             temperature=self.temperature,
             exact_kl=None if self.exact_kl is None else self.exact_kl[first:last],
             num_cut_tokens=self.num_cut_tokens,
@@ -101,6 +103,7 @@ def build_batch(
         rewards=rewards,
         truncated=np.array([t.finish_reason == "length" for t in trajectories]),
         oldest_versions=np.array([scored.group.oldest_version for scored in groups], dtype=np.int64),
+        reference_versions=np.array([_reference_version(scored) for scored in groups], dtype=np.int64),
         temperature=groups[0].group.temperature,
         exact_kl=_exact_kl(groups),
         num_cut_tokens=num_sampled - sum(scored.group.num_tokens for scored in groups),
@@ -130,6 +133,10 @@ def cut_group(scored: ScoredGroup, max_sequence_tokens: int) -> ScoredGroup:
     # Its sums are over all tokens.
     metadata = {key: value for key, value in group.metadata.items() if key != EXACT_KL}
     return replace(scored, group=replace(group, trajectories=trajectories, metadata=metadata), scores=scores)
+
+
+def _reference_version(scored: ScoredGroup) -> int:
+    return -1 if scored.normalizer == DEFERRED else scored.policy_version
 
 
 def _exact_kl(groups: Sequence[ScoredGroup]) -> NDArray[np.float64] | None:

@@ -108,6 +108,13 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
     ),
     "staleness/mean": StepColumn("jackpot_staleness_mean_steps", "Mean optimizer steps from sampling to training"),
     "staleness/max": StepColumn("jackpot_staleness_max_steps", "Maximum optimizer steps from sampling to training"),
+    "reference/age": StepColumn(
+        "jackpot_reference_age_mean_steps",
+        "Mean optimizer steps from the reference, the policy that scored, to training",
+    ),
+    "reference/age_max": StepColumn(
+        "jackpot_reference_age_max_steps", "Maximum optimizer steps from the reference to training"
+    ),
     "response/length_mean": StepColumn("jackpot_response_length_mean_tokens", "Mean completion length"),
     "response/truncated_fraction": StepColumn(
         "jackpot_response_truncated_ratio", "Fraction of completions cut off by the token limit"

@@ -71,6 +71,31 @@ async def test_followed_weights_change_the_scores_between_two_batches(world: Wor
     assert abs(old.scores[0].target_logprobs - new.scores[0].target_logprobs).max() > 0.1
 
 
+async def test_groups_of_two_versions_take_turns_without_another_look_at_the_store(
+    world: World, engine: ScoringEngine
+) -> None:
+    group = sample_group(world)
+    await engine.refresh()
+    world.publish_policy(1)
+    await engine.refresh()
+    world.damage_policy(0)  # what is in memory stays as it was
+    world.damage_policy(1)
+    scored = [(await engine.score([group], version))[0] for version in (0, 1, 0, 1)]
+    assert [each.policy_version for each in scored] == [0, 1, 0, 1]
+    logprobs = [each.scores[0].target_logprobs for each in scored]
+    assert (logprobs[0] == logprobs[2]).all() and (logprobs[1] == logprobs[3]).all()
+    assert abs(logprobs[0] - logprobs[1]).max() > 0.1
+
+
+async def test_a_pruned_version_is_replaced_by_the_newest(world: World, engine: ScoringEngine) -> None:
+    for version in (1, 2, 3):
+        world.publish_policy(version)
+    await engine.refresh()
+    world.store.prune("policy", keep=2)
+    (scored,) = await engine.score([sample_group(world)], 1)
+    assert (scored.policy_version, engine.version) == (3, 3)
+
+
 async def test_a_damaged_version_is_counted_once_and_an_intact_one_never(world: World) -> None:
     registry = CollectorRegistry()
     engine = make_engine(world.environment(), world.job(), Metrics("job-1", registry))

@@ -16,7 +16,7 @@ export const CHARTS = [
   ["Normalizer Z, and κ or τ", "optimizer step", {
     Z: "rollout_corr/obrs_normalizer", "κ or τ": "rollout_corr/obrs_bias_correction", "top-k mass": "rollout_corr/obrs_topk_mass" }],
   ["Effective sample size", "optimizer step", { "of all tokens": "rollout_corr/rollout_is_eff_sample_size" }],
-  ["Staleness, steps", "optimizer step", { mean: "staleness/mean", greatest: "staleness/max" }],
+  ["Staleness, steps", "optimizer step", { mean: "staleness/mean", greatest: "staleness/max", reference: "reference/age" }],
   ["Throughput, tokens per second", "seconds", {
     rollout: "throughput/rollout_tokens_per_second",
     scorer: "throughput/scorer_tokens_per_second",

@@ -134,6 +134,7 @@ def _pack(batch: Batch, tensors: Mapping[str, Tensor | None]) -> bytes:
         "rewards": batch.rewards,
         "truncated": batch.truncated,
         "oldest_versions": batch.oldest_versions,
+        "reference_versions": batch.reference_versions,
         "exact_kl": batch.exact_kl,
     }
     group_tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
@@ -163,6 +164,7 @@ def _batch(
         rewards=tensors["rewards"].numpy(),
         truncated=tensors["truncated"].numpy(),
         oldest_versions=tensors["oldest_versions"].numpy(),
+        reference_versions=tensors["reference_versions"].numpy(),
         temperature=named["temperature"],
         exact_kl=tensors["exact_kl"].numpy() if "exact_kl" in tensors else None,
         num_cut_tokens=named["num_cut_tokens"],

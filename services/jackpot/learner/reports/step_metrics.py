@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,6 +110,8 @@ class StepMeter:
 
 def _batch_figures(batch: Batch, step: int) -> dict[str, float]:
     staleness = step - batch.oldest_versions
+    # The learner's own pass scores by the policy as it is at this step.
+    reference_age = np.where(batch.reference_versions < 0, 0, step - batch.reference_versions)
     return {
         "reward/mean": float(batch.rewards.mean()),
         "reward/std": float(batch.rewards.std()),
@@ -117,6 +120,8 @@ def _batch_figures(batch: Batch, step: int) -> dict[str, float]:
         "response/cut_tokens": float(batch.num_cut_tokens),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
+        "reference/age": float(reference_age.mean()),
+        "reference/age_max": float(reference_age.max()),
     }
 
 
