@@ -133,7 +133,7 @@ def test_an_outage_is_waited_out_and_no_longer_than_told(world: ObjectWorld) -> 
 
 
 def test_refusals_name_the_place_and_the_remedy(world: ObjectWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ObjectRefusedError, match=r"s3://no-such-bucket/.* cannot be written .*NoSuchBucket.* Create it"):
+    with pytest.raises(ObjectRefusedError, match=r"s3://no-such-bucket/.* cannot be written .*NoSuchBucket.* Create"):
         Objects("s3://no-such-bucket/runs").check()
     Objects(world.url).check()
     assert not world.keys(world.url.removeprefix(f"s3://{world.bucket}/"))
