@@ -93,6 +93,12 @@ LEDGER = Row(
             Query(f'sum by (reason) (increase(jackpot_groups_total{{{JOB},state="dropped"}}{RATE}))', "{{reason}}"),
         ),
         curves(
+            "Completions without a reward",
+            "`failed`: the reward raised, hung or ended its process; `unreadable`: its grader could not read the "
+            "answer, which counts as wrong.",
+            Query(f"sum by (outcome) (increase(jackpot_reward_failures_total{{{JOB}}}{RATE}))", "{{outcome}}"),
+        ),
+        curves(
             "Groups trained per second",
             "Ended as trained, once a checkpoint holds their effect: it comes in steps.",
             Query(f'sum(rate(jackpot_groups_total{{{JOB},state="trained"}}{RATE}))', "trained"),

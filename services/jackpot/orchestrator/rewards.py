@@ -68,6 +68,8 @@ class RewardPool:
     ) -> None:
         self._task = task
         self._metrics = metrics
+        if metrics is not None:
+            metrics.expect_rewards()
         self._failures = None if failures is None else JsonLinesWriter(failures)
         self._workers = [_Worker(task, seed) for _ in range(num_workers)]
         # Last in, first out: a second process is only started when the first is busy.

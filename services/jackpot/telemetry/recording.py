@@ -172,6 +172,11 @@ class Metrics:
         self._set("jackpot_evaluated_step", step)
         self._set("jackpot_policy_accuracy_ratio", accuracy)
 
+    def expect_rewards(self) -> None:
+        """Start the counters of failed rewards at 0, for the reason that `expect_groups` gives."""
+        for outcome in ("failed", "unreadable"):
+            self._counter("jackpot_reward_failures", outcome)
+
     def count_reward_failure(self, outcome: str) -> None:
         """Count a completion whose reward ``failed``, or that is ``unreadable`` to its grader."""
         self._counter("jackpot_reward_failures", outcome).inc()

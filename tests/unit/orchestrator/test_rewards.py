@@ -83,12 +83,12 @@ def pool(make_pool) -> RewardPool:
 
 
 def counted(pool: RewardPool) -> dict[str, float]:
+    """Failed and unreadable completions so far; a key that is missing would be a counter that Prometheus misses."""
     registry = pool._metrics._registry
-    found = {
+    return {
         outcome: registry.get_sample_value("jackpot_reward_failures_total", {"job_id": "job", "outcome": outcome})
         for outcome in ("failed", "unreadable")
     }
-    return {outcome: value for outcome, value in found.items() if value is not None}
 
 
 async def rewards(pool: RewardPool, completions: list[str]) -> list[float | None]:
@@ -133,7 +133,7 @@ async def test_a_failing_reward_costs_its_own_completion(make_pool, tmp_path, ba
 
     (row,) = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
     assert (row["prompt"], row["completion"], row["failure"], row["reward"]) == ("prompt", bad, reason, reward)
-    assert counted(pool) == {"failed": 1.0}
+    assert counted(pool) == {"failed": 1.0, "unreadable": 0.0}
 
 
 async def test_each_hanging_completion_costs_one_timeout(make_pool):
@@ -150,7 +150,7 @@ async def test_a_completion_that_its_grader_cannot_read_is_wrong_and_counted(mak
         Judgement(0.0, unreadable="ZeroDivisionError: in the grader"),
         Judgement(1.0),
     ]
-    assert counted(pool) == {"unreadable": 1.0}
+    assert counted(pool) == {"failed": 0.0, "unreadable": 1.0}
     assert not (tmp_path / "failures.jsonl").exists()
 
 
