@@ -108,6 +108,23 @@ def test_the_lock_has_a_version_of_everything_that_the_images_install(extra: str
         )
 
 
+def extras_named_in(text: str) -> set[str]:
+    """The extras that installations of Jackpot ask for: `--extra NAME`, `.[NAME,…]` and `jackpot[NAME,…]`."""
+    lists = re.findall(r"(?:(?<=[\s'\"`]\.)|\bjackpot)\[([a-z0-9,-]+)\]", text)
+    return {name for names in (*lists, *re.findall(r"--extra ([a-z0-9-]+)", text)) for name in names.split(",")}
+
+
+def test_every_extra_that_somebody_is_to_install_exists() -> None:
+    sources = [DOCKERFILE, *(ROOT / name for name in ("Makefile", "README.md", "CONTRIBUTING.md", "pyproject.toml"))]
+    for directory, pattern in (("docs", "*.md"), ("examples", "*.yaml"), ("benchmarks", "*.py"), ("services", "*.py")):
+        sources += sorted((ROOT / directory).rglob(pattern))
+    named = {path.relative_to(ROOT).as_posix(): extras_named_in(path.read_text("utf-8")) for path in sources}
+    named["deploy/Dockerfile"] |= set(re.findall(r"engine=([a-z-]+);", DOCKERFILE.read_text("utf-8")))
+    assert {"scorer", "vllm", "rollout", "s3"} <= named["deploy/Dockerfile"]
+    assert {"local", "dev"} <= named["Makefile"] and named["README.md"] and named["docs/training.md"]
+    assert {path: unknown for path, names in named.items() if (unknown := names - set(EXTRAS))} == {}
+
+
 def test_every_image_that_checks_tasks_or_runs_them_has_reasoning_gym() -> None:
     installs = re.findall(r"--extra (?:kubernetes|orchestrator|local)\b.*", DOCKERFILE.read_text("utf-8"))
     assert len(installs) == 3
