@@ -5,7 +5,7 @@
 The loop is that of `jackpot experiment` (jackpot.loop): the services' own code, called in turn. It serves
 two ends here: to try settings quickly, and as the baseline that the pipeline is measured against. Sampling is as stale
 as the job allows (``orchestrator.max_staleness``) unless ``--staleness`` says otherwise, and scoring as stale as
-sampling, or less with ``--scorer-staleness``; in the pipeline either may happen. The two differ more than it seems:
+sampling, or less with ``--reference-age``; in the pipeline either may happen. The two differ more than it seems:
 only an old reference lets the PPO clip act in the first update of a batch.
 """
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("job", type=Path)
     parser.add_argument("overrides", nargs="*", help="settings, e.g. algorithm.correction=tis seed=3")
     parser.add_argument("--staleness", type=int, help="batches that sampling is ahead; default: the job's maximum")
-    parser.add_argument("--scorer-staleness", type=int, help="the same of scoring; default: that of sampling")
+    parser.add_argument("--reference-age", type=int, help="batches that the reference is old; default: as sampling")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--json", type=Path, help="append the result to this file, one JSON object a line")
     options = parser.parse_intermixed_args()
@@ -39,8 +39,8 @@ def main() -> None:
         job = prepare_job(load_job(options.job, options.overrides))
         most = -(-job.orchestrator.max_staleness // job.learner.updates_per_batch)
         staleness = most if options.staleness is None else options.staleness
-        scorer_staleness = staleness if options.scorer_staleness is None else options.scorer_staleness
-        loop = Loop(job, staleness=staleness, scorer_staleness=scorer_staleness)
+        reference_age = staleness if options.reference_age is None else options.reference_age
+        loop = Loop(job, staleness=staleness, reference_age=reference_age)
     except JackpotError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -9,7 +9,7 @@ This is Algorithm 1 of the paper, one batch per turn, by the services' own sampl
    L_ppo_obrs(θ) + L_ppo(ω) + λ_distill · L_distill(ω); an optimizer step moves θ and ω: :meth:`Loop.learn`.
 
 No services, no bus, no overlap: what the services leave to timing is exact here. A batch is sampled with weights that
-are ``staleness`` batches old and scored with weights that are ``scorer_staleness`` batches old. The result is a
+are ``staleness`` batches old and scored with weights that are ``reference_age`` batches old. The result is a
 function of the job alone (on one machine and with one number of threads).
 
 A notebook can take the steps by hand and look around in between. With ``job`` from
@@ -68,14 +68,14 @@ class Loop:
     Args:
         job: the job as resolved: models are directories.
         staleness: how many batches old the weights are that sample.
-        scorer_staleness: how many batches old those are that score, at most as old as the former.
+        reference_age: how many batches old those are that score, at most as old as the former.
 
     Raises:
         ConfigError: the job asks for what only the services do.
     """
 
-    def __init__(self, job: JobSpec, *, staleness: int = 0, scorer_staleness: int = 0) -> None:
-        check_job(job, staleness, scorer_staleness)
+    def __init__(self, job: JobSpec, *, staleness: int = 0, reference_age: int = 0) -> None:
+        check_job(job, staleness, reference_age)
         torch.manual_seed(job.seed)
         self.job = job
         self.policy = load_causal_lm(job.policy.model, job.policy.dtype, "cpu", field="policy.model")
@@ -88,7 +88,7 @@ class Loop:
         self._order = PromptOrder(self._task.num_prompts, job.seed)
         self._eval_items = self._task.eval_items(job.evaluation.prompts)
         self._past = PastWeights(
-            self.policy, self.actor or self.policy, staleness, scorer_staleness, self.trainer.controls.obrs_lambda
+            self.policy, self.actor or self.policy, staleness, reference_age, self.trainer.controls.obrs_lambda
         )
         self._prompts = Prompts(job, self._past.target.vocabulary)
         self._scorer = GroupScorer(job, self._past.target, self._past.sampler)

@@ -104,7 +104,7 @@ class PastWeights:
         policy: θ, which goes on learning.
         sampler: what samples: ω, or θ itself.
         staleness: how many batches old the weights are that sample.
-        scorer_staleness: how many batches old those are that score.
+        reference_age: how many batches old those are that score.
         obrs_lambda: λ of the initial weights.
     """
 
@@ -113,13 +113,13 @@ class PastWeights:
         policy: PreTrainedModel,
         sampler: PreTrainedModel,
         staleness: int,
-        scorer_staleness: int,
+        reference_age: int,
         obrs_lambda: float,
     ) -> None:
         self._models = policy, sampler
-        self._scorer_staleness = scorer_staleness
+        self._reference_age = reference_age
         self.sampler = Sampler(copy.deepcopy(sampler) if staleness else sampler)
-        self.target = Target(copy.deepcopy(policy) if scorer_staleness else policy, obrs_lambda)
+        self.target = Target(copy.deepcopy(policy) if reference_age else policy, obrs_lambda)
         # The newest last; before the first update all are the initial weights.
         self._snapshots: deque[_Snapshot] = deque(maxlen=staleness + 1)
         for _ in range(staleness + 1):
@@ -142,8 +142,8 @@ class PastWeights:
 
     def load_target(self) -> Target:
         """What scores the next batch."""
-        old = self._snapshots[-1 - self._scorer_staleness]
-        if self._scorer_staleness:
+        old = self._snapshots[-1 - self._reference_age]
+        if self._reference_age:
             apply_state(self.target.model, old.policy)
         self.target.version, self.target.obrs_lambda = old.version, old.obrs_lambda
         return self.target
@@ -228,16 +228,14 @@ def generate(
     return [[trajectories[f"{r.group_id}#{index}"] for index in range(r.num_trajectories)] for r in requests]
 
 
-def check_job(job: JobSpec, staleness: int, scorer_staleness: int) -> None:
+def check_job(job: JobSpec, staleness: int, reference_age: int) -> None:
     """Refuse what the services can do and this loop cannot, instead of quietly doing something else.
 
     Raises:
         ConfigError: naming field, value and remedy.
     """
-    if not 0 <= scorer_staleness <= staleness:
-        raise ConfigError(
-            "scorer_staleness", scorer_staleness, "is not between 0 and staleness", f"Use at most {staleness}."
-        )
+    if not 0 <= reference_age <= staleness:
+        raise ConfigError("reference_age", reference_age, "is not between 0 and staleness", f"Use at most {staleness}.")
     actor = None if isinstance(job.actor, str) else job.actor
     settings: dict[str, tuple[object, object]] = {
         "algorithm.advantage.filter_zero_variance": (job.algorithm.advantage.filter_zero_variance, False),

@@ -67,8 +67,8 @@ def digit_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tests_experiment_task", module)
 
 
-def curve(job: JobSpec, staleness: int = 0, scorer_staleness: int = 0) -> Curve:
-    return run_loop(Loop(job, staleness=staleness, scorer_staleness=scorer_staleness))
+def curve(job: JobSpec, staleness: int = 0, reference_age: int = 0) -> Curve:
+    return run_loop(Loop(job, staleness=staleness, reference_age=reference_age))
 
 
 def test_the_same_seed_gives_the_identical_curve_and_another_seed_another(make_job: MakeJob) -> None:
@@ -144,7 +144,7 @@ def test_the_policy_as_target_passes_each_model_no_more_often_than_its_scores_an
 
 def test_steps_by_hand_are_the_whole_run(make_job: MakeJob) -> None:
     job = make_job("learner.steps=4", "learner.updates_per_batch=2")
-    whole, loop = curve(job, 1, 1), Loop(job, staleness=1, scorer_staleness=1)
+    whole, loop = curve(job, 1, 1), Loop(job, staleness=1, reference_age=1)
     rows = []
     while loop.batch < job.num_batches:
         groups = loop.sample()
@@ -208,7 +208,7 @@ def test_an_acceptance_rate_is_followed(make_job: MakeJob) -> None:
 
 @pytest.mark.parametrize("role", ["policy", "actor"])
 def test_a_model_that_diverged_ends_the_run_with_its_reason(make_job: MakeJob, role: Role) -> None:
-    loop = Loop(make_job("learner.steps=6"), staleness=0, scorer_staleness=0)
+    loop = Loop(make_job("learner.steps=6"), staleness=0, reference_age=0)
 
     def diverge(step: int, accuracy: float) -> None:
         if step == 2:
@@ -225,12 +225,12 @@ def test_a_model_that_diverged_ends_the_run_with_its_reason(make_job: MakeJob, r
     ("overrides", "ages", "field"),
     [
         (["algorithm.advantage.filter_zero_variance=true"], (0, 0), "algorithm.advantage.filter_zero_variance"),
-        ([], (0, 1), "scorer_staleness"),
+        ([], (0, 1), "reference_age"),
     ],
 )
 def test_what_only_the_services_do_is_refused(
     make_job: MakeJob, overrides: list[str], ages: tuple[int, int], field: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        Loop(make_job(*overrides), staleness=ages[0], scorer_staleness=ages[1])
+        Loop(make_job(*overrides), staleness=ages[0], reference_age=ages[1])
     assert caught.value.field == field

@@ -48,7 +48,7 @@ class Run:
     recipe: Recipe | None
     execution: str
     staleness: int
-    scorer_staleness: int
+    reference_age: int
 
     @cached_property
     def key(self) -> str:
@@ -63,7 +63,7 @@ class Run:
             "recipe": None if self.recipe is None else self.recipe.settings(),
             "execution": self.execution,
             "staleness": self.staleness,
-            "scorer_staleness": self.scorer_staleness,
+            "reference_age": self.reference_age,
         }
 
     def settings(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Run:
         if "evaluation" in job:
             job["evaluation"]["temperature"] = self.job.evaluation_temperature
         recipe = None if self.recipe is None else {k: v for k, v in self.recipe.settings().items() if k != "seed"}
-        ages = {"staleness": self.staleness, "scorer_staleness": self.scorer_staleness}
+        ages = {"staleness": self.staleness, "reference_age": self.reference_age}
         return {"job": job, "recipe": recipe, "execution": self.execution, **ages}
 
     def _chosen(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def make_run(study: Study, cell: Cell, seed: int) -> Run:
         recipe=recipe,
         execution=study.config.execution,
         staleness=inline.staleness,
-        scorer_staleness=inline.scorer_staleness,
+        reference_age=inline.reference_age,
     )
 
 

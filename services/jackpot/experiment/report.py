@@ -168,7 +168,7 @@ def _search_table(study: Study, results_by_arm: Mapping[str, tuple[Summary, Sequ
 
 def _settings(study: Study) -> list[str]:
     config = study.config
-    ages = f"`staleness={config.inline.staleness}` `scorer_staleness={config.inline.scorer_staleness}`"
+    ages = f"`staleness={config.inline.staleness}` `reference_age={config.inline.reference_age}`"
     all_runs = f"All runs: {_code(config.settings) or 'those of the base job'}"
     models = "Models: those of the job file."
     if config.models is not None:
@@ -201,7 +201,7 @@ def _variant(study: Study, variant: str) -> Sequence[str]:
     config = study.config.variants[variant]
     models = () if config.models is None else _models(config.models.policy, config.models.actor)
     ages = config.inline
-    inline = () if ages is None else (f"staleness={ages.staleness}", f"scorer_staleness={ages.scorer_staleness}")
+    inline = () if ages is None else (f"staleness={ages.staleness}", f"reference_age={ages.reference_age}")
     return [*config.settings, *models, *inline]
 
 

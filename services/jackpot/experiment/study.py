@@ -88,8 +88,9 @@ class InlineConfig(Section):
 
     staleness: NonNegativeInt = 1
     """Batches between the weights that sample and the trained weights. 1 is the pipeline's default."""
-    scorer_staleness: NonNegativeInt = 0
-    """The same for the weights that score. 0 is the paper's: the reference is the current policy."""
+    reference_age: NonNegativeInt = 0
+    """Batches between the weights that score and the trained weights, as in a job's ``scorer.reference_age``. 0 is the
+    paper's: the reference is the policy as the batch begins."""
 
 
 class ArmConfig(Section):

@@ -60,7 +60,7 @@ def make_run(run: Run, directory: Path) -> Result:
     if run.execution == "pipeline":
         return _pipeline(run, job, directory)
     started = time.process_time()
-    curve = run_loop(Loop(job, staleness=run.staleness, scorer_staleness=run.scorer_staleness))
+    curve = run_loop(Loop(job, staleness=run.staleness, reference_age=run.reference_age))
     return make_result(run, curve.evaluations, curve.steps, time.process_time() - started, curve.failure)
 
 
@@ -103,9 +103,7 @@ def _directory(model: str) -> str:
 
 def _run(request: Mapping[str, Any]) -> Run:
     recipe = None if request["recipe"] is None else Recipe.of_settings(request["recipe"])
-    return Run(
-        parse_job(request["job"]), recipe, request["execution"], request["staleness"], request["scorer_staleness"]
-    )
+    return Run(parse_job(request["job"]), recipe, request["execution"], request["staleness"], request["reference_age"])
 
 
 if __name__ == "__main__":

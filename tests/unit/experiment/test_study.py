@@ -129,7 +129,7 @@ def test_the_key_changes_with_every_setting_and_with_nothing_else(tmp_path: Path
         key(settings=["learner.steps=5"]),
         key(execution="pipeline"),
         key(inline={"staleness": 2}),
-        key(inline={"staleness": 1, "scorer_staleness": 1}),
+        key(inline={"staleness": 1, "reference_age": 1}),
         key(models={}),
         key(models={"actor": {"steps": 7}}),
         key(models={"actor": {"drop_layers": 1}}),
