@@ -6,6 +6,7 @@ that sleeps.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,10 +21,16 @@ import pytest
 import yaml
 from job_world import write_job
 
+from jackpot.config import parse_job
+from jackpot.experiment.grid import Run
+from jackpot.experiment.worker import PIPELINE
+
 MakeModel = Callable[..., Path]
 
-# The program itself has loaded when the disk gets slow.
-SLOW_DISK = "import os, sys; from jackpot.cli import main; os.environ['PYTHONPATH'] = sys.argv.pop(1); main()"
+# The programs themselves have loaded when the disk gets slow.
+SLOW_DISK = "import os, sys; from {module} import main; os.environ['PYTHONPATH'] = sys.argv.pop(1); {call}"
+JACKPOT = SLOW_DISK.format(module="jackpot.cli", call="main()")
+STUDY_WORKER = SLOW_DISK.format(module="jackpot.experiment.worker", call="main(sys.argv[1:])")
 DEADLINE_SECONDS = 150.0
 
 pytestmark = [
@@ -38,6 +45,7 @@ pytestmark = [
         ("run", ["bus-server", "jackpot.learner", "jackpot.orchestrator", *["jackpot.rollout"] * 2, "jackpot.scorer"]),
         ("experiment", ["jackpot.experiment.worker"]),
         ("demo", ["jackpot.demo"]),
+        ("replay", ["jackpot.replay"]),
     ],
 )
 def test_what_jackpot_starts_ends_when_it_is_killed(
@@ -55,25 +63,42 @@ def test_what_jackpot_starts_ends_when_it_is_killed(
         "run": [str(job_file), "--run-dir", str(tmp_path / "run")],
         "experiment": [str(tmp_path / "study.yaml")],
         "demo": [],  # its models are made first
+        "replay": [str(tmp_path)],
     }[command]
-    with slow_jackpot(tmp_path, command, *arguments) as process:
-        children = wait_for_children(process, expected)
-        process.kill()
-        _, left = psutil.wait_procs(children, timeout=10)
-        alive = [child for child in left if runs(child)]
-        for child in alive:
-            child.kill()
-        assert not alive
+    with on_a_slow_disk(tmp_path, JACKPOT, command, *arguments) as process:
+        assert_nothing_survives(process, expected)
+
+
+def test_the_run_of_a_pipeline_study_ends_when_its_worker_is_killed(tmp_path: Path, make_model: MakeModel) -> None:
+    job = yaml.safe_load(write_job(tmp_path, make_model).read_text())
+    run = Run(parse_job(job), recipe=None, execution="pipeline", staleness=0, reference_age=0)
+    with on_a_slow_disk(tmp_path, STUDY_WORKER, str(tmp_path / "results")) as process:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps({"key": run.key, **run.request()}) + "\n")
+        process.stdin.flush()
+        assert_nothing_survives(process, ["jackpot run"])
+
+
+def assert_nothing_survives(process: subprocess.Popen[str], expected: list[str]) -> None:
+    """Kill a process once it has these children; they end as well."""
+    children = wait_for_children(process, expected)
+    process.kill()
+    _, left = psutil.wait_procs(children, timeout=10)
+    alive = [child for child in left if runs(child)]
+    for child in alive:
+        child.kill()
+    assert not alive
 
 
 @contextmanager
-def slow_jackpot(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """`jackpot …`, none of whose children in Python gets as far as its first line."""
+def on_a_slow_disk(directory: Path, program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A program, none of whose children in Python gets as far as its first line."""
     slow = directory / "slow"
     slow.mkdir()
     (slow / "sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_DISK, str(slow), *arguments],
+        [sys.executable, "-c", program, str(slow), *arguments],
+        stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -112,5 +137,7 @@ def runs(process: psutil.Process) -> bool:
 def name_of(command: list[str]) -> str:
     if command[1:2] == ["-m"]:
         return command[2]
+    if command[1:3] == ["-c", PIPELINE]:
+        return f"jackpot {command[3]}"
     # Valkey puts its socket behind its name.
     return "bus-server" if "-server" in "".join(command[:1]) else " ".join(command)

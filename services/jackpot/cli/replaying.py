@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from jackpot.algorithm.corrections import CORRECTIONS
+from jackpot.process.children import ending_with_us
 
 
 def add_to(app: typer.Typer) -> None:
@@ -33,5 +34,6 @@ def replay(
     arguments += ["--json"] if as_json else []
     arguments += [f"--correction={correction}"] if correction is not None else []
     # In a separate process: it needs torch, which no command of this program loads.
-    code = subprocess.run([sys.executable, "-m", "jackpot.replay", *arguments], check=False).returncode
+    command = ending_with_us([sys.executable, "-m", "jackpot.replay", *arguments])
+    code = subprocess.run(command, check=False).returncode
     raise typer.Exit(code)

@@ -24,6 +24,7 @@ from jackpot.errors import JackpotError
 from jackpot.experiment.grid import Run
 from jackpot.experiment.records import Result, make_result, write_result
 from jackpot.loop import Loop, run_loop
+from jackpot.process.children import ending_with_us
 from jackpot.storage.run_directory import RunFiles
 from jackpot.storage.run_records import read_accuracies, read_steps
 
@@ -71,7 +72,7 @@ def _pipeline(run: Run, job: JobSpec, directory: Path) -> Result:
         job_file, run_dir = Path(scratch) / "task.json", Path(scratch) / "run"
         job_file.write_text(json.dumps(job.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
         command = [sys.executable, "-c", PIPELINE, "run", str(job_file), "--run-dir", str(run_dir), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(ending_with_us(command), capture_output=True, text=True, check=False)
         if done.returncode:
             raise JackpotError(f"jackpot run ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
         summary = json.loads(done.stdout.splitlines()[-1])
