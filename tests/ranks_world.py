@@ -104,8 +104,10 @@ def carry_out(directory: Path, trainer: Any, store: Any) -> list[dict[str, float
                 rows += trainer.train_batch(batch, step)
                 step = int(rows[-1]["step"])
             case "save":
-                controls = trainer.controls
-                trainer.begin_checkpoint(store, Progress(step, step, controls.obrs_lambda, controls.state())).finish()
+                lambda_control = trainer.lambda_control
+                trainer.begin_checkpoint(
+                    store, Progress(step, step, lambda_control.obrs_lambda, lambda_control.state())
+                ).finish()
             case "restore":
                 step = trainer.restore(store, store.latest()).step
     for role in trainer.models:

@@ -88,7 +88,7 @@ class Loop:
         self._order = PromptOrder(self._task.num_prompts, job.seed)
         self._eval_items = self._task.eval_items(job.evaluation.prompts)
         self._past = PastWeights(
-            self.policy, self.actor or self.policy, staleness, reference_age, self.trainer.controls.obrs_lambda
+            self.policy, self.actor or self.policy, staleness, reference_age, self.trainer.lambda_control.obrs_lambda
         )
         self._prompts = Prompts(job, self._past.target.vocabulary)
         self._scorer = GroupScorer(job, self._past.target, self._past.sampler)
@@ -142,7 +142,7 @@ class Loop:
         rows = self.trainer.train_batch(batch, self.step)
         self.step += len(rows)
         self.batch += 1
-        self._past.remember(self.step, self.trainer.controls.obrs_lambda)
+        self._past.remember(self.step, self.trainer.lambda_control.obrs_lambda)
         return rows
 
     def gradients(self, role: Role) -> Mapping[str, Tensor]:

@@ -26,7 +26,7 @@ def variants(package: ModuleType, base: type[SectionT]) -> dict[str, type[Sectio
     Raises:
         ValueError: two of them have the same name, or one has none.
     """
-    found: dict[str, type[SectionT]] = {}
+    classes_by_name: dict[str, type[SectionT]] = {}
     for module_info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{module_info.name}")
         for value in vars(module).values():
@@ -35,10 +35,10 @@ def variants(package: ModuleType, base: type[SectionT]) -> dict[str, type[Sectio
             if value.__module__ != module.__name__:  # imported from another module, which has it
                 continue
             name = value.model_fields["name"].default
-            if not isinstance(name, str) or name in found:
+            if not isinstance(name, str) or name in classes_by_name:
                 raise ValueError(f"{value.__qualname__} needs a name of its own as the default of `name`, not {name!r}")
-            found[name] = value
-    return dict(sorted(found.items()))
+            classes_by_name[name] = value
+    return dict(sorted(classes_by_name.items()))
 
 
 def union_by_name(known: Mapping[str, type[Section]], default: str) -> Any:

@@ -24,7 +24,7 @@ from jackpot.bus.ledger import Delivery, PublishOutcome, Value
 from jackpot.bus.object_payloads import ObjectPayloads
 from jackpot.bus.payload_format import decode_group, decode_scored, encode_group, encode_scored
 from jackpot.bus.payloads import FilePayloads, PayloadStore, RedisPayloads
-from jackpot.bus.published_payloads import Claims
+from jackpot.bus.published_payloads import PublishedPayloads
 from jackpot.bus.reader import Entry, StreamReader
 from jackpot.bus.readings import BusReadings
 from jackpot.config import BusConfig
@@ -50,7 +50,7 @@ class TrajectoryBus:
         self.readings = BusReadings(client, settings.max_bytes)
         """What can be asked without changing anything."""
         self._store = store
-        self._claims = Claims(client, store, settings.max_payload_bytes)
+        self._payloads = PublishedPayloads(client, store, settings.max_payload_bytes)
         self._settings = settings
         self._job_id = job_id
         lease = settings.lease_seconds
@@ -160,7 +160,7 @@ class TrajectoryBus:
             PayloadError: the group breaks a rule of its format or is larger than ``bus.max_payload_bytes``.
         """
         self._check_id(group.group_id)
-        outcome = await self._claims.publish("publish", "rollout", group, encode_group, ["published"])
+        outcome = await self._payloads.publish("publish", "rollout", group, encode_group, ["published"])
         return cast("PublishOutcome", outcome)
 
     async def publish_deferred(self, scored: ScoredGroup) -> PublishOutcome:
@@ -170,7 +170,7 @@ class TrajectoryBus:
             scored: the group in the form of a scored one (:func:`jackpot.trajectory.deferred`).
         """
         self._check_id(scored.group_id)
-        outcome = await self._claims.publish("publish", "scored", scored, encode_scored, ["scored"])
+        outcome = await self._payloads.publish("publish", "scored", scored, encode_scored, ["scored"])
         return cast("PublishOutcome", outcome)
 
     # --- scorer ---
@@ -196,7 +196,7 @@ class TrajectoryBus:
         group_id = delivery.group_id
         if scored.group_id != group_id:
             raise ValueError(f"scores of {scored.group_id} for the delivery of {group_id}")
-        outcome = await self._claims.publish("scored", "scored", scored, encode_scored, [delivery.entry_id])
+        outcome = await self._payloads.publish("scored", "scored", scored, encode_scored, [delivery.entry_id])
         self._rollouts.release(group_id)
         if outcome == "lost":
             raise LeaseLostError(f"group {group_id} was taken over or has ended; its scores are thrown away")
@@ -239,14 +239,14 @@ class TrajectoryBus:
             return {}
         keys = self._client.keys
         states, names = await self._client.read(("HMGET", keys.open, *group_ids), ("HMGET", keys.payloads, *group_ids))
-        found = {}
+        scored_by_id = {}
         for group_id, state, name in zip(group_ids, states, names, strict=True):
             if state == "scored":
                 try:
-                    found[group_id] = await self._claims.load(group_id, name, decode_scored)
+                    scored_by_id[group_id] = await self._payloads.load(group_id, name, decode_scored)
                 except PayloadError as error:
                     LOG.warning("scored group %s cannot be read: %s", group_id, error)
-        return found
+        return scored_by_id
 
     async def commit_trained(self, step_by_group: Mapping[str, int]) -> list[str]:
         """End groups as ``trained`` at their optimizer steps, and acknowledge them; safe to repeat.
@@ -339,7 +339,7 @@ class TrajectoryBus:
             reason, detail = "scoring_failed", f"taken up {entry.attempt - 1} times and never finished"
         else:
             try:
-                value = await self._claims.load(entry.group_id, entry.payload, decode)
+                value = await self._payloads.load(entry.group_id, entry.payload, decode)
                 return Delivery(
                     group_id=entry.group_id,
                     value=value,

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import EqualJitterBackoff
 
-from jackpot.bus.coalesce import Together
+from jackpot.bus.coalesce import Coalescer
 from jackpot.errors import BusError, BusLostError, ConfigError
 
 SOCKET_TIMEOUT_SECONDS = 10.0
@@ -92,7 +92,7 @@ class BusClient:
             retry=Retry(EqualJitterBackoff(cap=greatest, base=first), RETRIES),
         )
         self._scripts = {name: self._redis.register_script(_source(name)) for name in _SCRIPTS}
-        self._run_together = Together(self._run_all)
+        self._run_together = Coalescer(self._run_all)
 
     async def check_server(self) -> None:
         """Make sure that a server answers and can be relied on.

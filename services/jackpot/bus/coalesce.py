@@ -25,7 +25,7 @@ async def all_ended(calls: Iterable[Awaitable[Result]]) -> list[Result]:
     return results
 
 
-class Together(Generic[Call, Result]):
+class Coalescer(Generic[Call, Result]):
     """Gathers calls while others are under way, and hands them on in the order in which they were made.
 
     A caller that is cancelled does not keep its call from being carried out, nor does it disturb the others.

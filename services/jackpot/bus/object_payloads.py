@@ -39,7 +39,7 @@ class ObjectPayloads:
             await self._do(lambda: self._objects.delete([_checked(name)]))
 
     async def sweep(self, ended: Callable[[Sequence[str]], Awaitable[set[str]]]) -> int:
-        names = [found.key for found in await self._do(self._objects.list)]
+        names = [stored.key for stored in await self._do(self._objects.list)]
         groups = await ended(sorted({group_of(name) for name in names}))
         left_behind = [name for name in names if group_of(name) in groups]
         await self._do(lambda: self._objects.delete(left_behind))

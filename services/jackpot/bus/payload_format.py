@@ -362,8 +362,8 @@ def _check_all(
     if len(arrays) > 1 and not problem(np.concatenate([array.ravel() for array in arrays])):
         return
     for array, name in zip(arrays, names, strict=True):
-        if found := problem(array):
-            raise PayloadError(f"trajectory {name}: {field} {found}")
+        if complaint := problem(array):
+            raise PayloadError(f"trajectory {name}: {field} {complaint}")
 
 
 def _are_finite(values: NDArray[Any]) -> str:

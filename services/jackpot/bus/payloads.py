@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from jackpot.bus.client import BusClient
-from jackpot.bus.coalesce import Together
+from jackpot.bus.coalesce import Coalescer
 from jackpot.errors import BusError, PayloadError, PayloadMissingError
 
 # The envelope around a body of the greatest allowed size: its header, and what zstd adds to incompressible data.
@@ -108,7 +108,7 @@ class FilePayloads:
         self._directory = directory
         self._limit = max_bytes + ENVELOPE_BYTES
         directory.mkdir(parents=True, exist_ok=True)
-        self._in_thread: Together[Callable[[], bytes], bytes] = Together(_in_one_thread)
+        self._in_thread: Coalescer[Callable[[], bytes], bytes] = Coalescer(_in_one_thread)
 
     async def put(self, name: str, data: bytes) -> bytes:
         write = partial(self._write, self._path(name), data)

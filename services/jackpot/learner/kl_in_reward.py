@@ -50,8 +50,8 @@ def kl_in_reward(
         algorithm: the advantage estimator, and β.
         how: the pass under the initial policy.
     """
-    found = [_initial_and_divergence(part, passes, how) for part, passes in parts]
-    logprobs, divergence = torch.cat(found, dim=1)
+    figures_by_part = [_initial_and_divergence(part, passes, how) for part, passes in parts]
+    logprobs, divergence = torch.cat(figures_by_part, dim=1)
     release(how.initial)
     how.ranks.sum_(divergence)
     sequence_index = batch.tokens.sequence_index
@@ -68,23 +68,23 @@ def kl_in_reward(
 
 def _initial_and_divergence(batch: Batch, passes: Sequence[ModelPass], how: InitialPass) -> Tensor:
     """log p_initial and log(p_ref/p_initial), [2, N]; 0 for another rank's tokens, so that ranks can be summed up."""
-    found = torch.zeros(2, batch.num_tokens)
-    for one in passes:
-        logprobs = sampled_logprobs(how.initial, how.states, batch, one, how.chunk_tokens).float().cpu()
-        if one.counted:
-            index = token_places(batch.sequences, one)
+    figures = torch.zeros(2, batch.num_tokens)
+    for model_pass in passes:
+        logprobs = sampled_logprobs(how.initial, how.states, batch, model_pass, how.chunk_tokens).float().cpu()
+        if model_pass.counted:
+            index = token_places(batch.sequences, model_pass)
             divergence = kl_penalty(batch.tokens.reference_logprobs[index], logprobs, "k1").value
-            found[:, index] = torch.stack([logprobs, divergence])
-    return found
+            figures[:, index] = torch.stack([logprobs, divergence])
+    return figures
 
 
 @torch.no_grad()
 def sampled_logprobs(
-    model: PreTrainedModel, states: CompletionStates, batch: Batch, one: ModelPass, chunk_tokens: int
+    model: PreTrainedModel, states: CompletionStates, batch: Batch, model_pass: ModelPass, chunk_tokens: int
 ) -> Tensor:
     """log-probabilities of a pass's sampled tokens under a model that does not learn, [n] on its device."""
-    hidden = states(model, *model_inputs(batch.sequences, one))
-    ids = batch.tokens.token_ids[token_places(batch.sequences, one)].to(hidden.device)
+    hidden = states(model, *model_inputs(batch.sequences, model_pass))
+    ids = batch.tokens.token_ids[token_places(batch.sequences, model_pass)].to(hidden.device)
     return token_logprobs(
         hidden, output_head(model), ids, temperature=batch.temperature, chunk_tokens=chunk_tokens
     ).logprobs

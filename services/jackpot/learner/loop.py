@@ -75,7 +75,7 @@ class Learner:
         self._alarm_log = alarm_log
         self._kept = kept
         self._activity = activity
-        self._progress = Progress(step=0, batch=0, obrs_lambda=trainer.controls.obrs_lambda)
+        self._progress = Progress(step=0, batch=0, obrs_lambda=trainer.lambda_control.obrs_lambda)
         self._committed_batch = 0
         self._saving: asyncio.Task[None] | None = None  # the checkpoint that is being written
         self._collector = BatchCollector(job, bus)
@@ -163,9 +163,9 @@ class Learner:
             steps,
             manifest.start_step + 1,
         )
-        controls = self._trainer.controls
+        lambda_control = self._trainer.lambda_control
         self._progress = Progress(
-            manifest.start_step + steps, manifest.batch + 1, controls.obrs_lambda, controls.state()
+            manifest.start_step + steps, manifest.batch + 1, lambda_control.obrs_lambda, lambda_control.state()
         )
         return True
 
@@ -180,8 +180,10 @@ class Learner:
         with self._activity.doing("train"):
             rows = await self._in_thread(self._trainer.train_batch, batch, progress.step)
         trained = time.monotonic()
-        controls = self._trainer.controls
-        self._progress = Progress(progress.step + len(rows), progress.batch + 1, controls.obrs_lambda, controls.state())
+        lambda_control = self._trainer.lambda_control
+        self._progress = Progress(
+            progress.step + len(rows), progress.batch + 1, lambda_control.obrs_lambda, lambda_control.state()
+        )
         await self._publish(partial(self._kept.write, progress.batch, groups, self._job.run.keep_trajectories))
         published = time.monotonic()
         self._watch()

@@ -1,4 +1,4 @@
-"""Batches into optimizer steps: weights of the tokens, passes with their losses, gradients, updates, controls."""
+"""Batches into optimizer steps: weights of the tokens, passes with their losses, gradients, updates, control of λ."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class BatchTrainer(Protocol):
         """This process's models."""
 
     @property
-    def controls(self) -> LambdaControl:
+    def lambda_control(self) -> LambdaControl:
         """λ and what else follows measurements."""
 
     def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
@@ -60,7 +60,7 @@ class BatchTrainer(Protocol):
         """As :meth:`TrainedModels.begin_checkpoint`."""
 
     def restore(self, store: CheckpointStore, path: Path) -> Progress:
-        """As :meth:`TrainedModels.restore`, the controls' memory included."""
+        """As :meth:`TrainedModels.restore`, the state of λ's control included."""
 
 
 class Trainer:
@@ -85,9 +85,11 @@ class Trainer:
         self._job = job
         self._ranks = ranks
         self.models = TrainedModels(job, policy, actor, ranks)
-        self.controls = LambdaControl(job.algorithm)
+        self.lambda_control = LambdaControl(job.algorithm)
         self._states = self.models.layout.states
-        self._loss = JointLoss(job, self.models, self.models.initial, self._states, self.controls, self.models.device)
+        self._loss = JointLoss(
+            job, self.models, self.models.initial, self._states, self.lambda_control, self.models.device
+        )
         self.profiler = profiler or StepProfiler(Path(), steps=0)
         self.show_tokens: Callable[[Batch, TokenWeights], None] | None = None
         """Given each step's tokens and their weights before the gradients: for metrics, and to look at."""
@@ -106,9 +108,9 @@ class Trainer:
         return self.models.begin_checkpoint(store, progress)
 
     def restore(self, store: CheckpointStore, path: Path) -> Progress:
-        """As :meth:`TrainedModels.restore`, the controls' memory included."""
+        """As :meth:`TrainedModels.restore`, the state of λ's control included."""
         progress = self.models.restore(store, path)
-        self.controls.restore(progress.obrs_lambda, progress.controls)
+        self.lambda_control.restore(progress.obrs_lambda, progress.controls)
         return progress
 
     def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
@@ -123,8 +125,8 @@ class Trainer:
             parts = self._penalised(batch, parts, passes)
         weights = self._reference_weights(batch, parts)
         references = [
-            self._actor_reference(part, own) if len(parts) > 1 else None
-            for part, own in zip(parts, passes, strict=True)
+            self._actor_reference(part, part_passes) if len(parts) > 1 else None
+            for part, part_passes in zip(parts, passes, strict=True)
         ]
         return [
             self._step(first_step + index, part, passes[index], weights[index], references[index])
@@ -172,8 +174,8 @@ class Trainer:
         hidden_of_only_pass: Tensor | None = None
         if weights is None:
             policy = ModelPasses(self.models["policy"], batch.sequences, passes, self._states)
-            own = score_step(self._job, batch, policy, self.controls.obrs_lambda, self._ranks)
-            batch, weights, hidden_of_only_pass = own.batch, own.weights, own.hidden
+            step_scores = score_step(self._job, batch, policy, self.lambda_control.obrs_lambda, self._ranks)
+            batch, weights, hidden_of_only_pass = step_scores.batch, step_scores.weights, step_scores.hidden
             if self._job.scorer.reuse_reference:  # before, nobody knew p_ref
                 (batch,) = self._penalised(batch, [batch], [passes])
         meter = StepMeter(batch, weights, step, complete=self._ranks.rank == 0)
@@ -199,12 +201,12 @@ class Trainer:
         """The gradient of the batch's loss, summed up over passes."""
         shares = self._shares(batch, weights.mask)
         actor_shares = self._shares(batch, torch.ones_like(weights.mask))
-        for one in passes:
-            meter.begin_pass(one.counted)
-            index = token_places(batch.sequences, one)
+        for model_pass in passes:
+            meter.begin_pass(model_pass.counted)
+            index = token_places(batch.sequences, model_pass)
             micro = MicroBatch(
                 batch,
-                one,
+                model_pass,
                 batch.tokens.select(index).to(self.models.device),
                 weights.select(index),
                 shares[index],
@@ -213,27 +215,29 @@ class Trainer:
             )
             hidden = hidden_of_only_pass
             if hidden is None:
-                hidden = self._states(self.models["policy"], *model_inputs(batch.sequences, one))
-            _backward(self._loss.policy(hidden, micro, meter), one)
+                hidden = self._states(self.models["policy"], *model_inputs(batch.sequences, model_pass))
+            _backward(self._loss.policy(hidden, micro, meter), model_pass)
             if self.models.actor_learns:
                 # What the policy's pass kept is gone by now: one model's activations are in memory at a time.
-                _backward(self._loss.actor(hidden.detach(), micro, meter), one)
+                _backward(self._loss.actor(hidden.detach(), micro, meter), model_pass)
         for learnable in self.models.learnables.values():
             release(learnable.model)
 
     def _control(self, weights: TokenWeights, batch: Batch, meter: StepMeter) -> None:
         """Let λ and λ_distill follow what this step measured: over all tokens, which rank 0 alone has."""
-        distillation_weight = self.controls.distillation_weight if self.models.actor_learns else None
+        distillation_weight = self.lambda_control.distillation_weight if self.models.actor_learns else None
         if self._ranks.rank == 0:
-            self.controls.observe_tokens(weights.target_logprobs, batch.tokens.actor_logprobs)
+            self.lambda_control.observe_tokens(weights.target_logprobs, batch.tokens.actor_logprobs)
             if meter.kl_policy_actor is not None:
-                self.controls.observe_kl(meter.kl_policy_actor)
+                self.lambda_control.observe_kl(meter.kl_policy_actor)
         if self._ranks.size > 1:
             told = json.loads(
-                self._ranks.broadcast(json.dumps([self.controls.obrs_lambda, self.controls.state()]).encode())
+                self._ranks.broadcast(
+                    json.dumps([self.lambda_control.obrs_lambda, self.lambda_control.state()]).encode()
+                )
             )
-            self.controls.restore(*told)
-        meter.controls(self.controls.obrs_lambda, distillation_weight)
+            self.lambda_control.restore(*told)
+        meter.lambdas(self.lambda_control.obrs_lambda, distillation_weight)
 
     def _shares(self, batch: Batch, mask: Tensor) -> Tensor:
         """What each token's loss is multiplied by, [N]: alike within a sequence, and rank 0's, which has all masks."""
@@ -255,7 +259,7 @@ class Trainer:
         learner = self._job.learner
         for role, learnable in self.models.learnables.items():
             schedule = learner.schedule if role == "policy" else learner.actor_schedule or learner.schedule
-            pace = self.controls.actor_pace if role == "actor" else 1.0
+            pace = self.lambda_control.actor_pace if role == "actor" else 1.0
             lr = self.models.peak_lr[role] * learning_rate_factor(schedule, step, learner.steps) * pace
             norm = clip_gradients(learnable.model, learner.max_grad_norm)
             meter.optimizer_step(role, norm, lr)
@@ -281,6 +285,6 @@ class Trainer:
         )
 
 
-def _backward(loss: Tensor, one: ModelPass) -> None:
+def _backward(loss: Tensor, model_pass: ModelPass) -> None:
     """Add a pass's gradient; nothing for one that another rank counts, but FSDP's collectives are made."""
-    (loss if one.counted else 0.0 * loss).backward()  # type: ignore[no-untyped-call]
+    (loss if model_pass.counted else 0.0 * loss).backward()  # type: ignore[no-untyped-call]

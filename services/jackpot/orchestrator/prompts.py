@@ -124,5 +124,5 @@ def _max_positions(model_dir: Path) -> int | None:
         return None  # whether a model directory is whole is checked elsewhere
     text = config.get("text_config")
     source: dict[str, Any] = text if isinstance(text, dict) else config
-    found = [source[field] for field in POSITION_FIELDS if isinstance(source.get(field), int) and source[field] > 0]
-    return min(found, default=None)
+    lengths = [source[field] for field in POSITION_FIELDS if isinstance(source.get(field), int) and source[field] > 0]
+    return min(lengths, default=None)

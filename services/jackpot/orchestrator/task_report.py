@@ -85,14 +85,14 @@ def _left_out(reasons: Sequence[str]) -> list[str]:
 
 def _trained_on(task: Task, held: Sequence[Item]) -> int:
     keys = {prompt_key(item.prompt) for item in held}
-    found: set[str] = set()
+    trained_keys: set[str] = set()
 
     def look() -> None:
         for index in range(min(task.num_prompts, COMPARED_PROMPTS)):
-            found.update({prompt_key(task.train_prompt(index).prompt)} & keys)
+            trained_keys.update({prompt_key(task.train_prompt(index).prompt)} & keys)
 
     within(2.0, look)  # some tasks take a second for one prompt
-    return len(found)
+    return len(trained_keys)
 
 
 def _reward_lines(job: JobSpec, task: Task) -> list[str]:

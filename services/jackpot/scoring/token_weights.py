@@ -67,7 +67,7 @@ def token_weights(
         normalizer = Normalizer(value=ones, scalar=1.0, raw_scalar=1.0)
     else:
         normalizer = _normalizer(tokens, obrs, ranks)
-    found = correction.weights(
+    weights = correction.weights(
         SampledTokens(
             target_logprobs=tokens.reference_logprobs,
             actor_logprobs=tokens.actor_logprobs,
@@ -78,10 +78,10 @@ def token_weights(
         )
     )
     return TokenWeights(
-        weight=found.value,
-        raw_weight=found.raw,
-        clipped_c1=found.clipped,
-        clipped_c2=torch.zeros_like(found.clipped) if found.clipped_c2 is None else found.clipped_c2,
+        weight=weights.value,
+        raw_weight=weights.raw,
+        clipped_c1=weights.clipped,
+        clipped_c2=torch.zeros_like(weights.clipped) if weights.clipped_c2 is None else weights.clipped_c2,
         mask=tokens.acceptance_probs if obrs is not None and obrs.mask == "expected" else tokens.mask,
         acceptance_probs=tokens.acceptance_probs,
         normalizer=normalizer.value,

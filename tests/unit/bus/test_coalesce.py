@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from patience import PATIENCE_SECONDS
 
-from jackpot.bus.coalesce import MOST_CALLS, Together, all_ended
+from jackpot.bus.coalesce import MOST_CALLS, Coalescer, all_ended
 
 
 class Doubling:
@@ -29,20 +29,20 @@ class Doubling:
 
 async def test_calls_of_one_moment_go_together_in_their_order() -> None:
     doubling = Doubling()
-    together = Together(doubling)
-    assert await asyncio.gather(*(together(number) for number in (3, 1, 2))) == [6, 2, 4]
-    assert await together(5) == 10
+    coalescer = Coalescer(doubling)
+    assert await asyncio.gather(*(coalescer(number) for number in (3, 1, 2))) == [6, 2, 4]
+    assert await coalescer(5) == 10
     assert doubling.rounds == [[3, 1, 2], [5]]
 
 
 async def test_calls_made_while_others_are_under_way_make_the_next_round() -> None:
     doubling = Doubling()
     doubling.may.clear()
-    together = Together(doubling)
-    first = asyncio.create_task(together(1))
+    coalescer = Coalescer(doubling)
+    first = asyncio.create_task(coalescer(1))
     while not doubling.rounds:
         await asyncio.sleep(0)
-    later = [asyncio.create_task(together(number)) for number in range(MOST_CALLS + 1)]
+    later = [asyncio.create_task(coalescer(number)) for number in range(MOST_CALLS + 1)]
     await asyncio.sleep(0)
     doubling.may.set()
     assert await first == 2
@@ -51,23 +51,23 @@ async def test_calls_made_while_others_are_under_way_make_the_next_round() -> No
 
 
 async def test_an_error_is_its_callers_alone() -> None:
-    outcomes = await asyncio.gather(*map(Together(Doubling()), (1, -1, 2)), return_exceptions=True)
+    outcomes = await asyncio.gather(*map(Coalescer(Doubling()), (1, -1, 2)), return_exceptions=True)
     assert outcomes[0] == 2 and outcomes[2] == 4
     assert isinstance(outcomes[1], ValueError)
 
 
 async def test_what_ends_a_round_ends_each_of_its_calls_and_no_later_one() -> None:
-    together = Together(Doubling())
-    outcomes = await asyncio.gather(together(1), together(1000), return_exceptions=True)
+    coalescer = Coalescer(Doubling())
+    outcomes = await asyncio.gather(coalescer(1), coalescer(1000), return_exceptions=True)
     assert all(isinstance(outcome, ConnectionError) for outcome in outcomes)
-    assert await together(1) == 2
+    assert await coalescer(1) == 2
 
 
 async def test_a_caller_that_is_cancelled_disturbs_no_other() -> None:
     doubling = Doubling()
     doubling.may.clear()
-    together = Together(doubling)
-    leaving, staying = asyncio.create_task(together(1)), asyncio.create_task(together(2))
+    coalescer = Coalescer(doubling)
+    leaving, staying = asyncio.create_task(coalescer(1)), asyncio.create_task(coalescer(2))
     while not doubling.rounds:
         await asyncio.sleep(0)
     leaving.cancel()
@@ -80,9 +80,9 @@ async def test_a_caller_that_is_cancelled_disturbs_no_other() -> None:
 async def test_a_loop_that_ends_leaves_no_call_waiting() -> None:
     doubling = Doubling()
     doubling.may.clear()
-    together = Together(doubling)
+    coalescer = Coalescer(doubling)
     before = asyncio.all_tasks()
-    calls = [asyncio.ensure_future(together(number)) for number in range(MOST_CALLS + 1)]
+    calls = [asyncio.ensure_future(coalescer(number)) for number in range(MOST_CALLS + 1)]
     while not doubling.rounds:
         await asyncio.sleep(0)
     (rounds,) = asyncio.all_tasks() - before - set(calls)
@@ -91,26 +91,26 @@ async def test_a_loop_that_ends_leaves_no_call_waiting() -> None:
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
     doubling.may.set()
-    assert await together(5) == 10
+    assert await coalescer(5) == 10
 
 
 @pytest.mark.parametrize("begun", [True, False])
 async def test_closing_ends_what_is_under_way_and_what_waits(begun: bool) -> None:
     doubling = Doubling()
     doubling.may.clear()
-    together = Together(doubling)
-    calls = [asyncio.ensure_future(together(number)) for number in range(MOST_CALLS + 1)]
+    coalescer = Coalescer(doubling)
+    calls = [asyncio.ensure_future(coalescer(number)) for number in range(MOST_CALLS + 1)]
     while begun and not doubling.rounds:
         await asyncio.sleep(0)
     await asyncio.sleep(0)
     others = asyncio.all_tasks() - set(calls) - {asyncio.current_task()}
-    await together.close()
+    await coalescer.close()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
     assert len(others) == 1 and all(task.cancelled() for task in others)
-    await together.close()
+    await coalescer.close()
     doubling.may.set()
-    assert await together(5) == 10
+    assert await coalescer(5) == 10
 
 
 async def test_an_error_comes_once_all_calls_have_ended() -> None:

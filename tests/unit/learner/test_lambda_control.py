@@ -28,46 +28,46 @@ def tokens(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_constants_stay_as_they_are() -> None:
-    controls = LambdaControl(algorithm(correction={"obrs_lambda": 2.0}, distillation={"weight": 0.3}))
-    controls.observe_tokens(*tokens(0))
-    controls.observe_kl(5.0)
-    assert (controls.obrs_lambda, controls.distillation_weight) == (2.0, 0.3)
+    lambda_control = LambdaControl(algorithm(correction={"obrs_lambda": 2.0}, distillation={"weight": 0.3}))
+    lambda_control.observe_tokens(*tokens(0))
+    lambda_control.observe_kl(5.0)
+    assert (lambda_control.obrs_lambda, lambda_control.distillation_weight) == (2.0, 0.3)
     assert LambdaControl(algorithm(correction="tis")).obrs_lambda == 1.0
 
 
 def test_lambda_goes_to_the_rate_at_once_and_then_follows_smoothly() -> None:
-    controls = LambdaControl(algorithm(correction={"acceptance_rate": 0.8, "lambda_smoothing": 0.5}))
-    assert controls.obrs_lambda == 1.0
-    controls.observe_tokens(*tokens(0))
-    first = controls.obrs_lambda
+    lambda_control = LambdaControl(algorithm(correction={"acceptance_rate": 0.8, "lambda_smoothing": 0.5}))
+    assert lambda_control.obrs_lambda == 1.0
+    lambda_control.observe_tokens(*tokens(0))
+    first = lambda_control.obrs_lambda
     assert acceptance_at(*tokens(0), first) == pytest.approx(0.8, abs=1e-6)
     shifted = tokens(0)[0] + 1.0, tokens(0)[1]
-    controls.observe_tokens(*shifted)  # every ratio e times larger: so is its λ
-    assert controls.obrs_lambda == pytest.approx(first * 2.718281828**0.5, rel=1e-5)
+    lambda_control.observe_tokens(*shifted)  # every ratio e times larger: so is its λ
+    assert lambda_control.obrs_lambda == pytest.approx(first * 2.718281828**0.5, rel=1e-5)
 
 
 def test_an_agreement_that_comes_later_ends_rejection_at_once() -> None:
     """The smoothed λ of the past would reject every token at a rate that aligns nothing."""
-    controls = LambdaControl(algorithm(correction={"acceptance_rate": 0.9, "lambda_smoothing": 0.5}))
-    controls.observe_tokens(tokens(0)[0] + 1.0, tokens(0)[1])
-    assert controls.obrs_lambda > 1.0
+    lambda_control = LambdaControl(algorithm(correction={"acceptance_rate": 0.9, "lambda_smoothing": 0.5}))
+    lambda_control.observe_tokens(tokens(0)[0] + 1.0, tokens(0)[1])
+    assert lambda_control.obrs_lambda > 1.0
     agreed = tokens(0)[1]
-    controls.observe_tokens(agreed, agreed)
-    assert controls.obrs_lambda == 1.0
+    lambda_control.observe_tokens(agreed, agreed)
+    assert lambda_control.obrs_lambda == 1.0
 
 
 def test_a_restored_controller_goes_on_as_if_nothing_had_happened() -> None:
     settings = algorithm(correction={"acceptance_rate": 0.9}, distillation={"kl_target": 0.2})
     whole, halves = LambdaControl(settings), LambdaControl(settings)
     for seed in range(3):
-        for controls in (whole, halves):
-            controls.observe_tokens(*tokens(seed))
-            controls.observe_kl(0.3 + 0.1 * seed)
+        for lambda_control in (whole, halves):
+            lambda_control.observe_tokens(*tokens(seed))
+            lambda_control.observe_kl(0.3 + 0.1 * seed)
     resumed = LambdaControl(settings)
     resumed.restore(halves.obrs_lambda, halves.state())
-    for controls in (whole, resumed):
-        controls.observe_tokens(*tokens(9))
-        controls.observe_kl(0.1)
+    for lambda_control in (whole, resumed):
+        lambda_control.observe_tokens(*tokens(9))
+        lambda_control.observe_kl(0.1)
     assert resumed.obrs_lambda == whole.obrs_lambda
     assert resumed.distillation_weight == whole.distillation_weight != 1.0
     assert resumed.state() == whole.state()
@@ -101,10 +101,12 @@ def test_a_training_step_steers_both(make_job: MakeJob, make_trainer: MakeTraine
     trainer = make_trainer(job)
     batch = build_batch(make_groups(job), job.algorithm.advantage)
     row = trainer.train_batch(batch, first_step=0)[0]
-    assert row["actor/distill_weight"] == 1.0 < trainer.controls.distillation_weight
+    assert row["actor/distill_weight"] == 1.0 < trainer.lambda_control.distillation_weight
     assert row["rollout_corr/obrs_lambda"] == 1.0
-    assert row["rollout_corr/obrs_lambda_next"] == trainer.controls.obrs_lambda
-    found = acceptance_at(batch.tokens.reference_logprobs, batch.tokens.actor_logprobs, trainer.controls.obrs_lambda)
+    assert row["rollout_corr/obrs_lambda_next"] == trainer.lambda_control.obrs_lambda
+    found = acceptance_at(
+        batch.tokens.reference_logprobs, batch.tokens.actor_logprobs, trainer.lambda_control.obrs_lambda
+    )
     assert found == pytest.approx(0.7, abs=1e-6)
     assert (row["policy/lr"], row["actor/lr"]) == (job.learner.lr / 4, job.learner.lr / 2)
 

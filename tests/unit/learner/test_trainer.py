@@ -261,7 +261,7 @@ def test_policy_as_target_equals_reference_as_target_while_both_are_the_same_mod
     trainer = make_trainer(job)
     batch = build_batch(groups, job.algorithm.advantage)
     policy = ModelPasses(trainer.models["policy"], batch.sequences, trainer._plan(batch))
-    weights = score_step(job, batch, policy, trainer.controls.obrs_lambda).weights
+    weights = score_step(job, batch, policy, trainer.lambda_control.obrs_lambda).weights
     torch.testing.assert_close(weights.target_logprobs, batch.tokens.reference_logprobs, rtol=0, atol=1e-4)
     torch.testing.assert_close(weights.acceptance_probs, batch.tokens.acceptance_probs, rtol=0, atol=1e-4)
     torch.testing.assert_close(weights.mask, batch.tokens.mask, rtol=0, atol=0)

@@ -18,17 +18,19 @@ from jackpot.control_plane.sessions.preparation import prepare_job
 from jackpot.storage.run_directory import RunDirectory, new_job_id
 
 
-def methods(own: str) -> dict[str, tuple[str, ...]]:
+def methods(job_correction: str) -> dict[str, tuple[str, ...]]:
     """How the runs differ, as overrides of the job file; everything else is the same.
 
     Args:
         own: the correction that the job file asks for, which keeps its settings and comes last.
     """
-    compared = [name for name, correction in CORRECTIONS.items() if correction.compared_in_demo and name != own]
+    compared = [
+        name for name, correction in CORRECTIONS.items() if correction.compared_in_demo and name != job_correction
+    ]
     return {
         "on-policy": ("actor=policy", "algorithm.correction=none"),
         **{name: (f"algorithm.correction={name}",) for name in compared},
-        own: (),
+        job_correction: (),
     }
 
 
@@ -41,9 +43,10 @@ def compare(job_file: Path, overrides: Sequence[str], directory: Path, console: 
         ConfigError: the job cannot work.
         JackpotError: a run could not be started.
     """
-    own = load_job(job_file, overrides).algorithm.correction.name
+    job_correction = load_job(job_file, overrides).algorithm.correction.name
     jobs: dict[str, JobSpec] = {
-        method: prepare_job(load_job(job_file, [*overrides, *changes])) for method, changes in methods(own).items()
+        method: prepare_job(load_job(job_file, [*overrides, *changes]))
+        for method, changes in methods(job_correction).items()
     }
     runs: dict[str, RunDirectory] = {}
     results: dict[str, dict[str, Any]] = {}

@@ -73,7 +73,7 @@ class WeightPublisher:
         """A copy of every role's current weights, for :meth:`publish` concurrently with the next step; a collective."""
         copies: dict[Role, State] = {role: trainer.weights(role) for role in trainer.models}
         states = {role: copies[source] for role, source in self._sources(trainer).items()}
-        return Snapshot(version, states, {"obrs_lambda": trainer.controls.obrs_lambda})
+        return Snapshot(version, states, {"obrs_lambda": trainer.lambda_control.obrs_lambda})
 
     def publish(self, snapshot: Snapshot) -> None:
         """Write a snapshot as a version of every role; a no-op for an intact version that exists already.

@@ -43,9 +43,9 @@ class LeadTrainer:
         return self._part.models
 
     @property
-    def controls(self) -> LambdaControl:
+    def lambda_control(self) -> LambdaControl:
         """The same on all ranks."""
-        return self._part.controls
+        return self._part.lambda_control
 
     def train_batch(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
         """As :meth:`Trainer.train_batch`, on all ranks."""

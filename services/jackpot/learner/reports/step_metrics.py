@@ -82,7 +82,7 @@ class StepMeter:
         self._row[f"{role}/grad_norm"] = grad_norm
         self._row[f"{role}/lr"] = lr
 
-    def controls(self, obrs_lambda: float, distillation_weight: float | None) -> None:
+    def lambdas(self, obrs_lambda: float, distillation_weight: float | None) -> None:
         """Record the λ published with the next weights, and the λ_distill of this step."""
         self._row["rollout_corr/obrs_lambda_next"] = obrs_lambda
         if distillation_weight is not None:

@@ -69,11 +69,11 @@ class JsonlTask:
         self._reward("1", "2")  # a difference, which takes it through everything
 
     def reward(self, item: Item, completion: str) -> float:
-        found = completion if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
-        if found is None:
+        answer = completion if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
+        if answer is None:
             return 0.0
         try:
-            return self._reward(item.metadata["answer"], found)
+            return self._reward(item.metadata["answer"], answer)
         except Exception as error:  # whatever a parser of mathematics raises at a text, the text is no right answer
             return UnreadableAnswer(error)
 

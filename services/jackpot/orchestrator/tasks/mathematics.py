@@ -78,21 +78,21 @@ def math_verify(answer: str, completion: str) -> float:
         return 1.0
     if "\\boxed" in text or "\\fbox" in text:  # the box alone counts
         return 0.0
-    return float(any(_equal(gold, found) for found in _expressions(text)))
+    return float(any(_equal(gold, expression) for expression in _expressions(text)))
 
 
 def _equal(gold: str, candidate: str) -> bool:
-    found = _tidy(candidate)
-    if _canonical(found) == _canonical(gold):
+    tidied = _tidy(candidate)
+    if _canonical(tidied) == _canonical(gold):
         return True
     if choice := _CHOICE.fullmatch(_without_text(gold)):
-        chosen = _CHOICE.fullmatch(_without_text(found))
+        chosen = _CHOICE.fullmatch(_without_text(tidied))
         return chosen is not None and chosen[1].upper() == choice[1].upper()
     if _WORDS.fullmatch(words := _without_text(gold)):
-        return _without_text(found).casefold().strip(".") == words.casefold()
+        return _without_text(tidied).casefold().strip(".") == words.casefold()
     if _NUMERAL_IN_BASE.fullmatch(gold):  # the library would drop the base
         return False
-    right, read = _expression(gold), _expression(found)
+    right, read = _expression(gold), _expression(tidied)
     if right is None or read is None or not (_is_small(right) and _is_small(read)):
         return False
     from math_verify import verify
@@ -144,12 +144,12 @@ def _without_text(text: str) -> str:
 
 def _expression(text: str) -> Any:
     """A LaTeX text as a sympy object; None where it is none as a whole."""
-    return next((found for found in _parsed(f"${text}$", "latex") if not isinstance(found, str)), None)
+    return next((parsed for parsed in _parsed(f"${text}$", "latex") if not isinstance(parsed, str)), None)
 
 
 def _expressions(text: str) -> Sequence[str]:
     """The last mathematical expression in running text, as math-verify finds it; Chinese takes the place of spaces."""
-    return [found for found in _parsed(_CJK.sub(" ", text), "text") if isinstance(found, str)]
+    return [parsed for parsed in _parsed(_CJK.sub(" ", text), "text") if isinstance(parsed, str)]
 
 
 def _parsed(text: str, kind: str) -> list[Any]:

@@ -77,11 +77,11 @@ class ReasoningGymTask:
         return [item for item in itertools.takewhile(lambda item: item is not None, items) if item is not None]
 
     def reward(self, item: Item, completion: str) -> float:
-        found = completion.strip() if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
+        answer = completion.strip() if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
         # As it was drawn, and not drawn again: some generators depend on the hash seed of their process.
         entry = entry_from_json(item.metadata["entry"])
         try:
-            return float(self._source.dataset(0).score_answer(found, entry))
+            return float(self._source.dataset(0).score_answer(answer, entry))
         except Exception as error:  # graders parse what a model writes, and raise whatever their parsers raise
             return UnreadableAnswer(error)
 

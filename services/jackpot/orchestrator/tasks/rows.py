@@ -149,10 +149,10 @@ def _is_answer(value: Any) -> bool:
 
 def _is_list_of_objects(content: bytes) -> bool:
     try:
-        found = json.loads(content)
+        value = json.loads(content)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, list) and all(isinstance(row, dict) for row in found)
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 def _is_message(message: Any) -> bool:

@@ -34,20 +34,20 @@ def test_two_steps_and_a_resume_and_two_steps_equal_four_steps_bit_for_bit(
     first = make_trainer(job)
     for step in (0, 1):
         first.train_batch(batches[step], step)
-    progress = Progress(2, 2, first.controls.obrs_lambda, first.controls.state())
+    progress = Progress(2, 2, first.lambda_control.obrs_lambda, first.lambda_control.state())
     path = store.save(progress, first.models.learnables)
     second = make_trainer(job)
     restored = store.load(path, second.models.learnables)
     assert restored == progress
-    second.controls.restore(restored.obrs_lambda, restored.controls)
+    second.lambda_control.restore(restored.obrs_lambda, restored.controls)
     for step in (2, 3):
         second.train_batch(batches[step], step)
 
     for role, model in straight.models.items():
         for expected, got in zip(model.parameters(), second.models[role].parameters(), strict=True):
             assert torch.equal(expected, got)
-    assert second.controls.obrs_lambda == straight.controls.obrs_lambda != 1.0
-    assert second.controls.state() == straight.controls.state()
+    assert second.lambda_control.obrs_lambda == straight.lambda_control.obrs_lambda != 1.0
+    assert second.lambda_control.state() == straight.lambda_control.state()
 
 
 def test_only_the_newest_checkpoints_are_kept_and_the_latest_is_found(

@@ -101,7 +101,9 @@ def test_a_resumed_step_in_bfloat16_is_the_same_to_the_bit(
     batch = build_batch(make_groups(job), job.algorithm.advantage)
     trainer, store = build(job, tmp_path), CheckpointStore(tmp_path / "checkpoints", keep=1)
     trainer.train_batch(batch, 0)
-    path = store.save(Progress(1, 1, trainer.controls.obrs_lambda, trainer.controls.state()), trainer.models.learnables)
+    path = store.save(
+        Progress(1, 1, trainer.lambda_control.obrs_lambda, trainer.lambda_control.state()), trainer.models.learnables
+    )
     expected = trainer.train_batch(batch, 1)
     resumed = build(job, tmp_path)
     resumed.restore(store, path)
@@ -242,7 +244,9 @@ def test_bfloat16_on_a_gpu(
     assert row["kl/policy_actor"] == pytest.approx(expected["kl/policy_actor"], rel=0.1)
     # A checkpoint brings back weights, moments and counters: the second step is the same once more.
     store = CheckpointStore(tmp_path / "checkpoints", keep=1)
-    path = store.save(Progress(1, 1, trainer.controls.obrs_lambda, trainer.controls.state()), trainer.models.learnables)
+    path = store.save(
+        Progress(1, 1, trainer.lambda_control.obrs_lambda, trainer.lambda_control.state()), trainer.models.learnables
+    )
     second = trainer.train_batch(batch, 1)[0]
     after = trainer.weights("policy")
     trainer.restore(store, path)

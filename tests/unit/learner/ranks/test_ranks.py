@@ -110,7 +110,9 @@ def test_four_ranks_go_on_from_the_checkpoint_of_one_process(
     trainer = make_trainer(job)
     rows = trainer.train_batch(batches[0], 0)
     store = CheckpointStore(tmp_path / "ranks" / "checkpoints", keep=2)
-    trainer.begin_checkpoint(store, Progress(2, 1, trainer.controls.obrs_lambda, trainer.controls.state())).finish()
+    trainer.begin_checkpoint(
+        store, Progress(2, 1, trainer.lambda_control.obrs_lambda, trainer.lambda_control.state())
+    ).finish()
     rows = trainer.train_batch(batches[1], 2)
     done = run_ranks(tmp_path / "ranks", with_processes(job, 4), batches, [["restore"], ["train", 1]], 4, groups[1])
     assert done.returncode == 0, done.stderr[-4000:]
