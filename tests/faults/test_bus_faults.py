@@ -517,4 +517,4 @@ async def test_a_group_that_kills_its_scorers_ends_alone(valkey_url: str, tmp_pa
         ledger = await job.assert_closed(bus)
         assert ledger == Ledger(dispatched=8, trained=7, dropped={"scoring_failed": 1})
         (record,) = [r for _, r in await bus.readings.read_terminal("", 100) if r.state == "dropped"]
-        assert record.detail == "taken up 3 times and never finished"
+        assert record.detail == "taken 3 times and never finished"

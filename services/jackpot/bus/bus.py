@@ -1,10 +1,10 @@
-"""The trajectory bus: groups from the orchestrator over the scorers to the learner, at least once in delivery and
-exactly once in effect.
+"""The trajectory bus carries groups from the orchestrator through the scorers to the learner. Delivery is at least
+once, and every effect happens exactly once.
 
 A group is *dispatched* (registered, its bytes reserved), *published*, *scored*, and ends in one terminal state:
-``trained`` or ``dropped:<reason>``. One whose scores are left to the learner is *scored* at once, past the scorers.
-Streams carry claims of about 100 bytes; arrays lie in a payload store. Nothing unread is ever trimmed: a spent byte
-budget holds dispatch back instead. Entries are acknowledged after their effect.
+``trained`` or ``dropped:<reason>``. A group that the learner will score skips the scorers and is *scored* at once.
+Streams carry claims of about 100 bytes; a payload store holds the arrays. Nothing unread is ever trimmed: dispatch
+waits while the byte budget is exhausted. Entries are acknowledged after their effect.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from jackpot.trajectory import Group, GroupKey, ScoredGroup
 
 LOG = logging.getLogger(__name__)
 
-_GROUPS_PER_SCRIPT = 64  # a script holds the server up while it runs
+_GROUPS_PER_SCRIPT = 64  # a running script blocks the server
 _DETAIL_CHARACTERS = 500
 
 
 class TrajectoryBus:
-    """One process's access to one job's bus. Make it with :meth:`connect`, then :meth:`open` it.
+    """One process's access to one job's bus. Create it with :meth:`connect`, then call :meth:`open`.
 
     Every method raises BusError if the server cannot be reached or refuses, and BusLostError if it lost the job's
-    state; after the latter, :meth:`open` begins anew.
+    state. After a BusLostError, :meth:`open` starts again with empty state.
     """
 
     def __init__(self, client: BusClient, store: PayloadStore, settings: BusConfig, job_id: str, consumer: str) -> None:
         self._client = client
         self.readings = BusReadings(client, settings.max_bytes)
-        """What can be asked without changing anything."""
+        """Queries that change nothing."""
         self._store = store
         self._payloads = PublishedPayloads(client, store, settings.max_payload_bytes)
         self._settings = settings
@@ -67,9 +67,9 @@ class TrajectoryBus:
 
         Args:
             url: ``redis://``, ``rediss://`` or ``unix://``.
-            job_id: whose bus.
+            job_id: the job.
             settings: the job's ``bus`` section.
-            consumer: this process's name among the consumers, the same after a restart.
+            consumer: this process's name among the consumers; it must be the same after a restart.
             payloads: place of the ``file`` or ``s3`` payload store (:func:`jackpot.storage.job_storage.payload_place`).
 
         Raises:
@@ -92,19 +92,19 @@ class TrajectoryBus:
         return cls(client, store, settings, job_id, consumer)
 
     async def close(self) -> None:
-        """Close the connections. What this consumer holds stays its own until its lease runs out."""
+        """Close the connections. This consumer keeps its entries until their leases expire."""
         await self._client.close()
 
     async def open(self) -> bool:
-        """Create the job's streams and consumer groups, or join them; safe to repeat.
+        """Create the job's streams and consumer groups, or join existing ones; safe to repeat.
 
         Returns:
-            Whether the state was created just now. After a BusLostError this tells who came first.
+            Whether this call created the state. After a BusLostError this tells which process came first.
         """
         proposed = secrets.token_hex(8)
         incarnation = await self._client.run_unfenced("open", [proposed])
         if self._client.incarnation and incarnation != self._client.incarnation:
-            LOG.warning("the bus of job %s lost its state and was begun anew", self._job_id)
+            LOG.warning("the bus of job %s lost its state and was created again", self._job_id)
             self._rollouts.restart()
             self._scored.restart()
         self._client.incarnation = incarnation
@@ -112,29 +112,29 @@ class TrajectoryBus:
         return bool(incarnation == proposed)
 
     async def join(self) -> None:
-        """Read what others have opened, without making, taking or sweeping anything; for :meth:`fetch_scored`.
+        """Join a bus that another process has opened. Creates, takes and sweeps nothing; for :meth:`fetch_scored`.
 
         Raises:
-            BusError: nobody has opened it.
+            BusError: no process has opened it.
         """
         await self._client.join()
 
     # --- orchestrator ---
 
     async def reserve(self, group_id: str, num_bytes: int, *, urgent: bool = False) -> bool:
-        """Register a group as dispatched and reserve its bytes; its real size replaces them when it is published.
+        """Register a group as dispatched and reserve its bytes. Its real size replaces them when it is published.
 
         Args:
             group_id: the group.
             num_bytes: upper estimate of the group's payload.
-            urgent: pass over the budget. For a group that the learner is waiting for: were it held back, the
-                groups that fill the budget could never leave the bus.
+            urgent: ignore the budget. For a group that the learner is waiting for: if it were held back, the groups
+                that fill the budget could never leave the bus.
 
         Returns:
-            False if the budget is spent: hold, and ask again. True also if the group is reserved already.
+            False if the budget is exhausted: wait and try again. True also if the group is already reserved.
 
         Raises:
-            BusError: the group has ended already.
+            BusError: the group has already ended.
             ConfigError: the group alone exceeds the budget.
         """
         self._check_id(group_id)
@@ -151,10 +151,10 @@ class TrajectoryBus:
     async def publish(self, group: Group) -> PublishOutcome:
         """Put a group on the bus for scoring; safe to repeat.
 
-        A group that the bus does not know, because the server lost its last second, is registered on the way.
+        A group that the bus does not know, because the server lost its last second of writes, is registered here.
 
         Returns:
-            ``duplicate`` if the group is on the bus already, ``terminal`` if it has ended; both change nothing.
+            ``duplicate`` if the group is already on the bus, ``terminal`` if it has ended; neither changes anything.
 
         Raises:
             PayloadError: the group breaks a rule of its format or is larger than ``bus.max_payload_bytes``.
@@ -164,10 +164,10 @@ class TrajectoryBus:
         return cast("PublishOutcome", outcome)
 
     async def publish_deferred(self, scored: ScoredGroup) -> PublishOutcome:
-        """Put a group on the bus for the learner, which makes its scores: no scorer gets it. Else as :meth:`publish`.
+        """Put a group on the bus for the learner, which will score it; no scorer receives it. Else as :meth:`publish`.
 
         Args:
-            scored: the group in the form of a scored one (:func:`jackpot.trajectory.deferred`).
+            scored: the group in the form of a scored group (:func:`jackpot.trajectory.deferred`).
         """
         self._check_id(scored.group_id)
         outcome = await self._payloads.publish("publish", "scored", scored, encode_scored, ["scored"])
@@ -176,10 +176,11 @@ class TrajectoryBus:
     # --- scorer ---
 
     async def take_groups(self, max_groups: int, block_seconds: float) -> list[Delivery[Group]]:
-        """Take groups to score. First what this consumer held before a restart, then what others let lapse, then new.
+        """Take groups to score: first those that this consumer held before a restart, then those whose leases expired,
+        then new ones.
 
-        A group that was tried before comes alone, once everything held has been published, failed, released or
-        dropped. Groups out of attempts and unreadable ones end here and are not returned.
+        A group that was tried before comes alone, once every held group has been published, failed, released or
+        dropped. Unreadable groups and those without attempts left end here and are not returned.
 
         Returns:
             At most ``max_groups``; empty if none came within ``block_seconds``.
@@ -187,10 +188,10 @@ class TrajectoryBus:
         return await self._take(self._rollouts, decode_group, max_groups, block_seconds)
 
     async def publish_scored(self, delivery: Delivery[Group], scored: ScoredGroup) -> None:
-        """Replace a group by its scored form, and acknowledge it.
+        """Replace a group with its scored form and acknowledge it.
 
         Raises:
-            LeaseLostError: another consumer took the group over, or it has ended; throw the result away.
+            LeaseLostError: another consumer took the group over, or it has ended; discard the result.
             PayloadError: the scores break a rule of their format or are larger than ``bus.max_payload_bytes``.
         """
         group_id = delivery.group_id
@@ -203,13 +204,13 @@ class TrajectoryBus:
         await self._store.delete(delivery.payload)
 
     async def fail(self, delivery: Delivery[Group], reason: str, detail: str = "") -> None:
-        """Give a group back for another attempt, or end it as ``dropped:<reason>`` if that was the last."""
+        """Return a group for another attempt, or end it as ``dropped:<reason>`` if this was the last one."""
         outcome = await self._give_back(delivery, attempts=delivery.attempt)
         if outcome == "exhausted":
             await self._finish("dropped", reason, detail, [(delivery.group_id, -1, delivery.entry_id)])
 
     async def release(self, deliveries: Sequence[Delivery[Group]]) -> None:
-        """Give groups back untried, as when stopping: the attempt does not count."""
+        """Return groups untried, as when stopping: the attempt does not count."""
         for delivery in deliveries:
             await self._give_back(delivery, attempts=delivery.attempt - 1)
 
@@ -218,15 +219,15 @@ class TrajectoryBus:
     async def take_scored(
         self, max_groups: int, block_seconds: float, enough: int | None = None
     ) -> list[Delivery[ScoredGroup]]:
-        """Take scored groups. They stay this consumer's until :meth:`commit_trained` or :meth:`drop`.
+        """Take scored groups. This consumer keeps them until :meth:`commit_trained` or :meth:`drop`.
 
-        Each group is returned once in the life of this object, over reconnections and server restarts; a new process
-        gets first what the old one had not committed. Unreadable groups end here and are not returned.
+        This object returns each group once, across reconnections and server restarts. A new process first receives what
+        the old one had not committed. Unreadable groups end here and are not returned.
 
         Args:
-            max_groups: the most that are returned.
-            block_seconds: how long to wait for the first.
-            enough: with so many, no more are waited for, not even a moment; None is ``max_groups``.
+            max_groups: the most groups to return.
+            block_seconds: how long to wait for the first group.
+            enough: return at once with this many, without waiting for more; None is ``max_groups``.
 
         Returns:
             At most ``max_groups``; empty if none came within ``block_seconds``.
@@ -234,7 +235,7 @@ class TrajectoryBus:
         return await self._take(self._scored, decode_scored, max_groups, block_seconds, enough)
 
     async def fetch_scored(self, group_ids: Sequence[str]) -> dict[str, ScoredGroup]:
-        """Read scored groups again, to train a batch once more; absent: ended, not scored, missing or unreadable."""
+        """Read scored groups again, to repeat a batch. Ended, unscored, missing and unreadable groups are left out."""
         if not group_ids:
             return {}
         keys = self._client.keys
@@ -249,10 +250,10 @@ class TrajectoryBus:
         return scored_by_id
 
     async def commit_trained(self, step_by_group: Mapping[str, int]) -> list[str]:
-        """End groups as ``trained`` at their optimizer steps, and acknowledge them; safe to repeat.
+        """End groups as ``trained`` at their optimizer steps and acknowledge them; safe to repeat.
 
         Returns:
-            Groups that had ended otherwise before, and stay so: normally none.
+            Groups that had already ended otherwise and stay so: normally none.
         """
         ends = await self._finish("trained", "", "", [(group_id, step, "") for group_id, step in step_by_group.items()])
         conflicts = [group_id for group_id, ended in ends.items() if ended.startswith("dropped")]
@@ -263,24 +264,27 @@ class TrajectoryBus:
     # --- everyone ---
 
     async def renew(self) -> list[str]:
-        """Renew the leases of every group that was taken and is not done with; the ids of those lost already."""
+        """Renew the leases of all unfinished groups that were taken; returns the ids of those already lost."""
         return [*await self._rollouts.renew(), *await self._scored.renew()]
 
     def leases_renewed(self) -> AbstractAsyncContextManager[None]:
-        """Renew the leases of whatever is taken, for as long as the ``async with`` block runs; lost ones are logged."""
+        """Renew the leases of all taken groups while the ``async with`` block runs; lost leases are logged."""
         return leases_renewed(self.renew, self._settings.lease_seconds)
 
     async def drop(self, group_id: str, reason: str, detail: str = "") -> None:
-        """End a group as ``dropped:<reason>``; no-op if it has ended already.
+        """End a group as ``dropped:<reason>``; no-op if it has already ended.
 
-        A group that the bus does not know is entered as dispatched and dropped, so that the counters still add up.
+        A group that the bus does not know is counted as dispatched and dropped, so that the counters still add up.
         """
         self._check_id(group_id)
         await self._finish("dropped", reason, detail, [(group_id, -1, "")])
 
     async def close_job(self, detail: str = "the job is over") -> int:
-        """Drop every group that has not ended as ``unused``, and remove what crashed processes left in the payload
-        store; how many groups that were."""
+        """Drop every open group as ``unused`` and remove payloads that crashed processes left behind.
+
+        Returns:
+            How many groups were dropped.
+        """
         dropped = 0
         while still_open := list(await self.readings.dispatched()):
             ends = await self._finish("dropped", "unused", detail, [(group_id, -1, "") for group_id in still_open])
@@ -289,7 +293,7 @@ class TrajectoryBus:
         return dropped
 
     async def set_value(self, name: str, value: str) -> None:
-        """Keep a small value of the job."""
+        """Store a small value for the job."""
         await self._client.run("set_value", [name, value])
 
     # --- the parts ---
@@ -321,10 +325,10 @@ class TrajectoryBus:
             block = max(0.0, deadline - loop.time())
             entries = await reader.next(max_groups, block, max_groups if enough is None else enough)
             try:
-                # Beside one another: their payloads are then read together.
+                # Concurrently, so that their payloads are read in one exchange.
                 read = await all_ended(self._deliver(entry, reader, decode) for entry in entries)
             except BaseException:
-                reader.put_back(entries)  # cut off half-way: the caller has seen none of them
+                reader.put_back(entries)  # interrupted: the caller has seen none of them
                 raise
             deliveries = [delivery for delivery in read if delivery is not None]
             if deliveries or loop.time() >= deadline:
@@ -333,10 +337,10 @@ class TrajectoryBus:
     async def _deliver(
         self, entry: Entry, reader: StreamReader, decode: Callable[..., Value]
     ) -> Delivery[Value] | None:
-        """Read a claim's payload; None if the group had to be dropped."""
+        """Read the payload of a claim; None if the group had to be dropped."""
         reason, detail = "", ""
         if reader is self._rollouts and entry.attempt > self._settings.max_attempts:
-            reason, detail = "scoring_failed", f"taken up {entry.attempt - 1} times and never finished"
+            reason, detail = "scoring_failed", f"taken {entry.attempt - 1} times and never finished"
         else:
             try:
                 value = await self._payloads.load(entry.group_id, entry.payload, decode)
@@ -351,8 +355,8 @@ class TrajectoryBus:
                 reason, detail = "lost", str(error)
             except PayloadError as error:
                 reason, detail = "corrupt_payload", str(error)
-        # Another consumer may have finished the group since, and its payload be gone for that reason: only the claim
-        # that was read is dropped.
+        # Another consumer may have finished the group meanwhile and removed its payload: drop only the claim that was
+        # read.
         await self._finish("dropped", reason, detail, [(entry.group_id, -1, entry.entry_id)])
         return None
 
@@ -370,11 +374,11 @@ class TrajectoryBus:
         Args:
             state: ``trained`` or ``dropped``.
             reason: why dropped.
-            detail: for people.
-            ends: group, step, and the entry that must still be the group's claim (empty: whatever its claim).
+            detail: for humans.
+            ends: group, step, and the entry that must still be the group's claim (empty: any claim).
 
         Returns:
-            By group: empty if it ended just now, its earlier end, or ``lost`` if its claim is another by now.
+            By group: empty if this call ended it, its earlier end, or ``lost`` if another claim has replaced the entry.
         """
         answers: dict[str, str] = {}
         for start in range(0, len(ends), _GROUPS_PER_SCRIPT):
@@ -393,7 +397,7 @@ class TrajectoryBus:
         return answers
 
     async def _sweep(self, left_behind: Callable[[Sequence[str]], Awaitable[set[str]]]) -> None:
-        """Remove payloads that no finished call will ever remove: of processes that crashed in between."""
+        """Remove payloads of processes that crashed halfway: no call will ever remove them."""
         if removed := await self._store.sweep(left_behind):
             LOG.info("removed %d payloads that crashed processes had left behind", removed)
 

@@ -1,4 +1,4 @@
-"""The connection to the bus's server: keys, scripts, and Redis's errors turned into the bus's own."""
+"""The connection to the bus's server: keys, scripts, and Redis errors translated into bus errors."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from jackpot.errors import BusError, BusLostError, ConfigError
 
 SOCKET_TIMEOUT_SECONDS = 10.0
 CONNECT_TIMEOUT_SECONDS = 5.0
-CALL_TIMEOUT_SECONDS = 30.0  # one call with all its retries; a server that restarts is back long before
-MIN_VERSION = 7  # of Redis; every Valkey speaks at least 7.2
-RETRIES = 10  # with the back-off below about six seconds, if the server refuses connections at once
-BACKOFF_SECONDS = (0.05, 1.0)  # first, greatest
-MAX_BLOCK_SECONDS = 2.0  # always well below the socket timeout, else blocked reads would look like a dead server
+CALL_TIMEOUT_SECONDS = 30.0  # one call with all its retries; a restarting server is back well before
+MIN_VERSION = 7  # of Redis; every Valkey implements at least 7.2
+RETRIES = 10  # about six seconds with the back-off below, if the server refuses connections immediately
+BACKOFF_SECONDS = (0.05, 1.0)  # first, maximum
+MAX_BLOCK_SECONDS = 2.0  # well below the socket timeout, else a blocked read would look like a dead server
 
-# Scripts that free memory run even when the server is out of it.
+# Scripts that free memory run even when the server has none left.
 _ALLOWED_WITHOUT_MEMORY = ("finish", "release", "hold")
 _SCRIPTS = ("open", "reserve", "publish", "scored", "acquire", "hold", "release", "finish", "set_value")
 
-_ScriptCall = tuple[str, Sequence[str], Sequence[Any]]  # its name, keys and arguments
+_ScriptCall = tuple[str, Sequence[str], Sequence[Any]]  # name, keys and arguments
 
 
 class JobKeys:
-    """The keys of one job. The hash tag keeps them on one node of a cluster, which the scripts need."""
+    """The keys of one job. The hash tag keeps them on one node of a cluster, as the scripts require."""
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
@@ -71,21 +71,21 @@ class JobKeys:
 class BusClient:
     """One job's keys on one server.
 
-    Every command may reach the server twice, because it is sent again when a reply is lost; so every command that
-    goes through here is safe to repeat.
+    A command is sent again when its reply is lost, so it may reach the server twice. Every command sent from here is
+    therefore safe to repeat.
 
     Args:
         url: ``redis://``, ``rediss://`` or ``unix://``.
-        job_id: whose keys.
+        job_id: the job whose keys these are.
     """
 
     def __init__(self, url: str, job_id: str) -> None:
         parts = urlsplit(url)
         self.address = f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
         self.keys = JobKeys(job_id)
-        self.incarnation = ""  # of the job's state; empty until the bus is open
+        self.incarnation = ""  # identifies the job's state; empty until the bus is open
         first, greatest = BACKOFF_SECONDS
-        self._redis: Any = Redis.from_url(  # its commands are typed as sync or async, both at once
+        self._redis: Any = Redis.from_url(  # its commands are typed as both sync and async
             url,
             socket_timeout=SOCKET_TIMEOUT_SECONDS,
             socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
@@ -95,7 +95,7 @@ class BusClient:
         self._run_together = Coalescer(self._run_all)
 
     async def check_server(self) -> None:
-        """Make sure that a server answers and can be relied on.
+        """Check that the server answers and is suitable.
 
         Raises:
             BusError: it does not answer.
@@ -105,7 +105,7 @@ class BusClient:
             try:
                 info = await self._redis.info()
             except exceptions.NoPermissionError:
-                return  # an access list without INFO: whoever wrote it has looked at the server
+                return  # the access list forbids INFO: its author is responsible for the server's configuration
         version, policy = str(info["redis_version"]), str(info.get("maxmemory_policy", "noeviction"))
         if int(version.partition(".")[0]) < MIN_VERSION:
             raise ConfigError("bus.url", self.address, f"its server speaks Redis {version}", "Use Redis 7.0 or Valkey.")
@@ -118,7 +118,7 @@ class BusClient:
             )
 
     async def server_memory(self) -> tuple[int, int] | None:
-        """Bytes that the server uses, and its maxmemory or, without one, its machine's memory.
+        """Bytes that the server uses, and its maxmemory, or its machine's memory where none is set.
 
         Returns:
             None where the server's access list forbids INFO.
@@ -134,10 +134,10 @@ class BusClient:
         return int(info["used_memory"]), int(info.get("maxmemory") or info.get("total_system_memory") or 0)
 
     async def join(self) -> None:
-        """Take up the incarnation that others have opened.
+        """Adopt the incarnation that another process has opened.
 
         Raises:
-            BusError: nobody has opened one, or the server does not answer.
+            BusError: no process has opened one, or the server does not answer.
         """
         incarnation = await self.call("GET", self.keys.incarnation)
         if incarnation is None:
@@ -145,12 +145,12 @@ class BusClient:
         self.incarnation = incarnation.decode()
 
     async def close(self) -> None:
-        """Close all connections. Scripts under way are given up: sent again, they would open another."""
+        """Close all connections. Running scripts are abandoned: a retry would open another connection."""
         await self._run_together.close()
         await self._redis.aclose()
 
     async def run(self, script: str, args: Sequence[Any], extra_keys: Sequence[str] = ()) -> Any:
-        """Run a script of ``scripts/``; ``args`` follow the incarnation.
+        """Run a script from ``scripts/``; ``args`` follow the incarnation.
 
         Raises:
             BusLostError: the server no longer holds the state that this client opened.
@@ -160,12 +160,12 @@ class BusClient:
         return await self.run_unfenced(script, [self.incarnation, *args], extra_keys)
 
     async def run_unfenced(self, script: str, args: Sequence[Any], extra_keys: Sequence[str] = ()) -> Any:
-        """Run a script without naming an incarnation (only ``open``). Errors as in :meth:`run`."""
+        """Run a script without an incarnation (only ``open``). Errors as in :meth:`run`."""
         async with self._translated():
             return _text(await self._run_together((script, [*self.keys.for_scripts, *extra_keys], args)))
 
     async def read(self, *commands: tuple[Any, ...]) -> Sequence[Any]:
-        """Replies of reading commands, all from one moment. Errors as in :meth:`run`."""
+        """The replies to several reads, all from the same moment. Errors as in :meth:`run`."""
         self._require_open()
         async with self._translated():
             pipeline = self._redis.pipeline(transaction=True)
@@ -178,12 +178,12 @@ class BusClient:
         return tuple(replies)
 
     async def call(self, *command: Any) -> Any:
-        """The raw reply of one command that may safely be sent twice. Errors as in :meth:`run`."""
+        """The raw reply to one command that is safe to send twice. Errors as in :meth:`run`."""
         async with self._translated():
             return await self._redis.execute_command(*command)
 
     async def _run_all(self, calls: Sequence[_ScriptCall]) -> list[Any]:
-        """Replies of scripts that were called at the same time, in one exchange with the server, or their errors."""
+        """Run scripts that were called at the same time in one exchange with the server; their replies or errors."""
         if len(calls) == 1:
             script, keys, args = calls[0]
             return [await self._scripts[script](keys, args)]
@@ -191,7 +191,7 @@ class BusClient:
         for script, keys, args in calls:
             pipeline.evalsha(self._scripts[script].sha, len(keys), *keys, *args)
         replies: list[Any] = await pipeline.execute(raise_on_error=False)
-        # The server has not seen the script yet: it is sent whole.
+        # The server does not know the script yet: send its source.
         for place, (script, keys, args) in enumerate(calls):
             if isinstance(replies[place], exceptions.NoScriptError):
                 try:
@@ -219,8 +219,8 @@ class BusClient:
             reason = str(error) or type(error).__name__
             raise BusError(f"the bus at {self.address} does not answer ({reason}). Is its server running?") from error
         finally:
-            # Before Python 3.12 asyncio.wait_for, under which redis-py sends each command, may swallow a cancellation,
-            # and a service that was told to stop would go on. Every call may be repeated: no harm in ending it here.
+            # redis-py sends each command under asyncio.wait_for, which may swallow a cancellation before Python 3.12. A
+            # service that was asked to stop would then continue. Ending the call here is safe: it may be repeated.
             if task and task.cancelling() > cancellations:
                 raise asyncio.CancelledError
 
@@ -239,7 +239,7 @@ def _source(name: str) -> str:
 
 
 def _text(reply: Any) -> Any:
-    """A reply with its byte strings decoded. Payloads never come this way."""
+    """A reply with its byte strings decoded. Payloads never pass through here."""
     if isinstance(reply, bytes):
         return reply.decode()
     if isinstance(reply, list | tuple):

@@ -1,4 +1,4 @@
-"""Small calls that are made at about the same time, carried out together: the way there costs more than they do."""
+"""Small calls made at about the same time are executed as one: the round trip costs more than the calls."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ Call = TypeVar("Call")
 Result = TypeVar("Result")
 
 MOST_CALLS = 64
-"""Carried out together: the first of them waits for the last."""
+"""Most calls in a round: the first one waits for the last."""
 
 
 async def all_ended(calls: Iterable[Awaitable[Result]]) -> list[Result]:
-    """Results of calls that are made beside one another. If some fail, the first error, but only once all have ended:
-    whoever handles it meets none that is still under way."""
+    """The results of concurrent calls.
+
+    If some fail, the first error is raised, but only after all have ended: none is still running when the caller
+    handles it.
+    """
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     results: list[Result] = []
     for outcome in outcomes:
@@ -26,12 +29,13 @@ async def all_ended(calls: Iterable[Awaitable[Result]]) -> list[Result]:
 
 
 class Coalescer(Generic[Call, Result]):
-    """Gathers calls while others are under way, and hands them on in the order in which they were made.
+    """Collects calls while a round is running, and executes them as the next round, in the order of the calls.
 
-    A caller that is cancelled does not keep its call from being carried out, nor does it disturb the others.
+    Cancelling a caller neither cancels its call nor affects the others.
 
     Args:
-        carry_out: does a round of calls; each one's result, or the error that it met. What it raises, all of them met.
+        carry_out: executes a round of calls; returns each call's result or error. If it raises, every call of the round
+            fails with that error.
     """
 
     def __init__(self, carry_out: Callable[[Sequence[Call]], Awaitable[Sequence[Result | Exception]]]) -> None:
@@ -40,7 +44,7 @@ class Coalescer(Generic[Call, Result]):
         self._rounds: asyncio.Task[None] | None = None
 
     async def __call__(self, call: Call) -> Result:
-        """The result of a call, or its error raised."""
+        """Make a call: returns its result or raises its error."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         self._waiting.append((call, future))
@@ -49,12 +53,12 @@ class Coalescer(Generic[Call, Result]):
         return await future
 
     async def close(self) -> None:
-        """End the round under way and every call that waits: what a caller that was cancelled left behind, too."""
+        """Cancel the running round and every waiting call, including those whose callers were cancelled."""
         rounds, self._rounds = self._rounds, None
         if rounds is not None:
             rounds.cancel()
             await asyncio.wait({rounds})
-        for _, future in self._waiting:  # a task that is cancelled before it begins ends none
+        for _, future in self._waiting:  # a task cancelled before it starts does not reach its own cleanup
             future.cancel()
         self._waiting = []
 
@@ -65,7 +69,7 @@ class Coalescer(Generic[Call, Result]):
                 await self._run_round(round_)
         finally:
             self._rounds = None
-            for _, future in self._waiting:  # the loop is ending
+            for _, future in self._waiting:  # the event loop is ending
                 future.cancel()
 
     async def _run_round(self, round_: Sequence[tuple[Call, asyncio.Future[Result]]]) -> None:

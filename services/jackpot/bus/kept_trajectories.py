@@ -1,6 +1,6 @@
-"""The scored groups of the last batches, kept in the run directory to be looked at again. numpy only.
+"""The scored groups of the last batches, kept in the run directory for later inspection. numpy only.
 
-A file per batch: its groups in the bus's own format, each after its size in bytes (8, little-endian).
+One file per batch: its groups in the bus's format, each preceded by its size in bytes (8 bytes, little-endian).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class KeptTrajectories:
         self._max_group_bytes = max_group_bytes
 
     def write(self, batch: int, groups: Sequence[ScoredGroup], keep: int) -> None:
-        """Keep a batch, written aside and renamed, and delete all but the newest ``keep``; 0 keeps none.
+        """Store a batch and delete all but the newest ``keep``; 0 keeps none. The file is written aside and renamed.
 
         Raises:
-            OSError: the disk is full or gone.
+            OSError: the disk is full or missing.
         """
         if keep == 0:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        aside = self._directory / f".{batch:08d}"  # the same for who trains the batch again after a crash
+        aside = self._directory / f".{batch:08d}"  # the same name when the batch is trained again after a crash
         with aside.open("wb") as file:
             for group in groups:
                 data = encode_scored(group, compress=True, max_bytes=self._max_group_bytes)
@@ -50,16 +50,16 @@ class KeptTrajectories:
             (self._directory / f"{old:08d}").unlink()
 
     def batches(self) -> list[int]:
-        """The numbers of the batches that are there, in order."""
+        """The numbers of the stored batches, in order."""
         if not self._directory.is_dir():
             return []
         return sorted(int(name) for name in os.listdir(self._directory) if name.isdigit())
 
     def read(self, batch: int) -> list[ScoredGroup]:
-        """The groups of a batch, in their order in the batch.
+        """The groups of a batch, in the batch's order.
 
         Raises:
-            FileNotFoundError: the batch is not there.
+            FileNotFoundError: the batch is not stored.
             PayloadError: the file is damaged.
         """
         return list(self._read(self._directory / f"{batch:08d}"))

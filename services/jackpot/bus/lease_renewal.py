@@ -1,4 +1,4 @@
-"""Leases renewed in the background, so that a unit of work may take longer than a lease lasts."""
+"""Renews leases in the background, so that work may take longer than a lease lasts."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from jackpot.errors import BusError
 LOG = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 3
-"""One renewal may fail, and the next still comes in time."""
+"""If one renewal fails, the next still comes in time."""
 
 
 @asynccontextmanager
 async def leases_renewed(renew: Callable[[], Awaitable[Sequence[str]]], lease_seconds: float) -> AsyncIterator[None]:
-    """Renew leases while the ``with`` block runs. A lost lease is logged once, and the work goes on: of two
-    results for one group the bus takes the first.
+    """Renew leases while the ``with`` block runs.
+
+    A lost lease is logged once, and the work continues: if two results arrive for one group, the bus takes the first.
 
     Args:
-        renew: renews what is held, and returns the groups whose leases were lost.
+        renew: renews the held leases and returns the groups whose leases were lost.
         lease_seconds: how long a lease lasts.
     """
     task = asyncio.create_task(_renew_repeatedly(renew, lease_seconds / RENEWALS_PER_LEASE))

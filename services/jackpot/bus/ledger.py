@@ -1,4 +1,4 @@
-"""What the bus says about a job's groups: deliveries, terminal states, counters."""
+"""What the bus reports about a job's groups: deliveries, terminal states, counters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PublishOutcome = Literal["published", "duplicate", "terminal"]
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Delivery(Generic[Value]):
-    """A group in the hands of a consumer, leased until it is published, failed, dropped or committed."""
+    """A group held by a consumer, leased until it is published, failed, dropped or committed."""
 
     group_id: str
     value: Value
-    attempt: int  # from 1: how often the group has been taken up, this time included
+    attempt: int  # from 1: how often the group has been taken, including this time
     entry_id: str
     payload: str = ""  # the payload's name in its store
 
@@ -36,10 +36,10 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class BusDepths:
-    """How much lies on the bus now."""
+    """What the bus holds now."""
 
     rollouts_waiting: int  # groups that no scorer has taken yet
-    rollouts_pending: int  # groups in the hands of scorers
+    rollouts_pending: int  # groups held by scorers
     scored_waiting: int
     scored_pending: int
     bytes_used: int  # reserved or stored

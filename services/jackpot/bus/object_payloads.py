@@ -1,4 +1,4 @@
-"""Payloads as objects of a store that speaks S3: for jobs whose pods should share nothing through files."""
+"""Payloads as objects in an S3-compatible store, for jobs whose pods share no files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 
 
 class ObjectPayloads:
-    """Payloads as objects below one prefix. A group costs two writes, two reads and two deletions.
+    """Stores payloads below one prefix. A group costs two writes, two reads and two deletions.
 
     Args:
-        objects: the prefix of the job's payloads.
+        objects: the job's payloads, below their prefix.
         max_bytes: largest body.
     """
 

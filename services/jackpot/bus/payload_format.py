@@ -2,7 +2,7 @@
 
 Layout: a fixed header (magic, schema version, kind, flags, size of the body before compression, CRC-32 of everything
 else), then a msgpack body in which arrays are raw little-endian bytes, zstd-compressed where the flag says so.
-Whatever is read is checked in full: a payload either decodes to valid trajectories or raises PayloadError.
+A reader checks everything: a payload either decodes to valid trajectories or raises PayloadError.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _CHECKED = _HEADER.size - 4  # the header up to its checksum
 _KIND_GROUP, _KIND_SCORED = 1, 2
 _FLAG_ZSTD = 1
 _ZSTD_LEVEL = 1
-# Nested msgpack arrays are allocated before their elements are read: without a limit a few bytes claim gigabytes.
+# msgpack allocates nested arrays before it reads their elements: without a limit, a few bytes could allocate gigabytes.
 _MAX_TRAJECTORIES = 1 << 16
-# Log-probabilities come from softmaxes in float32 (and float16 for top-k), which may round to just above zero.
+# Log-probabilities come from float32 softmaxes (float16 for top-k), which may round to just above zero.
 _LOGPROB_EPSILON = 1e-3
 _FINISH_REASONS = ("stop", "length")
 _UINT32, _FLOAT32, _FLOAT16, _BOOL = (np.dtype(kind) for kind in ("u4", "f4", "f2", "?"))
@@ -51,7 +51,7 @@ _SCORE_ARRAYS = ("target_logprobs", "acceptance_probs", "normalizer_head", "norm
 
 
 def encode_group(group: Group, *, compress: bool = False, max_bytes: int = DEFAULT_MAX_BYTES) -> bytes:
-    """The bytes of a group; ``compress`` costs a few ms per MB and pays over a network.
+    """The bytes of a group. ``compress`` costs a few ms per MB and pays off over a network.
 
     Raises:
         PayloadError: the group breaks a rule of its format, or is larger than ``max_bytes``.
@@ -68,7 +68,7 @@ def encode_scored(scored: ScoredGroup, *, compress: bool = False, max_bytes: int
     _check_scored(scored)
     fields = {
         "group": _group_fields(scored.group),
-        # Those that stand for none say nothing that the group does not.
+        # Deferred scores carry no information beyond the group.
         "scores": None if scored.normalizer == DEFERRED else [_score_fields(scores) for scores in scored.scores],
         "obrs_lambda": float(scored.obrs_lambda),
         "policy_version": int(scored.policy_version),
@@ -78,7 +78,7 @@ def encode_scored(scored: ScoredGroup, *, compress: bool = False, max_bytes: int
 
 
 def decode_group(data: bytes, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Group:
-    """The group in a payload; its arrays are writable and the caller's own.
+    """The group in a payload. Its arrays are writable and belong to the caller.
 
     Raises:
         PayloadError: truncated, corrupt, oversized after decompression, of another schema, or breaking a rule.
@@ -87,7 +87,7 @@ def decode_group(data: bytes, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Group:
 
 
 def decode_scored(data: bytes, *, max_bytes: int = DEFAULT_MAX_BYTES) -> ScoredGroup:
-    """The scored group in a payload; its arrays are writable and the caller's own.
+    """The scored group in a payload. Its arrays are writable and belong to the caller.
 
     Raises:
         PayloadError: truncated, corrupt, oversized after decompression, of another schema, or breaking a rule.
@@ -123,7 +123,7 @@ def _seal(kind: int, fields: Mapping[str, Any], compress: bool, max_bytes: int) 
 
 
 def _open(kind: int, data: bytes, max_bytes: int) -> dict[str, Any]:
-    """Undo :func:`_seal`. Nothing is allocated for the body before its size is known to be allowed."""
+    """Undo :func:`_seal`. The body's size is checked before anything is allocated for it."""
     if len(data) < _HEADER.size:
         raise PayloadError(f"truncated: {len(data)} bytes, the header alone has {_HEADER.size}")
     magic, version, found_kind, flags, size, checksum = _HEADER.unpack_from(data)
@@ -146,7 +146,7 @@ def _open(kind: int, data: bytes, max_bytes: int) -> dict[str, Any]:
 
 def _decompressed(stored: bytes, size: int) -> bytes:
     try:
-        # The frame's own content size decides what zstd allocates: it must be the one that was just checked.
+        # zstd allocates by the content size in its frame, so that must equal the size just checked.
         if zstandard.get_frame_parameters(stored).content_size != size:
             raise PayloadError("the compressed frame's size differs from the header's")
         return zstandard.ZstdDecompressor().decompress(stored, max_output_size=size, allow_extra_data=False)
@@ -268,7 +268,7 @@ def _read_scores(fields: Any, num_tokens: int) -> TokenScores:
 
 
 def _get(fields: Any, name: str, kind: type) -> Any:
-    """A field of exactly this type: bool is no int, int is no float."""
+    """A field of exactly this type: bool is not int, int is not float."""
     if not isinstance(fields, dict) or type(fields.get(name)) is not kind:
         raise PayloadError(f"field {name!r} is missing or not of type {kind.__name__}")
     return fields[name]
@@ -279,7 +279,7 @@ def _raw(array: Any, dtype: str) -> bytes:
 
 
 def _array(fields: Any, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """A copy in native byte order; −1 in the shape is whatever fits, at least 1 column for two dimensions."""
+    """A copy in native byte order. −1 in the shape is any size that fits, at least 1 column in two dimensions."""
     data = _get(fields, name, bytes)
     try:
         array = np.frombuffer(data, dtype=dtype).reshape(shape)
@@ -290,7 +290,7 @@ def _array(fields: Any, name: str, dtype: str, shape: tuple[int, ...]) -> NDArra
     return array.astype(_NATIVE[dtype])
 
 
-# --- rules, the same for writing and reading ---
+# --- rules for writing and reading ---
 
 
 def _check_group(group: Group) -> None:
@@ -337,7 +337,7 @@ def _check_scored(scored: ScoredGroup) -> None:
     _require(math.isfinite(scored.obrs_lambda) and scored.obrs_lambda >= 0, where, "λ is not a finite number ≥ 0")
     _require(scored.policy_version >= 0, where, "a negative policy version")
     if scored.normalizer == DEFERRED:
-        return  # what stands for scores is not written, and is made anew by who reads
+        return  # deferred scores are not written; the reader creates them again
     names = [trajectory.trajectory_id for trajectory in scored.group.trajectories]
     for scores, trajectory in zip(scored.scores, scored.group.trajectories, strict=True):
         name, shape = f"scores of {trajectory.trajectory_id}", (trajectory.num_tokens,)
@@ -357,8 +357,8 @@ def _check_array(array: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[An
 def _check_all(
     problem: Callable[[NDArray[Any]], str], arrays: Sequence[NDArray[Any]], names: Sequence[str], field: str
 ) -> None:
-    """Check the arrays of all trajectories in one go, and one by one only to name the one that is wrong: a group of
-    short trajectories is checked at every stage of the pipeline."""
+    """Check the arrays of all trajectories at once, and one by one only to name the wrong one. Every stage of the
+    pipeline checks each group, so this must be fast."""
     if len(arrays) > 1 and not problem(np.concatenate([array.ravel() for array in arrays])):
         return
     for array, name in zip(arrays, names, strict=True):

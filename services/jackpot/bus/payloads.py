@@ -1,7 +1,7 @@
-"""Where the arrays lie while their claims travel through the streams: in Redis or in files, behind one interface.
+"""Stores of the arrays whose claims travel through the streams: in Redis or in files, behind one interface.
 
-A payload's name is unique to the call that stores it, so that a consumer whose lease ran out can never overwrite what
-its successor has published.
+Each call that stores a payload gives it a unique name. A consumer whose lease expired can therefore never overwrite
+what its successor has published.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from jackpot.bus.client import BusClient
 from jackpot.bus.coalesce import Coalescer
 from jackpot.errors import BusError, PayloadError, PayloadMissingError
 
-# The envelope around a body of the greatest allowed size: its header, and what zstd adds to incompressible data.
+# The envelope around a body of the largest allowed size: its header, and what zstd adds to incompressible data.
 ENVELOPE_BYTES = 64 << 10
 
 TOGETHER_BELOW_BYTES = 64 << 10
-"""Payloads below this size are written one after the other in one thread: starting one for each takes longer."""
+"""One thread writes payloads below this size one after another: starting a thread for each takes longer."""
 
 
 def payload_name(group_id: str, stage: str) -> str:
@@ -31,17 +31,17 @@ def payload_name(group_id: str, stage: str) -> str:
 
 
 def group_of(name: str) -> str:
-    """The group behind a payload's name."""
+    """The group that a payload's name belongs to."""
     return name.rsplit(".", 2)[0]
 
 
 class PayloadStore(Protocol):
-    """Holds payloads by name."""
+    """Stores payloads by name."""
 
-    compress: bool  # whether payloads are worth compressing on their way to this store
+    compress: bool  # whether compressing payloads for this store pays off
 
     async def put(self, name: str, data: bytes) -> bytes:
-        """Store a payload. Returns what the publishing script has to store itself, in one step with the state."""
+        """Store a payload. Returns the bytes that the publishing script must store itself, together with the state."""
         ...
 
     async def get(self, name: str) -> bytes:
@@ -54,16 +54,16 @@ class PayloadStore(Protocol):
         ...
 
     async def delete(self, name: str) -> None:
-        """Remove a payload; no-op if it is gone already."""
+        """Remove a payload; no-op if it does not exist."""
         ...
 
     async def sweep(self, ended: Callable[[Sequence[str]], Awaitable[set[str]]]) -> int:
-        """Remove what crashed processes left behind of groups that ``ended`` selects; how many payloads that were."""
+        """Remove payloads that crashed processes left behind, of groups that ``ended`` selects; returns how many."""
         ...
 
 
 class RedisPayloads:
-    """Payloads in the bus's own server. The scripts store and unlink them together with the group's state."""
+    """Payloads in the bus's server. The scripts store and unlink them together with the group's state."""
 
     compress = True
 
@@ -92,10 +92,10 @@ class RedisPayloads:
 
 
 class FilePayloads:
-    """Payloads as files of one directory, shared by all processes of the job.
+    """Payloads as files in one directory that all processes of the job share.
 
-    Files are written aside and renamed. They are not synced: an operating-system crash may lose the last of them, as
-    it may lose the server's last second; the checksum finds out.
+    Files are written aside and renamed, but not synced: an operating-system crash may lose the last files, as it may
+    lose the server's last second of writes. The checksum detects damage.
 
     Args:
         directory: created if missing.
@@ -144,7 +144,7 @@ class FilePayloads:
         except OSError as error:
             aside.unlink(missing_ok=True)
             raise BusError(f"cannot store payload {path}: {error.strerror}. Free some space there.") from None
-        return b""  # nothing for the script to store
+        return b""  # the script has nothing to store
 
     def _read(self, path: Path) -> bytes:
         try:
@@ -166,5 +166,5 @@ async def _in_one_thread(calls: Sequence[Callable[[], bytes]]) -> Sequence[bytes
 def _outcome(call: Callable[[], bytes]) -> bytes | Exception:
     try:
         return call()
-    except Exception as error:  # each caller meets its own
+    except Exception as error:  # each caller gets the error of its own call
         return error

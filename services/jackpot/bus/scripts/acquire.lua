@@ -1,8 +1,8 @@
 -- Assign entries to a consumer. ARGV: incarnation, consumer group, consumer, cursor, count, lease in ms (0: reclaim
 -- nothing now), reclaim cursor. KEYS[13]: the stream.
--- Own pending entries beyond the cursor come first: they are what an earlier call assigned in a reply that never
--- arrived, or what this consumer held before it was restarted. Returns the cursors, the last entry handed to anyone,
--- and {entry, group, payload, attempts so far, taken over because its lease ran out}.
+-- The consumer's pending entries beyond the cursor come first: an earlier call assigned them in a reply that never
+-- arrived, or this consumer held them before it restarted. Returns the cursors, the last entry delivered to any
+-- consumer, and {entry, group, payload, attempts so far, taken over because its lease expired}.
 local stream, consumers, consumer, cursor, count = KEYS[13], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local found = {}
 

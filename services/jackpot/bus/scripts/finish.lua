@@ -1,6 +1,6 @@
 -- Give groups their one terminal state. ARGV: incarnation, 'trained' or 'dropped', reason, detail, then per group: id,
--- step, entry (if given, the group only ends if this still is its claim). KEYS[13 …]: the groups' payloads, same order.
--- Returns per group: '' with the payload's name if it ended now, else the state that it already had, or 'lost'.
+-- step, entry (if given, the group only ends if this is still its claim). KEYS[13 …]: the groups' payloads, same order.
+-- Returns per group: '' with the payload's name if it ended now, else its earlier terminal state, or 'lost'.
 local state, reason, detail = ARGV[2], ARGV[3], ARGV[4]
 local name = reason == '' and state or state .. ':' .. reason
 local results = {}
@@ -14,9 +14,9 @@ for i = 5, #ARGV, 3 do
     results[#results + 1] = { 'lost', '' }
   else
     local was = redis.call('HGET', OPEN, group_id)
-    -- A group that the bus does not know (any more) is entered here, so that the counters add up.
+    -- A group that the bus does not know, or no longer knows, is registered here, so that the counters add up.
     if not was then redis.call('HINCRBY', COUNTERS, 'dispatched', 1) end
-    -- Not take_off: an entry that nobody has read yet cannot be acknowledged, but goes all the same.
+    -- Not take_off: an entry that no consumer has read cannot be acknowledged, but must be removed too.
     if was == 'published' then
       redis.call('XACK', ROLLOUTS, SCORERS, entry_id)
       redis.call('XDEL', ROLLOUTS, entry_id)

@@ -1,4 +1,4 @@
--- Create what is missing; ARGV[1] becomes the incarnation unless there is one. Returns it.
+-- Create what is missing. ARGV[1] becomes the incarnation unless there is one. Returns the incarnation.
 local function ensure(stream, consumers)
   if redis.call('EXISTS', stream) == 1 then
     for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do

@@ -4,7 +4,7 @@ local group_id, stage, payload, size = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[
 if redis.call('HEXISTS', TERMINAL, group_id) == 1 then return 'terminal' end
 local state = redis.call('HGET', OPEN, group_id)
 if state == 'published' or state == 'scored' then
-  -- The client sends a command again when its reply was cut: the same payload name is the same publication.
+  -- The client sends a command again when its reply is lost: the same payload name means the same publication.
   return redis.call('HGET', PAYLOADS, group_id) == payload and 'published' or 'duplicate'
 end
 if not state then redis.call('HINCRBY', COUNTERS, 'dispatched', 1) end

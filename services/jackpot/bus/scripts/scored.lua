@@ -1,4 +1,4 @@
--- Replace a group by its scored form. ARGV: incarnation, group, entry, payload name, size, payload (empty if elsewhere).
+-- Replace a group with its scored form. ARGV: incarnation, group, entry, payload name, size, payload (empty if elsewhere).
 -- KEYS[13]: the group's payloads.
 local group_id, entry_id, payload, size = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 if redis.call('HGET', PAYLOADS, group_id) == payload then return 'published' end -- sent again after a cut reply

@@ -1,3 +1,3 @@
--- Keep a small value of the job. ARGV: incarnation, name, value.
+-- Store a small value for the job. ARGV: incarnation, name, value.
 redis.call('HSET', VALUES, ARGV[2], ARGV[3])
 return 'set'
