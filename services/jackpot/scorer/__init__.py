@@ -1,1 +1,1 @@
-"""The OBRS scoring service: what the target policy says about each sampled token."""
+"""The OBRS scoring service: it scores each sampled token with the target policy."""

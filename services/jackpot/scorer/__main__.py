@@ -1,6 +1,6 @@
 """``python -m jackpot.scorer``: one scorer of a job, configured by JACKPOT_* variables.
 
-With ``scorer.processes`` > 1 this process starts the ranks, by torchrun, and they come here again.
+With ``scorer.processes`` > 1 this process starts the ranks with torchrun, and each of them runs this module again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jackpot.config.environment import ServiceEnvironment
 
 
 async def _main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
-    # Only now: settings are checked before torch loads.
+    # Imported late, so that settings are checked before torch loads.
     from jackpot.scorer.service import serve
 
     return await serve(environment, job, stop)

@@ -1,4 +1,4 @@
-"""The one place where models are used: scoring and weight swaps take turns here, off the event loop."""
+"""Uses the models: scoring and weight swaps take turns in one thread, outside the event loop."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from jackpot.trajectory import Group, ScoredGroup
 LOG = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 0.2
-"""How long scoring waits for newer weights to be read. Small models' are there by then; reading and verifying large
-ones takes many seconds, in which those at hand go on scoring."""
+"""How long scoring waits while newer weights are read. Small models are read by then. Reading and verifying large ones
+takes many seconds, during which the present weights continue scoring."""
 
 
 class Scorer(Protocol):
-    """What scores: a :class:`GroupScorer`, or the rank that leads several."""
+    """Scores groups: a :class:`GroupScorer`, or the leader of several ranks."""
 
     def score_groups(self, groups: Sequence[Group]) -> list[ScoredGroup]:
         """As :meth:`GroupScorer.score_groups`."""
 
 
 class ScoringEngine:
-    """Serves the worker on the bus and the RPC alike.
+    """Serves both the bus worker and the RPC.
 
-    The models belong to one thread: health checks, leases and RPCs stay live, and a swap never meets a forward
-    pass, not even that of a call which was cancelled half-way.
+    One thread owns the models. Health checks, leases and RPCs therefore stay responsive, and a swap never coincides
+    with a forward pass, not even with that of a cancelled call.
 
     Args:
         target: the target policy.
         scorer: scores groups with it.
-        metrics: where tokens and weight versions are counted.
+        metrics: counts tokens and weight versions.
         instance: this replica's name in its record of activities.
         poll_seconds: how often to look for newer weights.
-        groups_apart: whether each group goes through the models by itself, so that its scores do not depend on its
-            company, to the bit.
-        activity: what the time goes into.
+        groups_apart: whether each group runs through the models alone, so that its scores do not depend on other groups
+            in any bit.
+        activity: records how time is spent.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class ScoringEngine:
 
     @property
     def version(self) -> int | None:
-        """The newest policy version at hand; None before the first."""
+        """The newest policy version read; None before the first."""
         return self._target.newest
 
     @property
     def obrs_lambda(self) -> float:
-        """The λ that goes with the newest version."""
+        """The λ published with the newest version."""
         return self._target.newest_lambda
 
     @property
     def num_refused_versions(self) -> int:
-        """How many times a damaged policy version was refused."""
+        """How often a damaged policy version was refused."""
         return self._target.num_refused
 
     def serves(self, version: int) -> bool:
@@ -92,8 +92,8 @@ class ScoringEngine:
         """Score groups, all with one version of the policy. Errors as :meth:`Scorer.score_groups`.
 
         Args:
-            groups: what to score.
-            version: that scores; one that is damaged or pruned is replaced by the newest. None is the newest.
+            groups: the groups to score.
+            version: the version to score with; the newest replaces one that is damaged or pruned. None is the newest.
         """
         loop = asyncio.get_running_loop()
         async with self._scoring:
@@ -102,7 +102,7 @@ class ScoringEngine:
             scoring = loop.run_in_executor(self._thread, self._score, groups, pending)
             try:
                 scored = await asyncio.shield(scoring)
-            finally:  # a caller that goes away leaves a pass under way: the model's version is settled only after it
+            finally:  # a cancelled caller leaves a pass running: the model's version is settled only after it
                 await asyncio.wait((scoring,))
         num_tokens = sum(group.num_tokens for group in groups)
         self.tokens_scored += num_tokens
@@ -134,7 +134,7 @@ class ScoringEngine:
             return self._scorer.score_groups(groups)
 
     async def refresh(self) -> None:
-        """Read the newest policy version, if there is a newer one. Scoring goes on meanwhile."""
+        """Read the newest policy version if there is a newer one. Scoring continues meanwhile."""
         async with self._reading_weights:
             refused = self._target.num_refused
             pending = await asyncio.to_thread(self._target.read_newer)
@@ -147,7 +147,7 @@ class ScoringEngine:
         LOG.info("policy weights loaded", extra=details)
 
     async def refresh_soon(self) -> None:
-        """As :meth:`refresh`, but while a version takes long to be read, return and leave the reading under way."""
+        """As :meth:`refresh`, but return before a slow read has finished and let it continue."""
         if self._reading is None:
             self._reading = asyncio.create_task(self.refresh())
         await asyncio.wait((self._reading,), timeout=PATIENCE_SECONDS)
@@ -156,7 +156,7 @@ class ScoringEngine:
             reading.result()
 
     async def follow(self) -> None:
-        """Keep up with the newest policy version until cancelled."""
+        """Follow the newest policy version until cancelled."""
         while True:
             await self.refresh()
             await asyncio.sleep(self._poll_seconds)
@@ -165,7 +165,7 @@ class ScoringEngine:
         """Return once a policy version ≥ ``min_version`` is held.
 
         Raises:
-            DeadlineError: it was not published, or could not be loaded, in time.
+            DeadlineError: no such version was published, or could be loaded, in time.
         """
         deadline = time.monotonic() + timeout_seconds
         while self.version is None or self.version < min_version:
@@ -182,7 +182,7 @@ class ScoringEngine:
             await asyncio.sleep(min(self._poll_seconds, max(0.0, deadline - time.monotonic())))
 
     def close(self) -> None:
-        """Wait for the work under way and refuse more."""
+        """Wait for running work and refuse further work."""
         if self._reading is not None:
             self._reading.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)

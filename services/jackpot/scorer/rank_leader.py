@@ -1,4 +1,4 @@
-"""The scorer's ranks: rank 0 has the bus, the RPCs and the news of weights; what it is asked to do, all ranks do."""
+"""The scorer's ranks: rank 0 handles the bus, the RPCs and weight updates, and leads all ranks through the work."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LOG = logging.getLogger(__name__)
 
 
 class LeadPolicy:
-    """Rank 0's policy: a :class:`PolicyModel` that tells the other ranks what to do, and lets its own part do the same.
+    """Rank 0's policy: a :class:`PolicyModel` that directs the other ranks and has this rank's part do the same.
 
     Args:
-        part: the policy as this rank holds it.
-        ranks: all of them.
-        orders: what tells the others.
+        part: this rank's part of the policy.
+        ranks: all ranks.
+        orders: sends instructions to the others.
     """
 
     def __init__(self, part: HeldPolicy, ranks: Ranks, orders: Orders) -> None:
@@ -37,10 +37,10 @@ class LeadPolicy:
         self._orders = orders
 
     def read(self, directory: Path) -> State:
-        """Have every rank read its part of a version, beside the passes under way.
+        """Have every rank read its part of a version, concurrently with running passes.
 
         Raises:
-            WeightError: one of them could not.
+            WeightError: a rank could not read it.
         """
         with self._orders.give("read", path=str(directory)):
             pass
@@ -66,12 +66,12 @@ class LeadPolicy:
 
 
 class LeadScorer:
-    """Rank 0's scorer: tells the other ranks to score, and lets its own part do the same.
+    """Rank 0's scorer: has the other ranks score, and scores this rank's part.
 
     Args:
         part: scores on this rank.
-        max_bytes: of a group on its way to the others, before compression.
-        orders: what tells the others.
+        max_bytes: largest group to send to the others, before compression.
+        orders: sends instructions to the others.
     """
 
     def __init__(self, part: GroupScorer, max_bytes: int, orders: Orders) -> None:
@@ -80,10 +80,10 @@ class LeadScorer:
         self._orders = orders
 
     def score_groups(self, groups: Sequence[Group]) -> list[ScoredGroup]:
-        """Score groups with all ranks. Errors as :meth:`GroupScorer.score_groups`, and
+        """Score groups with all ranks. Errors as :meth:`GroupScorer.score_groups`, and:
 
         Raises:
-            RankLostError: a rank is gone; or this one failed amid the others' passes, and they wait for it.
+            RankLostError: a rank has died, or this rank failed during the others' passes, and they wait for it.
         """
         self._part.check(groups)
         encoded = [encode_group(group, max_bytes=self._max_bytes) for group in groups]
@@ -99,10 +99,10 @@ class Follower:
 
     Args:
         job: the job as resolved.
-        target: its part of the target policy.
+        target: this rank's part of the target policy.
         scorer: scores with it.
-        ranks: all of them.
-        num_held: versions of the policy that stay in memory: as many as on rank 0, and so the same.
+        ranks: all ranks.
+        num_held: versions of the policy kept in memory: as many as on rank 0, and therefore the same ones.
     """
 
     def __init__(self, job: JobSpec, target: TargetPolicy, scorer: Scorer, ranks: Ranks, num_held: int) -> None:
@@ -116,10 +116,10 @@ class Follower:
         self._states: OrderedDict[Path, State] = OrderedDict()
 
     def run(self) -> int:
-        """Do as rank 0 says until it says stop; the exit code that it gives.
+        """Follow rank 0's instructions until it says stop; returns the exit code that it sends.
 
         Raises:
-            RankLostError: rank 0 or another is gone.
+            RankLostError: rank 0 or another rank has died.
         """
         try:
             while True:
@@ -156,10 +156,10 @@ class Follower:
         except RankLostError:
             raise
         except JackpotError as error:
-            LOG.info("rank 0 says what becomes of this: %s", error)  # it found the same, at the same place
+            LOG.info("rank 0 says what becomes of this: %s", error)  # it met the same error at the same point
 
     def _keep_what_was_read(self) -> bool:
-        """Whether a version could be read; it is kept then, in place of the least recently used."""
+        """Whether a version could be read. If so, it replaces the least recently used one in memory."""
         assert self._reading is not None
         directory, reading = self._reading
         try:

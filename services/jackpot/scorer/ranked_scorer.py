@@ -1,4 +1,4 @@
-"""Who scores together, and the models that each of them holds."""
+"""The ranks that score together, and the models that each holds."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from jackpot.storage.weights import WeightStore
 
 @dataclass(frozen=True, slots=True)
 class RankedScorer:
-    """This process among those that are one scorer."""
+    """This process as one rank of a scorer."""
 
     ranks: Ranks = SOLO
-    orders: Orders | None = None  # on rank 0 of several
+    orders: Orders | None = None  # on rank 0, if there are several ranks
 
     def make_scorer(self, job: JobSpec, store: WeightStore) -> tuple[TargetPolicy, Scorer]:
-        """The target policy and what scores with it, whole or this rank's part; loads the models.
+        """Load the models; returns the target policy and its scorer, whole or this rank's part.
 
         Raises:
             ConfigError: a model cannot be loaded or used.
@@ -41,7 +41,7 @@ class RankedScorer:
         return target, LeadScorer(scorer, job.bus.max_payload_bytes, self.orders)
 
     def make_follower(self, job: JobSpec, store: WeightStore) -> Follower:
-        """What another rank than 0 does. Errors as :meth:`make_scorer`."""
+        """The work of a rank other than 0. Errors as :meth:`make_scorer`."""
         target, scorer = self.make_scorer(job, store)
         return Follower(job, target, scorer, self.ranks, policy_versions_held(job))
 
@@ -64,10 +64,10 @@ ALONE = RankedScorer()
 
 
 def join_ranked_scorer(environment: ServiceEnvironment, job: JobSpec) -> RankedScorer:
-    """The other ranks of this scorer, once all of them are there; :data:`ALONE` without any.
+    """This process among the ranks of its scorer, once all have joined; :data:`ALONE` if there is one process.
 
     Raises:
-        ConfigError: a device or the number of ranks that cannot work.
+        ConfigError: the device or the number of ranks cannot work.
     """
     config = job.scorer
     set_threads(max(1, environment.threads // config.processes) if environment.threads else 0)
@@ -80,11 +80,11 @@ def join_ranked_scorer(environment: ServiceEnvironment, job: JobSpec) -> RankedS
 
 
 def policy_versions_held(job: JobSpec) -> int:
-    """How many versions of the policy a scorer has to keep in memory so that none is read twice."""
+    """How many policy versions a scorer must keep in memory so that none is read twice."""
     return max(POLICY_VERSIONS_HELD, job.reference_age + 1)
 
 
 def initial_lambda(job: JobSpec) -> float:
-    """λ of versions that carry none."""
+    """λ for versions that carry none."""
     obrs = job.algorithm.correction.obrs
     return obrs.initial_lambda if obrs else 1.0

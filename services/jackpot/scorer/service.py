@@ -33,10 +33,10 @@ RPC_GRACE_SECONDS = 2.0
 
 
 async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
-    """Score until ``stop`` is set, on this process's rank; the exit code.
+    """Score on this process's rank until ``stop`` is set; returns the exit code.
 
     Raises:
-        ConfigError: the job needs no scorer, or as :func:`serve_groups`.
+        ConfigError: the job needs no scorer; else as :func:`serve_groups`.
         DeadlineError: as :func:`serve_groups`.
     """
     if not job.scorer_replicas:
@@ -48,7 +48,7 @@ async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Eve
         if ranked.ranks.rank == 0:
             code = await serve_groups(environment, job, stop, ranked=ranked)
         else:
-            # A signal stops rank 0, which stops this one when it is done.
+            # A signal stops rank 0, which stops this rank when it has finished.
             follower = await asyncio.to_thread(ranked.make_follower, job, weight_store(environment, job))
             code = await asyncio.to_thread(follower.run)
     except JackpotError as error:
@@ -68,17 +68,17 @@ async def serve_groups(
     metrics: Metrics | None = None,
     ranked: RankedScorer = ALONE,
 ) -> int:
-    """Score what the bus and callers bring, until ``stop`` is set; the exit code. With several ranks this is rank 0.
+    """Score groups from the bus and from callers until ``stop`` is set; returns the exit code. Runs on rank 0.
 
     Args:
         environment: the process's addresses and paths.
         job: the job as resolved.
         stop: set on SIGTERM.
-        metrics: where to count; None is the process's registry.
+        metrics: the metrics registry; None is the process's.
         ranked: this process among the ranks of the scorer.
 
     Raises:
-        ConfigError: an address or a model that cannot work.
+        ConfigError: an address or a model cannot work.
         DeadlineError: no policy version, or no bus, within ``run.startup_timeout_seconds``.
     """
     _require_addresses(environment)
@@ -114,7 +114,7 @@ async def serve_groups(
 
 
 def weight_store(environment: ServiceEnvironment, job: JobSpec) -> WeightStore:
-    """The job's weight store; its copies, where it makes any, are read by all ranks of this scorer."""
+    """The job's weight store. All ranks of this scorer read its local copies, if it makes any."""
     copies = scratch_directory(environment) / f"weights-scorer-{environment.instance}"
     return open_weight_store(job, environment.job_id, environment.run_dir, copies)
 
@@ -137,10 +137,10 @@ def make_engine(
 
 
 async def connect_bus(environment: ServiceEnvironment, job: JobSpec, timeout_seconds: float) -> TrajectoryBus:
-    """An open bus, as soon as its server is up.
+    """An open bus, as soon as its server runs.
 
     Raises:
-        DeadlineError: it did not come up in time.
+        DeadlineError: the server did not start in time.
     """
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -167,7 +167,7 @@ def _register(engine: ScoringEngine, grpc_server: grpc.aio.Server) -> None:
 
 
 async def _work(worker: ScorerWorker, engine: ScoringEngine) -> None:
-    """Run the worker, with weights followed beside it; an error in either ends both."""
+    """Run the worker and follow the weights concurrently; an error in either ends both."""
     working = asyncio.create_task(worker.run())
     following = asyncio.create_task(engine.follow())
     try:
@@ -181,7 +181,7 @@ async def _work(worker: ScorerWorker, engine: ScoringEngine) -> None:
 
 
 async def _unless_stopped(awaited: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
-    """Whether it came about before the stop. Its errors are raised."""
+    """Whether the awaited work finished before the stop. Raises its errors."""
     task, stopping = asyncio.create_task(awaited), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""gRPC face of the scorer: decode, call, encode."""
+"""The scorer's gRPC interface: decode, call, encode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SERVICE_NAME: str = scoring_pb2.DESCRIPTOR.services_by_name["ScoringService"].fu
 
 
 class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
-    """Scores groups for whoever asks, on the code path of the worker on the bus."""
+    """Scores groups for any caller, on the same code path as the bus worker."""
 
     def __init__(self, engine: ScoringEngine) -> None:
         self._engine = engine
@@ -23,7 +23,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     async def Score(
         self, request: scoring_pb2.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> scoring_pb2.ScoreResponse:
-        """Score one group, once a policy version no older than its dispatch version is held."""
+        """Score one group, once a policy version at least as new as its dispatch version is loaded."""
         group = group_from_proto(request.group)
         await self._engine.wait_for_version(group.dispatch_version, _seconds_left(context))
         (scored,) = await self._engine.score([group])
@@ -32,7 +32,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     async def LoadWeights(
         self, request: scoring_pb2.ScoringServiceLoadWeightsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> scoring_pb2.ScoringServiceLoadWeightsResponse:
-        """Answer once a policy version no older than the one asked for is held; 0 is the newest in the store."""
+        """Answer once a policy version at least as new as the requested one is loaded; 0 is the newest in the store."""
         await self._engine.refresh()
         await self._engine.wait_for_version(request.weights.min_version, _seconds_left(context))
         held = weights_pb2.LoadWeightsResponse(version=self._engine.version)
@@ -41,7 +41,7 @@ class ScoringServicer(scoring_pb2_grpc.ScoringServiceServicer):
     async def GetStatus(
         self, request: scoring_pb2.ScoringServiceGetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> scoring_pb2.ScoringServiceGetStatusResponse:
-        """The version held (−1 before the first), its λ and the tokens scored so far."""
+        """The loaded version (−1 before the first), its λ and the tokens scored so far."""
         version = self._engine.version
         return scoring_pb2.ScoringServiceGetStatusResponse(
             version=-1 if version is None else version,

@@ -1,5 +1,5 @@
-"""The models behind the scores: the target policy, which follows the newest weights, and the actor at the very
-versions that sampled."""
+"""The models that score: the target policy, which follows the newest weights, and the actor at the versions that
+sampled."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class PendingWeights:
 
     version: int
     obrs_lambda: float
-    directory: Path  # where it was read from
-    state: State  # what this process holds of it
+    directory: Path  # it was read from here
+    state: State  # this process's part of the weights
     read_seconds: float
 
 
@@ -57,13 +57,13 @@ class PolicyModel(Protocol):
 
     @property
     def model(self) -> PreTrainedModel:
-        """What this process holds of θ."""
+        """This process's part of θ."""
 
     def read(self, directory: Path) -> State:
         """What this process holds of the version in a directory. Errors as :meth:`HeldTensors.read`."""
 
     def apply(self, pending: PendingWeights) -> None:
-        """Swap a version in. Nothing may be using the model."""
+        """Swap a version in. The model must not be in use."""
 
 
 class HeldPolicy:
@@ -150,7 +150,7 @@ class TargetPolicy:
         return pending
 
     def held(self, version: int) -> PendingWeights | None:
-        """A version that is in memory."""
+        """A version held in memory."""
         if version in self._held:
             self._held.move_to_end(version)
         return self._held.get(version)
@@ -247,7 +247,7 @@ class ActorVersions:
         return self._model
 
     def _read(self, version: int) -> State:
-        """What all ranks could read of a version; the same error on all of them if one could not."""
+        """Read a version on all ranks; if one fails, all raise the same error."""
         directory = self._directory(version)
         state: State = {}
         problem: Exception | None = None
@@ -265,7 +265,7 @@ class ActorVersions:
         return state
 
     def _directory(self, version: int) -> Path:
-        """Where a version lies; verified by rank 0, once for all ranks."""
+        """A version's directory, verified once by rank 0 for all ranks."""
         told: dict[str, str] = {}
         if self._ranks.rank == 0:
             try:

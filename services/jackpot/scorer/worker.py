@@ -1,4 +1,4 @@
-"""The scorer's worker on the trajectory bus: take groups, score them, publish the scores, once in effect."""
+"""The scorer's bus worker: it takes groups, scores them and publishes the scores, exactly once in effect."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ from jackpot.trajectory import Group, ScoredGroup
 
 LOG = logging.getLogger(__name__)
 
-# Short enough that a stop request is never late, long enough not to spin.
+# Short enough to stop promptly, long enough not to spin.
 BLOCK_SECONDS = 0.5
 FIRST_PAUSE_SECONDS = 0.1
 GREATEST_PAUSE_SECONDS = 5.0
 
-# What scoring may raise for one group: our own refusals, and what torch makes of arrays that it cannot compute with
-# (out of memory is a RuntimeError).
+# What scoring may raise for one group: our refusals, and torch's errors for arrays that it cannot use (out of memory
+# is a RuntimeError).
 SCORING_ERRORS = (JackpotError, RuntimeError, ValueError, IndexError)
 
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A group that is taken and not scored yet."""
+    """A group that has been taken but not scored."""
 
     delivery: Delivery[Group]
     since: float  # monotonic
 
 
 class ScorerWorker:
-    """Scores what the bus delivers, each batch by its version of the policy, while the next groups are fetched.
+    """Scores groups from the bus, each batch with its version of the policy, while fetching the next groups.
 
-    A group whose version is still to come waits here, its lease renewed, and keeps no other back. Pacing bounds how
-    many can: a batch is dispatched at most ``max_staleness`` steps before it trains.
+    A group whose version has not been published waits here with its lease renewed, and blocks no other. Pacing bounds
+    their number: a batch is dispatched at most ``max_staleness`` steps before it trains.
 
     Args:
         job: the job as resolved.
         bus: an open bus.
         engine: the models.
-        stop: once set, the batch under way is finished and what was fetched beyond it is given back.
+        stop: once set, the worker finishes the running batch and returns the other groups to the bus.
     """
 
     def __init__(self, job: JobSpec, bus: TrajectoryBus, engine: ScoringEngine, stop: asyncio.Event) -> None:
@@ -85,7 +85,7 @@ class ScorerWorker:
             await asyncio.gather(fetching, return_exceptions=True)
 
     async def _wait_for_work(self, fetching: asyncio.Task[list[Delivery[Group]]]) -> None:
-        """Until groups are fetched, a stop is asked for, or it is time to look for the weights that groups wait for."""
+        """Wait until groups are fetched, a stop is requested, or it is time to look for awaited weights."""
         stopping = asyncio.create_task(self._stop.wait())
         look_again = self._job.scorer.weight_poll_seconds if self._waiting else None
         try:
@@ -97,7 +97,7 @@ class ScorerWorker:
             stopping.cancel()
 
     async def _fetch(self) -> list[Delivery[Group]]:
-        """The next groups; none only when stopped."""
+        """The next groups; empty only when stopped."""
         deliveries: list[Delivery[Group]] = []
 
         async def take() -> None:
@@ -109,7 +109,7 @@ class ScorerWorker:
         return deliveries
 
     async def _score_what_can_be(self) -> None:
-        """Score the groups whose version of the policy is there, each batch by its own; the others go on waiting."""
+        """Score the groups whose policy version is available, each batch with its version; the others keep waiting."""
         await self._engine.refresh_soon()
         ready: dict[int, list[Delivery[Group]]] = {}
         early = []
@@ -125,8 +125,8 @@ class ScorerWorker:
         self._waiting = [waiting for waiting in self._waiting if not await self._is_given_up(waiting)]
 
     async def _is_given_up(self, waiting: _Waiting) -> bool:
-        """Whether a group has waited too long for a version that was there when it was dispatched: a failed attempt.
-        One that training has yet to make may take as long as training does."""
+        """Whether a group has waited too long for a version that existed at its dispatch: the attempt has then failed.
+        A version that training has not made yet may take as long as training does."""
         timeout = self._job.scorer.version_timeout_seconds
         if time.monotonic() - waiting.since < timeout:
             return False
@@ -150,22 +150,22 @@ class ScorerWorker:
         return True
 
     async def _settle(self, deliveries: Sequence[Delivery[Group]], version: int) -> None:
-        """Bring every delivery to its next state: scored, dropped, or given back for another attempt."""
+        """Bring every delivery to its next state: scored, dropped, or returned for another attempt."""
         fresh = [delivery for delivery in deliveries if not await self._drop_if_stale(delivery)]
-        # Concurrently: they then go on the bus together.
+        # Concurrently, so that they reach the bus in one exchange.
         await all_ended([self._publish(*pair) for pair in await self._score(fresh, version)])
 
     async def _score(
         self, deliveries: Sequence[Delivery[Group]], version: int
     ) -> list[tuple[Delivery[Group], ScoredGroup]]:
-        """Scores of those that can be scored. If the batch fails, each is tried alone."""
+        """The scores of all groups that can be scored. If the batch fails, each group is tried alone."""
         if not deliveries:
             return []
         try:
             scored = await self._engine.score([delivery.value for delivery in deliveries], version)
             return list(zip(deliveries, scored, strict=True))
         except RankLostError:
-            raise  # nothing can be scored any more: the launcher starts all ranks again
+            raise  # nothing can be scored any more: the launcher restarts all ranks
         except SCORING_ERRORS as error:
             if len(deliveries) == 1:
                 await self._refuse(deliveries[0], error)
@@ -214,9 +214,9 @@ class ScorerWorker:
         await self._on_bus("giving groups back", lambda: self._bus.release(deliveries))
 
     async def _on_bus(self, what: str, act: Callable[[], Awaitable[None]]) -> None:
-        """Do something on the bus, however long its server is away; given up only when stopped meanwhile.
+        """Repeat a bus operation until the server answers; give up only when stopped.
 
-        If the server lost the job's state, there is nothing left to do it to: the bus is begun anew.
+        If the server lost the job's state, there is nothing left to operate on: the bus is opened again.
         """
         pause = FIRST_PAUSE_SECONDS
         while True:
