@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jackpot.algorithm.corrections.jackpot import NormalizerName
-from jackpot.algorithm.normalizer import (
+from jackpot.algorithm.obrs import (
     Candidates,
+    acceptance_probs,
     estimate_normalizer,
     full_normalizer,
     mean_acceptance,
     normalizer_from,
 )
-from jackpot.algorithm.obrs import acceptance_probs
 
 PROMPTS = (
     "The three most important ideas in physics are",

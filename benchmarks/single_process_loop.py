@@ -21,7 +21,8 @@ import torch
 from jackpot.config import load_job
 from jackpot.control_plane.sessions.preparation import prepare_job
 from jackpot.errors import JackpotError
-from jackpot.loop import Loop, run_loop
+from jackpot.experiment.inline import run_loop
+from jackpot.loop import Loop
 
 
 def main() -> None:

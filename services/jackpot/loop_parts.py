@@ -1,15 +1,13 @@
-"""What serves :mod:`jackpot.loop`: past weights, requests, decoding to the end, views of a step, the check of a job."""
+"""What serves :mod:`jackpot.loop`: past weights, views of an optimizer step, the check of a job."""
 
 from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,32 +15,14 @@ from jackpot.compute.model_weights import apply_state
 from jackpot.compute.models import output_head
 from jackpot.config import JobSpec
 from jackpot.errors import ConfigError, WeightMissingError
-from jackpot.orchestrator.dispatch import sampling_seed
-from jackpot.orchestrator.tasks import Item
-from jackpot.orchestrator.tokenizer import PromptTokenizer
-from jackpot.rollout.engine import GroupRequest, Sampling
-from jackpot.rollout.transformers.decode_batch import DecodeBatch
-from jackpot.rollout.transformers.engine import eos_token_ids
-from jackpot.rollout.transformers.rows import Row
 from jackpot.scoring.batch import Batch
 from jackpot.scoring.token_weights import TokenWeights
 from jackpot.trajectory import Trajectory
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """What a run leaves. All times in seconds."""
-
-    evaluations: tuple[tuple[int, float], ...]  # (optimizer step, the policy's held-out accuracy), step 0 first
-    steps: tuple[Mapping[str, float], ...]  # the figures of each optimizer step, as in metrics.jsonl
-    train_seconds: float  # without loading and evaluations
-    num_trajectories: int  # trained on
-    failure: str | None = None  # why training ended early; the last accuracy then stands for the rest
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class WeighedTokens:
-    """The N tokens of an optimizer step and what multiplies their losses."""
+    """The N tokens of an optimizer step and their weights."""
 
     batch: Batch
     weights: TokenWeights
@@ -57,7 +37,7 @@ class WeighedTokens:
 
 @dataclass(slots=True, eq=False)
 class Target:
-    """Implements :class:`jackpot.scoring.group_scorer.Target`: the policy at the version that scores."""
+    """The policy at the version that scores. Implements :class:`jackpot.scoring.group_scorer.Target`."""
 
     model: PreTrainedModel
     obrs_lambda: float
@@ -71,7 +51,7 @@ class Target:
 
 @dataclass(slots=True, eq=False)
 class Sampler:
-    """What samples, at one version. Implements :class:`jackpot.scoring.group_scorer.Actors`."""
+    """The model that samples, at one version. Implements :class:`jackpot.scoring.group_scorer.Actors`."""
 
     model: PreTrainedModel
     version: int = 0
@@ -98,13 +78,13 @@ class _Snapshot:
 
 
 class PastWeights:
-    """θ and ω as they were some batches ago. With no staleness the models themselves serve, and nothing is copied.
+    """θ and ω as they were some batches ago. Without staleness the models themselves are used and nothing is copied.
 
     Args:
-        policy: θ, which goes on learning.
-        sampler: what samples: ω, or θ itself.
-        staleness: how many batches old the weights are that sample.
-        reference_age: how many batches old those are that score.
+        policy: θ, which continues learning.
+        sampler: the model that samples: ω, or θ itself.
+        staleness: how many batches old the weights that sample are.
+        reference_age: how many batches old the weights that score are.
         obrs_lambda: λ of the initial weights.
     """
 
@@ -126,14 +106,14 @@ class PastWeights:
             self.remember(0, obrs_lambda)
 
     def remember(self, version: int, obrs_lambda: float) -> None:
-        """Note the models' weights as those of ``version``; the oldest are forgotten."""
+        """Keep the models' present weights as those of ``version``, and drop the oldest."""
         stale = self.sampler.model is not self._models[1]
         policy = _copied(self._models[0]) if stale else {}
         sampler = _copied(self._models[1]) if stale and self._models[1] is not self._models[0] else policy
         self._snapshots.append(_Snapshot(version, policy, sampler, obrs_lambda))
 
     def load_sampler(self) -> Sampler:
-        """What samples the next batch."""
+        """The model that samples the next batch."""
         old = self._snapshots[0]
         if old.sampler:
             apply_state(self.sampler.model, old.sampler)
@@ -141,7 +121,7 @@ class PastWeights:
         return self.sampler
 
     def load_target(self) -> Target:
-        """What scores the next batch."""
+        """The model that scores the next batch."""
         old = self._snapshots[-1 - self._reference_age]
         if self._reference_age:
             apply_state(self.target.model, old.policy)
@@ -153,83 +133,8 @@ def _copied(model: PreTrainedModel) -> Mapping[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-class Prompts:
-    """A job's prompts as requests to sample, and completions as text.
-
-    Args:
-        job: the job as resolved.
-        vocabulary: V, the number of token ids.
-    """
-
-    def __init__(self, job: JobSpec, vocabulary: int) -> None:
-        self._job = job
-        self._vocabulary = vocabulary
-        self._tokenizer = PromptTokenizer.of_job(job)
-        self._stop_ids = self._tokenizer.stop_token_ids(job.sampling.stop)
-
-    def text(self, token_ids: NDArray[np.uint32]) -> str:
-        """Tokens as text."""
-        return self._tokenizer.decode(token_ids)
-
-    def train_request(self, group_id: str, item: Item) -> GroupRequest:
-        """For a group to train on."""
-        sampling = self._job.sampling
-        top_logprobs = min(self._job.rollout.top_logprobs, self._vocabulary)
-        return self._request(group_id, item, group_id, sampling.group_size, sampling.temperature, top_logprobs)
-
-    def eval_request(self, index: int, item: Item) -> GroupRequest:
-        """For the answers to a held-out prompt."""
-        evaluation = self._job.evaluation
-        name, seed_name = f"evaluation.p{index}", f"evaluation {index}"
-        return self._request(name, item, seed_name, evaluation.samples_per_prompt, self._job.evaluation_temperature, 0)
-
-    def _request(
-        self, group_id: str, item: Item, seed_name: str, count: int, temperature: float, top_logprobs: int
-    ) -> GroupRequest:
-        return GroupRequest(
-            group_id=group_id,
-            prompt_token_ids=self._tokenizer.encode_prompt(item.prompt),
-            num_trajectories=count,
-            sampling=Sampling(
-                temperature=temperature,
-                max_tokens=self._job.sampling.max_tokens,
-                stop_token_ids=self._stop_ids,
-                top_logprobs=top_logprobs,
-                seed=sampling_seed(self._job.seed, seed_name),
-            ),
-        )
-
-
-@torch.inference_mode()
-def generate(
-    model: PreTrainedModel, requests: Sequence[GroupRequest], version: int, max_rows: int
-) -> list[list[Trajectory]]:
-    """Sample groups to their ends; the trajectories of each request, in order.
-
-    Args:
-        model: what samples.
-        requests: the groups.
-        version: stamped on every token.
-        max_rows: trajectories decoded together, whole groups at a time.
-    """
-    trajectories: dict[str, Trajectory] = {}
-    batch = DecodeBatch(model, eos_token_ids(model))
-    waiting = deque(requests)
-    while waiting or batch.rows:
-        joining: list[Row] = []
-        while waiting and (
-            not batch.rows + joining or len(batch.rows) + len(joining) + waiting[0].num_trajectories <= max_rows
-        ):
-            request = waiting.popleft()
-            joining += [Row(request, index, [(version, 0)]) for index in range(request.num_trajectories)]
-        if joining:
-            batch.add(joining)
-        trajectories.update((trajectory.trajectory_id, trajectory) for _, trajectory in batch.step())
-    return [[trajectories[f"{r.group_id}#{index}"] for index in range(r.num_trajectories)] for r in requests]
-
-
 def check_job(job: JobSpec, staleness: int, reference_age: int) -> None:
-    """Refuse what the services can do and this loop cannot, instead of quietly doing something else.
+    """Refuse settings that only the services support.
 
     Raises:
         ConfigError: naming field, value and remedy.

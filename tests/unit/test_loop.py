@@ -14,7 +14,8 @@ import torch
 import jackpot.loop
 from jackpot.config import JobSpec, parse_job
 from jackpot.errors import ConfigError
-from jackpot.loop import Curve, Loop, run_loop
+from jackpot.experiment.inline import Curve, run_loop
+from jackpot.loop import Loop
 from jackpot.trajectory import Role
 
 MakeJob = Callable[..., JobSpec]
@@ -188,7 +189,7 @@ def test_text_is_that_of_each_token(make_job: MakeJob) -> None:
     """The tokenizer is one of characters: pieces and whole are the same text but for special tokens."""
     loop = Loop(make_job())
     trajectory = loop.sample()[0].trajectories[0]
-    assert "".join(loop.token_texts(trajectory)) == loop._prompts.text(trajectory.token_ids)
+    assert "".join(loop.token_texts(trajectory)) == loop._tokenizer.decode(trajectory.token_ids)
 
 
 def test_the_example_of_the_module_runs(make_job: MakeJob) -> None:

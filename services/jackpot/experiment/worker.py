@@ -22,8 +22,9 @@ from jackpot.demo.recipe import RECIPES, Recipe, builtin_models_missing, cache_r
 from jackpot.demo.warmup import make_models
 from jackpot.errors import JackpotError
 from jackpot.experiment.grid import Run
+from jackpot.experiment.inline import run_loop
 from jackpot.experiment.records import Result, make_result, write_result
-from jackpot.loop import Loop, run_loop
+from jackpot.loop import Loop
 from jackpot.process.children import ending_with_us
 from jackpot.storage.run_directory import RunFiles
 from jackpot.storage.run_records import read_accuracies, read_steps

@@ -22,10 +22,9 @@ from jackpot.config import JobSpec
 from jackpot.learner.kl_in_reward import sampled_logprobs
 from jackpot.learner.lambda_control import LambdaControl
 from jackpot.learner.reports.step_metrics import StepMeter
-from jackpot.scoring.batch import Batch
+from jackpot.scoring.batch import Batch, TokenArrays
 from jackpot.scoring.passes import model_inputs
 from jackpot.scoring.token_weights import TokenWeights
-from jackpot.scoring.tokens import TokenArrays
 from jackpot.trajectory import Role
 
 

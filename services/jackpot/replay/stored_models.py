@@ -15,9 +15,9 @@ from jackpot.compute.batching import ModelPass
 from jackpot.compute.model_weights import load_state
 from jackpot.compute.models import load_causal_lm, resolve_device
 from jackpot.config import JobSpec
+from jackpot.scoring.batch import SequenceSlice, parts_by_version, sequences_of, token_arrays
 from jackpot.scoring.passes import ModelPasses, ScoringRule
 from jackpot.scoring.score import Readings, read_models
-from jackpot.scoring.tokens import SequenceSlice, parts_by_version, sequences_of, token_arrays
 from jackpot.storage.job_storage import weight_store_of_run
 from jackpot.storage.run_directory import RunFiles
 from jackpot.trajectory import Role, ScoredGroup

@@ -1,4 +1,5 @@
-"""From groups to scored groups: flattened, shared out among ranks, scored by :mod:`jackpot.scoring.score`, cut up."""
+"""Turns groups into scored groups: flattens them, divides them among ranks, scores them with
+:mod:`jackpot.scoring.score`, and splits the scores by trajectory."""
 
 from __future__ import annotations
 
@@ -18,28 +19,28 @@ from jackpot.compute.ranks.partition import balanced_shares, plan_share
 from jackpot.compute.ranks.sharding import release
 from jackpot.config import JobSpec
 from jackpot.errors import ScoringError
+from jackpot.scoring.batch import SequenceSlice, parts_by_version, sequences_of, token_arrays
 from jackpot.scoring.passes import ModelPasses, ScoringRule, siblings_by_prompt
 from jackpot.scoring.score import ExactFigures, Scores, score_tokens
-from jackpot.scoring.tokens import SequenceSlice, parts_by_version, sequences_of, token_arrays
 from jackpot.trajectory import EXACT_KL, Group, ScoredGroup, TokenScores, Trajectory, deferred
 
 LOG = logging.getLogger(__name__)
 
 NO_NORMALIZER = "none"
-"""Stamped on groups of corrections that know no Z."""
+"""Stamped on groups where the correction has no Z."""
 
 
 def needs_actor(job: JobSpec) -> bool:
-    """Whether the job's normalizer runs the actor's own forward pass in the scorer.
+    """Whether the job's normalizer needs the actor's forward pass in the scorer.
 
-    With target = policy it does not: the learner makes the scores that count, and has no such pass either.
+    With target = policy it does not: the learner computes the scores that count, and has no such pass either.
     """
     obrs = job.algorithm.correction.obrs
     return obrs is not None and obrs.target != "policy" and obrs.needs_actor_forward
 
 
 class Target(Protocol):
-    """The target policy as it is now: :class:`jackpot.scorer.target.TargetPolicy` in the service."""
+    """The target policy in its present version: :class:`jackpot.scorer.target.TargetPolicy` in the service."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -47,11 +48,11 @@ class Target(Protocol):
 
     @property
     def version(self) -> int | None:
-        """Its version; None before the first."""
+        """The version of its weights; None before the first."""
 
     @property
     def obrs_lambda(self) -> float:
-        """λ that goes with it."""
+        """The λ published with that version."""
 
     @property
     def vocabulary(self) -> int:
@@ -65,25 +66,25 @@ class Actors(Protocol):
         """The actor with the weights of ``version``, until the next call.
 
         Raises:
-            WeightMissingError: that version is gone.
+            WeightMissingError: that version no longer exists.
         """
 
 
 _TrajectoryScores = tuple[TokenScores, list[float]]
-"""And KL before and after OBRS, summed over its tokens, where whole rows were looked at; else nothing."""
+"""With KL before and after OBRS, summed over its tokens, where whole rows were read; else an empty list."""
 
 
 class GroupScorer:
-    """Scores groups with the target policy as it is now.
+    """Scores groups with the target policy in its present version.
 
     Args:
         job: the job as resolved.
         target: the target policy.
         actors: the actor at the versions that sampled; required where :func:`needs_actor`.
-        ranks: the processes that score together, over which the models are sharded. Each passes its share of the
-            trajectories; all of them are to be asked for the same groups at once, and all get all scores.
-        has_varlen: whether torch has the kernel of attention by lengths; the target's model is switched to it then,
-            unless the job packs never.
+        ranks: the processes that score together, over which the models are sharded. Each runs its share of the
+            trajectories. All must be called with the same groups at the same time, and all receive all scores.
+        has_varlen: whether torch has the variable-length attention kernel. The target's model then uses it, unless the
+            job never packs.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class GroupScorer:
     ) -> None:
         self._obrs = job.algorithm.correction.obrs
         self._with_topk = self._obrs is not None and self._obrs.needs_candidates
-        # Where the learner makes the scores that count.
+        # Where the learner computes the scores that count.
         self._keeps_topk = self._obrs is not None and (self._obrs.target == "policy" or job.scorer.reuse_reference)
         self._job = job
         self._target = target
@@ -107,23 +108,23 @@ class GroupScorer:
         release(target.model)
 
     def check(self, groups: Sequence[Group]) -> None:
-        """Refuse what cannot be scored before anything is computed. Errors as :meth:`score_groups`."""
+        """Refuse groups that cannot be scored, before computing anything. Errors as :meth:`score_groups`."""
         if self._target.version is None:
             raise ScoringError("no version of the policy's weights is loaded yet. Wait until the scorer is ready.")
         for group in groups:
             check_group(group, self._target.vocabulary, with_topk=self._with_topk)
 
     def score_groups(self, groups: Sequence[Group]) -> list[ScoredGroup]:
-        """Score groups, all with one version of the policy. A group's scores do not depend on its company.
+        """Score groups, all with one version of the policy. A group's scores do not depend on the other groups.
 
         Raises:
             PayloadError: a group's arrays do not fit the model or the job.
             ScoringError: a score is not finite, or no policy version is loaded yet.
-            WeightMissingError: an actor version that sampled is gone.
+            WeightMissingError: an actor version that sampled no longer exists.
             WeightCorruptError: an actor version that sampled is damaged.
         """
         self.check(groups)
-        # Together goes what has one temperature and one k.
+        # Trajectories with the same temperature and k are scored together.
         alike: dict[tuple[float, int], list[Group]] = {}
         for group in groups:
             by_k: dict[int, list[Trajectory]] = {}
@@ -142,7 +143,7 @@ class GroupScorer:
         return [self._scored(group, [scores_by_trajectory[id(t)] for t in group.trajectories]) for group in groups]
 
     def _scored(self, group: Group, of_group: Sequence[_TrajectoryScores]) -> ScoredGroup:
-        """The group as the learner gets it: without what nobody asks for any more, with its exact divergences."""
+        """The group as the learner receives it: without data that is no longer needed, with its exact divergences."""
         assert self._target.version is not None
         group = group if self._keeps_topk else _without_topk(group)
         if any(exact_kl for _, exact_kl in of_group):
@@ -157,10 +158,10 @@ class GroupScorer:
         )
 
     def _score(self, groups: Sequence[Group], temperature: float) -> list[_TrajectoryScores]:
-        """The scores of each trajectory, of which all have one temperature and one k; a collective."""
+        """The scores of each trajectory; all have the same temperature and k. A collective."""
         groups = groups if self._with_topk else [_without_topk(group) for group in groups]
         sequences = sequences_of(groups)
-        # A function of the trajectories alone: every rank knows the share of every other.
+        # The shares depend on the trajectories alone, so every rank knows the share of every other.
         lengths = [sequence.num_inputs for sequence in sequences]
         shares = balanced_shares(lengths, self._ranks.size)
         attention = self._layout.attention
@@ -190,8 +191,8 @@ class GroupScorer:
         sequences: Sequence[SequenceSlice],
         shares: Sequence[Sequence[int]],
     ) -> Iterator[ModelPasses]:
-        """The actor at each version that sampled, each part on its trajectory's rank. In rows of their own: nobody asks
-        the actor what else it can do."""
+        """The actor at each version that sampled, each part on its trajectory's rank. The parts are not packed: the
+        actor's model may lack the attention for it."""
         for version, parts in parts_by_version(groups, sequences).items():
             part_indices = [
                 [index for index, (number, _) in enumerate(parts) if number in share] for share in map(set, shares)
@@ -220,6 +221,6 @@ def _summed_kl(exact: ExactFigures, where: slice) -> list[float]:
 
 
 def _without_topk(group: Group) -> Group:
-    """Top-k is most of a group's bytes, and after scoring nobody asks for it."""
+    """Top-k makes up most of a group's bytes, and nothing needs it after scoring."""
     trajectories = tuple(replace(t, topk_ids=None, topk_logprobs=None) for t in group.trajectories)
     return replace(group, trajectories=trajectories)

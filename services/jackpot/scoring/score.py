@@ -1,7 +1,7 @@
 """OBRS scores of tokens: log p_t, the acceptance and its mask, the ingredients of Z (paper §3, §4.4).
 
-Scorer, learner and replay all score here. The first half asks the models, pass by pass, whichever normalizer it is:
-:func:`read_models`. The second accepts: :func:`accept_tokens`. :func:`score_tokens` is both.
+Scorer, learner and replay all score here. :func:`read_models` runs the models, pass by pass, for any normalizer.
+:func:`accept_tokens` then accepts tokens. :func:`score_tokens` does both.
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from jackpot.algorithm.normalizer import Candidates, NormalizerParts, estimate_normalizer
-from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance_uniforms
+from jackpot.algorithm.obrs import (
+    Candidates,
+    NormalizerParts,
+    acceptance_mask,
+    acceptance_probs,
+    acceptance_uniforms,
+    estimate_normalizer,
+)
 from jackpot.compute.ranks.group import SOLO, Ranks
+from jackpot.scoring.batch import SequenceSlice, TokenArrays
 from jackpot.scoring.passes import ModelPasses, ScoringRule, rows_of
-from jackpot.scoring.tokens import SequenceSlice, TokenArrays
 from jackpot.scoring.whole_rows import read_whole_rows
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ExactFigures:
-    """What whole rows of both models say at N positions; [N] float32."""
+    """Exact figures from whole rows of both models at N positions; [N] float32."""
 
     normalizer: Tensor  # Z
     kl_before: Tensor  # KL(p_t ‖ p_inf)
@@ -31,20 +37,20 @@ class ExactFigures:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LambdaReadings:
-    """What goes with one λ."""
+    """The figures for one λ."""
 
     parts: NormalizerParts
-    exact: ExactFigures | None  # None where nobody looks at whole rows
+    exact: ExactFigures | None  # None unless whole rows were read
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Readings:
-    """What the models say about N tokens."""
+    """What the models give for N tokens."""
 
     lambdas: tuple[float, ...]  # none without OBRS
     figures: Tensor
-    """[1 + F · lambdas, N] float32: log p_t of the sampled tokens, and for each λ head, tail and mass; of whole rows Z
-    and KL before and after OBRS, too."""
+    """[1 + F · lambdas, N] float32: log p_t of the sampled tokens, then head, tail and mass for each λ. Whole rows also
+    give Z and KL before and after OBRS."""
 
     @property
     def target_logprobs(self) -> Tensor:
@@ -52,7 +58,7 @@ class Readings:
         return self.figures[0]
 
     def at(self, obrs_lambda: float) -> LambdaReadings:
-        """What goes with one of the λ."""
+        """The figures for one of the λ."""
         of_lambda = self.figures[1:].chunk(len(self.lambdas))[self.lambdas.index(obrs_lambda)]
         head, tail, mass, *exact = of_lambda
         return LambdaReadings(
@@ -62,13 +68,13 @@ class Readings:
 
     @classmethod
     def join(cls, parts: Sequence[Readings]) -> Readings:
-        """Those of consecutive tokens, which were asked about alike."""
+        """The readings of consecutive runs of tokens, all read for the same λ."""
         return cls(parts[0].lambdas, torch.cat([part.figures for part in parts], dim=1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """N tokens with their scores; ``tokens.reference_logprobs`` are the target's."""
+    """N tokens with their scores. ``tokens.reference_logprobs`` are the target's."""
 
     tokens: TokenArrays
     exact: ExactFigures | None
@@ -82,16 +88,16 @@ def score_tokens(
     actors: Iterable[ModelPasses] | None = None,
     ranks: Ranks = SOLO,
 ) -> Scores:
-    """Score tokens by the target policy; a collective.
+    """Score tokens with the target policy; a collective.
 
     Args:
-        tokens: what was sampled, with the actor's top-k unless whole rows are looked at.
-        target: θ, and this rank's passes of the whole sequences. Its tokens need not be all N.
-        rule: what is asked.
+        tokens: the sampled tokens, with the actor's top-k unless whole rows are read.
+        target: θ, and this rank's passes of whole sequences. They need not cover all N tokens.
+        rule: what to compute.
         obrs_lambda: λ.
-        actors: the actor at each version that sampled, with this rank's passes of its parts; None where
-            nobody asks it. The next is taken once the passes of the one before are done.
-        ranks: who passes the other sequences; all get all scores.
+        actors: the actor at each version that sampled, with this rank's passes of its parts; None if the actor is
+            not run. The next one is requested once the previous one's passes are done.
+        ranks: the processes that run the other sequences; all receive all scores.
     """
     readings = read_models(tokens, target, rule, [obrs_lambda], actors, ranks)
     tokens = replace(tokens, reference_logprobs=readings.target_logprobs)
@@ -108,11 +114,10 @@ def score_tokens(
 def accept_tokens(
     tokens: TokenArrays, sequences: Sequence[SequenceSlice], obrs_lambda: float, job_seed: int
 ) -> TokenArrays:
-    """The tokens with their acceptance probabilities and mask at λ; the target's log-probabilities stand in
-    ``reference_logprobs``. A trajectory's mask is the same on any worker.
+    """The tokens with their acceptance probabilities and mask at λ. A trajectory's mask is the same on any worker.
 
     Args:
-        tokens: N of them.
+        tokens: N tokens; ``reference_logprobs`` holds the target's log-probabilities.
         sequences: whole trajectories, in the order of the tokens.
         obrs_lambda: λ.
         job_seed: seeds the mask.
@@ -128,7 +133,7 @@ def with_parts(tokens: TokenArrays, parts: NormalizerParts) -> TokenArrays:
     return replace(tokens, normalizer_head=parts.head, normalizer_tail=parts.tail, topk_mass=parts.mass)
 
 
-@torch.no_grad()  # not inference_mode: FSDP's bookkeeping does not know it
+@torch.no_grad()  # not inference_mode, which FSDP does not support
 def read_models(
     tokens: TokenArrays,
     target: ModelPasses,
@@ -137,13 +142,13 @@ def read_models(
     actors: Iterable[ModelPasses] | None = None,
     ranks: Ranks = SOLO,
 ) -> Readings:
-    """Ask the target, and the actors where there are any, about every token, for several λ at once.
+    """Run the target, and the actors where given, over every token, for several λ at once.
 
     Arguments as :func:`score_tokens`.
     """
     lambdas = lambdas if rule.obrs is not None else []
     num_figures = 6 if rule.whole_rows else 3
-    # Each token is read on one rank and 0 on the others, so that a sum over ranks puts the call together.
+    # One rank reads each token and the others leave it 0, so that the sum over ranks holds all of them.
     figures_of_tokens = torch.zeros(1 + num_figures * len(lambdas), len(tokens.token_ids))
     if rule.obrs is None:
         for places, hidden in target.hidden():
@@ -163,11 +168,11 @@ def read_models(
     return Readings(tuple(lambdas), figures_of_tokens)
 
 
-_Seen = tuple[Tensor, Tensor, Candidates]  # places [n] among the N, log p_t [n], candidates at n positions
+_Seen = tuple[Tensor, Tensor, Candidates]  # positions [n] among the N, log p_t [n], candidates at n positions
 
 
 def _candidates(tokens: TokenArrays, target: ModelPasses, rule: ScoringRule, top_k: int) -> Iterator[_Seen]:
-    """The actor's returned top-k and the target's own, one pass at a time."""
+    """The actor's returned top-k and the target's top-k, one pass at a time."""
     assert tokens.topk_ids is not None and tokens.topk_logprobs is not None
     for places, hidden in target.hidden():
         actor_ids = tokens.topk_ids[places].to(hidden.device)
@@ -187,7 +192,7 @@ def _candidates(tokens: TokenArrays, target: ModelPasses, rule: ScoringRule, top
 def _with_exact_actor(
     seen: Iterable[_Seen], actors: Iterable[ModelPasses], rule: ScoringRule, num_tokens: int
 ) -> Iterator[_Seen]:
-    """The same with p_inf exact on all candidates, by the actors' own forward passes."""
+    """The same with exact p_inf on all candidates, from the actors' forward passes."""
     passes = list(seen)
     row_of = rows_of([places for places, *_ in passes], num_tokens)
     unions = [torch.cat([candidates.actor_ids, candidates.target_ids], dim=1) for *_, candidates in passes]

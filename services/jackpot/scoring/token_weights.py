@@ -11,9 +11,9 @@ from torch import Tensor
 
 from jackpot.algorithm.corrections import Correction, SampledTokens
 from jackpot.algorithm.corrections.jackpot import JackpotCorrection
-from jackpot.algorithm.normalizer import Normalizer, calibrate, mean_acceptance, normalizer_with
+from jackpot.algorithm.obrs import Normalizer, calibrate, mean_acceptance, normalizer_with
 from jackpot.compute.ranks.group import SOLO, Ranks
-from jackpot.scoring.tokens import TokenArrays
+from jackpot.scoring.batch import TokenArrays
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -22,14 +22,14 @@ class TokenWeights:
 
     weight: Tensor  # [N] float32, ρ after clipping
     raw_weight: Tensor  # [N] float32, ρ before clipping
-    clipped_c1: Tensor  # [N] bool; without OBRS, where the correction's own bound cut or masked it
+    clipped_c1: Tensor  # [N] bool; without OBRS: where the correction's bound cut or masked the weight
     clipped_c2: Tensor  # [N] bool
     mask: Tensor  # [N] float32, Bernoulli draw or acceptance probability; 1 without OBRS
     acceptance_probs: Tensor  # [N] float32
     normalizer: Tensor  # [N] float32, Z
     topk_mass: Tensor  # [N] float32
     target_logprobs: Tensor  # [N] float32, log p_t
-    obrs_lambda: Tensor  # [N] float32, λ; 0, which rejects nothing, without OBRS
+    obrs_lambda: Tensor  # [N] float32, λ; without OBRS 0, which rejects nothing
     bias_correction: float  # κ or τ, before τ is clipped to [0, 1]
 
     def select(self, index: Tensor) -> TokenWeights:
@@ -38,7 +38,7 @@ class TokenWeights:
         return TokenWeights(**values | {name: v[index] for name, v in values.items() if isinstance(v, Tensor)})
 
     def split(self, counts: Sequence[int]) -> list[TokenWeights]:
-        """Consecutive parts of so many tokens each."""
+        """Consecutive parts with these numbers of tokens."""
         positions = torch.split(torch.arange(sum(counts)), list(counts))
         return [self.select(index) for index in positions]
 
@@ -52,13 +52,12 @@ def token_weights(
     """Weights of a whole batch, with the batch scalar of Z calibrated over exactly these tokens.
 
     Args:
-        tokens: acceptance, mask, λ and normalizer ingredients belong to the target; its log-probabilities stand in
-            ``reference_logprobs`` of the arrays when the target is the reference.
-        correction: which correction; Z, mask and λ count only where it rejects.
-        reference_logprobs: log p_ref when the target is the policy (``tokens.reference_logprobs`` then holds the
-            target's), else None.
-        ranks: rank 0 has all of the batch's tokens and calibrates for the others, which may lack some; those get no
-            meaningful weights there.
+        tokens: acceptance, mask, λ and normalizer ingredients belong to the target. ``reference_logprobs`` holds the
+            target's log-probabilities.
+        correction: the correction. Z, mask and λ matter only if it rejects tokens.
+        reference_logprobs: log p_ref if the target is the policy, else None.
+        ranks: rank 0 has all of the batch's tokens and calibrates for the others. Tokens that another rank lacks get
+            meaningless weights there.
     """
     obrs = correction.obrs
     if obrs is None:

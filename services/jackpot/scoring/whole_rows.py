@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from jackpot.algorithm.diagnostics import exact_kl_before_and_after
-from jackpot.algorithm.normalizer import Candidates, estimate_normalizer, full_normalizer
+from jackpot.algorithm.obrs import Candidates, estimate_normalizer, full_normalizer
 from jackpot.algorithm.vocabulary import iterate_logprobs
 from jackpot.compute.models import output_head
+from jackpot.scoring.batch import TokenArrays
 from jackpot.scoring.passes import ModelPasses, ScoringRule, rows_of
-from jackpot.scoring.tokens import TokenArrays
 
 
 def read_whole_rows(
@@ -24,7 +24,7 @@ def read_whole_rows(
     lambdas: Sequence[float],
     actors: Iterable[ModelPasses],
 ) -> None:
-    """Fill in all figures, [1 + 6 · lambdas, N], from whole rows of both models, a slice of tokens at a time."""
+    """Fill in all figures, [1 + 6 · lambdas, N], from whole rows of both models, one slice of tokens at a time."""
     assert rule.obrs is not None
     name = rule.obrs.normalizer
     passes = list(target.hidden())
@@ -55,7 +55,7 @@ def read_whole_rows(
 def _rows_of_both(
     target: ModelPasses, target_hidden: Tensor, actor: ModelPasses, actor_hidden: Tensor, rule: ScoringRule
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Log-probabilities of both models, [c, V] each, by slices of the tokens."""
+    """Log-probabilities of both models, [c, V] each, for one slice of the tokens at a time."""
     by_slices = partial(iterate_logprobs, temperature=rule.temperature, chunk_tokens=rule.chunk_tokens)
     target_rows = by_slices(target_hidden, output_head(target.model))
     actor_rows = by_slices(actor_hidden, output_head(actor.model))
@@ -64,7 +64,7 @@ def _rows_of_both(
 
 
 def _candidates_of_rows(p_target: Tensor, p_actor: Tensor, rule: ScoringRule, target_top_k: int) -> Candidates:
-    """What an estimator gets to see: the actor's top-k in the precision of the wire, and the target's own."""
+    """What an estimator sees: the actor's top-k in the precision in which it is sent, and the target's top-k."""
     vocabulary = p_target.shape[-1]
     actor = p_actor.topk(min(rule.actor_top_k, vocabulary), dim=-1)
     target = p_target.topk(min(target_top_k, vocabulary), dim=-1)

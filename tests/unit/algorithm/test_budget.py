@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jackpot.algorithm.budget import acceptance_at, smoothed_lambda, solve_lambda
-from jackpot.algorithm.normalizer import full_normalizer
+from jackpot.algorithm.obrs import full_normalizer
 
 BOUNDS = {"lower": 1e-3, "upper": 1e3}
 

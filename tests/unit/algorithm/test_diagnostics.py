@@ -13,8 +13,7 @@ from jackpot.algorithm.diagnostics import (
     kl_before_and_after,
     ratio_quantiles,
 )
-from jackpot.algorithm.normalizer import full_normalizer
-from jackpot.algorithm.obrs import acceptance_probs
+from jackpot.algorithm.obrs import acceptance_probs, full_normalizer
 
 
 def rows(seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jackpot.algorithm.normalizer import full_normalizer
-from jackpot.algorithm.obrs import acceptance_probs
+from jackpot.algorithm.obrs import acceptance_probs, full_normalizer
 
 EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 LOGIT = st.floats(min_value=-8.0, max_value=8.0)

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from jackpot.algorithm.corrections import SampledTokens
 from jackpot.algorithm.corrections.jackpot import JackpotCorrection, NormalizerName, jackpot_weights
-from jackpot.algorithm.normalizer import full_normalizer
 from jackpot.algorithm.objective import policy_loss_sum, token_denominator, token_shares
-from jackpot.algorithm.obrs import acceptance_probs
+from jackpot.algorithm.obrs import acceptance_probs, full_normalizer
 
 ACTOR = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64).log()
 REFERENCE = torch.tensor([0.1, 0.3, 0.25, 0.35], dtype=torch.float64).log()

@@ -10,7 +10,7 @@ from tolerances import gamma, rounding
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jackpot.algorithm.normalizer import full_normalizer
+from jackpot.algorithm.obrs import full_normalizer
 from jackpot.algorithm.output_head import OutputHead, token_slices
 from jackpot.algorithm.vocabulary import differentiable_token_logprobs, iterate_logprobs, token_logprobs
 

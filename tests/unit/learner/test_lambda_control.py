@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jackpot.algorithm.budget import acceptance_at
-from jackpot.algorithm.normalizer import mean_acceptance
+from jackpot.algorithm.obrs import mean_acceptance
 from jackpot.config import AlgorithmConfig
 from jackpot.learner.lambda_control import LambdaControl
 from jackpot.scoring.batch import build_batch

@@ -19,8 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from jackpot.compute.ranks.partition import batch_shares, filler_row
-from jackpot.scoring.batch import Batch, cut_group
-from jackpot.scoring.tokens import SequenceSlice, TokenArrays, token_arrays
+from jackpot.scoring.batch import Batch, SequenceSlice, TokenArrays, cut_group, token_arrays
 from jackpot.trajectory import ScoredGroup
 
 _HEAD = struct.Struct("<Q")  # size of the JSON part

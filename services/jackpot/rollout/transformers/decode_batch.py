@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -178,6 +180,43 @@ class DecodeBatch:
             self._cache.select(places)
             self.rows = [self.rows[place] for place in places]
         self._any_greedy = any(row.request.sampling.temperature == 0 for row in self.rows)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, requests: Sequence[GroupRequest], version: int, max_rows: int
+) -> list[list[Trajectory]]:
+    """Sample groups to their ends; the trajectories of each request, in order.
+
+    Args:
+        model: what samples, from ``load_causal_lm``.
+        requests: the groups.
+        version: the weight version stamped on every token.
+        max_rows: how many trajectories are decoded concurrently, whole groups at a time.
+    """
+    trajectories: dict[str, Trajectory] = {}
+    batch = DecodeBatch(model, eos_token_ids(model))
+    waiting = deque(requests)
+    while waiting or batch.rows:
+        joining: list[Row] = []
+        while waiting and (
+            not batch.rows + joining or len(batch.rows) + len(joining) + waiting[0].num_trajectories <= max_rows
+        ):
+            request = waiting.popleft()
+            joining += [Row(request, index, [(version, 0)]) for index in range(request.num_trajectories)]
+        if joining:
+            batch.add(joining)
+        trajectories.update((trajectory.trajectory_id, trajectory) for _, trajectory in batch.step())
+    return [[trajectories[f"{r.group_id}#{index}"] for index in range(r.num_trajectories)] for r in requests]
+
+
+def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """The tokens that end a completion, from generation_config.json or else config.json."""
+    for config in (model.generation_config, model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+    return ()
 
 
 def _joined(parts: Iterable[RowCache]) -> RowCache:

@@ -25,7 +25,7 @@ from jackpot.compute.model_weights import apply_state, read_state
 from jackpot.compute.models import output_head
 from jackpot.errors import EngineError, QueueFullError
 from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits, check_request
-from jackpot.rollout.transformers.decode_batch import DecodeBatch
+from jackpot.rollout.transformers.decode_batch import DecodeBatch, eos_token_ids
 from jackpot.rollout.transformers.rows import Row
 from jackpot.trajectory import Trajectory
 
@@ -308,15 +308,6 @@ class TransformersEngine:
             self._batch.clear()
             self._fail(requests, EngineError(f"decoding failed ({type(error).__name__}: {error})."))
             return None
-
-
-def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """The tokens that end a completion, from generation_config.json or else config.json."""
-    for config in (model.generation_config, model.config):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
-    return ()
 
 
 def _uncancellable() -> Future[None]:

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from jackpot.errors import EngineError
 from jackpot.rollout.engine import GroupRequest
 from jackpot.rollout.transformers import engine as engine_module
-from jackpot.rollout.transformers.decode_batch import PREFILL_TOKENS
-from jackpot.rollout.transformers.engine import TransformersEngine, eos_token_ids
+from jackpot.rollout.transformers.decode_batch import PREFILL_TOKENS, eos_token_ids
+from jackpot.rollout.transformers.engine import TransformersEngine
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jackpot.algorithm.corrections.jackpot import NormalizerName
-from jackpot.algorithm.normalizer import (
+from jackpot.algorithm.obrs import (
     Candidates,
+    acceptance_probs,
     calibrate_kappa,
     calibrate_tau,
     estimate_normalizer,
@@ -21,7 +22,6 @@ from jackpot.algorithm.normalizer import (
     union_kappa_normalizer,
     union_tail_normalizer,
 )
-from jackpot.algorithm.obrs import acceptance_probs
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 LAMBDAS = st.sampled_from([0.1, 0.5, 1.0, 2.0, 10.0])
