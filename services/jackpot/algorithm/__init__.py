@@ -1,1 +1,1 @@
-"""What the paper says, as pure functions: tensors in, tensors out, in log space."""
+"""The paper's equations as pure functions: tensors in, tensors out, in log space."""

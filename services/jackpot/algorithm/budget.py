@@ -1,8 +1,8 @@
-"""The acceptance rate as the knob: λ found for it on each batch (theorem 3.4 says there is one). Beyond the paper.
+"""Sets the acceptance rate by solving for λ on each batch (theorem 3.4 says that λ exists). Beyond the paper.
 
-mean(min(1, s/λ)) over sampled tokens, s = p_t/p_inf, is an unbiased estimate of the acceptance rate at λ and falls
-monotonically with λ: the λ of a wanted rate is where bisection ends. From max s on what is accepted follows p_t
-exactly, and a larger λ would reject more for nothing: the rate is a floor, which a small mismatch does not use up.
+With s = p_t/p_inf, mean(min(1, s/λ)) over sampled tokens is an unbiased estimate of the acceptance rate at λ. It falls
+monotonically with λ, so bisection finds the λ of a given rate. At λ = max s the accepted tokens follow p_t exactly, and
+a larger λ would reject more without benefit. The rate is therefore a floor: with a small mismatch more is accepted.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from torch import Tensor
 
 from jackpot.algorithm.obrs import acceptance_probs
 
-_BISECTIONS = 50  # each halves the interval in log λ: from any sensible bounds to below the rounding of float64
+_BISECTIONS = 50  # each halves the interval in log λ: enough to go from any sensible bounds to below float64 rounding
 
 
 def solve_lambda(
     target_logprobs: Tensor, actor_logprobs: Tensor, acceptance_rate: float, *, lower: float, upper: float
 ) -> float:
-    """The λ in [lower, upper], at most max s, at which these tokens are accepted at ``acceptance_rate`` on average.
+    """The λ in [lower, upper], at most max s, at which the mean acceptance of these tokens is ``acceptance_rate``.
 
     Args:
-        target_logprobs: log p_t of the sampled tokens, [tokens]; all of them, not the accepted ones alone.
+        target_logprobs: log p_t of all sampled tokens, not only the accepted ones, [tokens].
         actor_logprobs: log p_inf of the same tokens.
-        acceptance_rate: in (0, 1]. At 1 any λ up to the smallest ratio would do; the largest such is returned.
-        lower: least λ, > 0; returned where even it accepts less.
-        upper: greatest λ; where even it, or :func:`greatest_lambda` below it, accepts more, that is returned.
+        acceptance_rate: in (0, 1]. At 1 any λ up to the smallest ratio would do; the largest of these is returned.
+        lower: least λ, > 0; returned if even this λ accepts less.
+        upper: greatest λ. If it, or a smaller :func:`greatest_lambda`, still accepts more, that λ is returned.
     """
     target, actor = target_logprobs.detach().double(), actor_logprobs.detach().double()
     finite = target.isfinite() & actor.isfinite()
     target, actor = target[finite], actor[finite]
 
     def accepts_enough(log_lambda: float) -> bool:
-        # A rate of exactly 1 is a mean of ones, up to rounding.
+        # A rate of exactly 1 is a mean of ones up to rounding.
         return float(acceptance_probs(target, actor, math.exp(log_lambda)).mean()) >= acceptance_rate - 1e-12
 
     greatest = greatest_lambda(target, actor, lower=lower, upper=upper)
@@ -50,9 +50,9 @@ def solve_lambda(
 
 
 def greatest_lambda(target_logprobs: Tensor, actor_logprobs: Tensor, *, lower: float, upper: float) -> float:
-    """max s over these tokens, [tokens] each, within [lower, upper]: where rejection has aligned all that it can.
+    """max s over these tokens, [tokens] each, limited to [lower, upper]: a larger λ improves alignment no further.
 
-    ``upper`` for no token with a finite score.
+    ``upper`` if no token has a finite score.
     """
     log_ratio = (target_logprobs.detach() - actor_logprobs.detach()).double()
     log_ratio = log_ratio[log_ratio.isfinite()]
@@ -67,7 +67,7 @@ def smoothed_lambda(previous: float, solved: float, smoothing: float) -> float:
 
 
 def acceptance_at(target_logprobs: Tensor, actor_logprobs: Tensor, obrs_lambda: float) -> float:
-    """mean(min(1, s/λ)): the acceptance rate that a λ would have had on these tokens; 1 for no token."""
+    """mean(min(1, s/λ)): the acceptance rate of these tokens at λ; 1 for no tokens."""
     if not target_logprobs.numel():
         return 1.0
     return float(torch.mean(acceptance_probs(target_logprobs.double(), actor_logprobs.double(), obrs_lambda)))

@@ -1,4 +1,4 @@
-"""What a batch tells about the mismatch between target and actor, before and after OBRS. No gradients, float64."""
+"""Measures of the mismatch between target and actor, before and after OBRS. No gradients; float64."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LEAST_NORMALIZER = 1e-6  # a Z estimated as 0 at an accepted token would make the KL after OBRS infinite
+_LEAST_NORMALIZER = 1e-6  # an estimate Z = 0 at an accepted token would make the KL after OBRS infinite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KlEstimate:
-    """KL from the target to what the tokens come from, in nats per token; the mean over the batch's positions."""
+    """KL from the target to the tokens' distribution, in nats per token; the mean over the batch's positions."""
 
     before: float  # KL(p_t ‖ p_inf)
     after: float  # KL(p_t ‖ p'_inf), of accepted tokens
@@ -25,8 +25,8 @@ def kl_before_and_after(
     """Both KLs from all sampled tokens (accepted or not), each by an unbiased estimate that is never negative.
 
     With s = p_t/p_inf and w = p_t/p'_inf = Z·max(λ, s): KL before = E[s·log s − s + 1] and KL after
-    = E[s·log w − s + a/Z], expectations over p_inf; what is added to s·log s and s·log w has mean zero. The second is
-    unbiased where Z is exact.
+    = E[s·log w − s + a/Z], with expectations over p_inf. The terms added to s·log s and s·log w have mean zero. The
+    second estimate is unbiased if Z is exact.
 
     Args:
         target_logprobs: log p_t of the sampled tokens, [tokens].
@@ -61,10 +61,10 @@ def exact_kl_before_and_after(
 
 
 def effective_sample_ratio(weights: Tensor) -> float:
-    """(Σw)² / (N·Σw²): 1 when all weights are equal, 1/N when one token carries everything, 0 when none has any.
+    """(Σw)² / (N·Σw²): 1 if all weights are equal, 1/N if one token has all the weight, 0 if all weights are 0.
 
     Args:
-        weights: what multiplies each token's loss, mask included, [tokens].
+        weights: the factor of each token's loss, including its mask, [tokens].
     """
     values = weights.detach().double()
     if not values.any():
@@ -73,11 +73,11 @@ def effective_sample_ratio(weights: Tensor) -> float:
 
 
 def ratio_quantiles(target_logprobs: Tensor, actor_logprobs: Tensor, quantiles: Sequence[float]) -> list[float]:
-    """Quantiles of p_t/p_inf over sampled tokens, before any clip; nan for no token."""
+    """Quantiles of p_t/p_inf over sampled tokens, before clipping; nan for no tokens."""
     log_ratio = (target_logprobs.detach() - actor_logprobs.detach()).double()
     if not log_ratio.numel():
         return [float("nan")] * len(quantiles)
-    # By sorting: torch.quantile refuses more than 16 million values.
+    # Sorted here because torch.quantile refuses more than 16 million values.
     ordered = log_ratio.sort().values
     places = torch.tensor(quantiles, dtype=torch.float64) * (len(ordered) - 1)
     return [float(ordered[round(place)].exp()) for place in places.tolist()]

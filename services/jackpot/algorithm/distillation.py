@@ -1,4 +1,4 @@
-"""L_distill: forward KL from policy to actor over the full vocabulary (paper eq. 7), a slice of tokens at a time."""
+"""L_distill: forward KL from policy to actor over the full vocabulary (paper eq. 7), one slice of tokens at a time."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def forward_kl(
 ) -> Tensor:
     """KL(SG(p_new) ‖ p_ω) = Σ_x p_new(x) (log p_new(x) − log p_ω(x)) at each token, in nats; eq. 7.
 
-    [tokens, vocabulary] is never held: the backward pass computes each slice of both models anew. The loss is the
-    (weighted) mean of what is returned, and ``.detach()`` of it the per-token record.
+    A tensor of [tokens, vocabulary] is never held: the backward pass recomputes each slice of both models. The loss is
+    the (weighted) mean of the result; the detached result is the per-token record.
 
     Args:
-        policy_hidden: [T, H_policy], states that predict the trajectories' tokens; no gradient flows here,
-        policy_head: nor here.
-        actor_hidden: [T, H_actor]; gets a gradient, as do
-        actor_head: its weight and bias.
+        policy_hidden: [T, H_policy], states that predict the trajectories' tokens; receives no gradient.
+        policy_head: receives no gradient.
+        actor_hidden: [T, H_actor]; receives a gradient.
+        actor_head: its weight and bias receive a gradient.
         temperature: divides both models' logits.
         chunk_tokens: tokens per slice, see :func:`token_slices`.
-        kernel: which; see :func:`uses_triton`.
+        kernel: the implementation; see :func:`uses_triton`.
 
     Returns:
         [T], float32.

@@ -1,10 +1,12 @@
-"""λ_distill that follows the measured KL(policy ‖ actor) to a set point. Beyond the paper, which leaves it open (§8).
+"""Controls λ_distill so that the measured KL(policy ‖ actor) reaches a set point. Beyond the paper, which leaves this
+open (§8).
 
-A proportional-integral controller in logarithms, since both λ_distill and the KL are positive and work by factors.
-λ_distill alone keeps the actor from falling behind, but not from coming nearer than it need: its own loss leads it to
-the same answers, and an optimizer like AdamW is indifferent to the scale of a loss. So the nearer the KL is to the
-target, the lower the actor's learning rate, too, by the *pace*; at the target the actor waits until the policy has
-moved on. Nothing but that brings the KL up again: the pace falls gradually, so that the actor does not run past.
+The controller is proportional-integral and works in logarithms, because λ_distill and the KL are positive and act as
+factors. λ_distill alone keeps the actor from falling behind, but not from coming closer than necessary: the actor's
+PPO loss leads it to the same answers, and an optimizer like AdamW ignores the scale of a loss. The closer the KL is to
+the target, the lower the actor's learning rate therefore is, by the *pace*. At the target the actor waits until the
+policy has moved. Only the policy's movement raises the KL again, so the pace falls gradually and the actor does not
+overshoot.
 """
 
 from __future__ import annotations
@@ -13,37 +15,37 @@ import math
 from dataclasses import dataclass
 
 FULL_PACE_FACTOR = 2.0
-"""The actor learns at its full rate where the KL is this many times the target, more slowly in proportion to the log of
-the factor below, and not at all at the target. A narrow band turns a noisy batch into a full step, and the KL ends a
-standard deviation of that noise below the target."""
+"""The actor learns at its full rate if the KL is this many times the target or more. Below, the rate is proportional to
+the log of KL/target, and at the target it is 0. A narrow band turns a noisy batch into a full step, and the KL then
+ends a standard deviation of that noise below the target."""
 
 GREATEST_ERROR = 1.0
-"""A KL off by more than a factor e counts as one by e, so that a single wild batch moves the weight little."""
+"""A KL off by more than a factor e counts as off by e, so that a single outlier batch moves the weight little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KlControlSettings:
-    """What the controller is told. Gains are changes of log λ_distill per unit of log(KL/target)."""
+    """The controller's settings. Gains are changes of log λ_distill per unit of log(KL/target)."""
 
     target: float  # nats per token, > 0
     initial: float  # λ_distill at the start, within the bounds
     lower: float  # least λ_distill, > 0
     upper: float  # greatest
-    proportional: float  # gain on the error as it is
-    integral: float  # gain per update on the error summed up
+    proportional: float  # gain on the present error
+    integral: float  # gain per update on the accumulated error
     smoothing: float  # weight of the past in the smoothed log KL, in [0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KlControlState:
-    """What the controller remembers; to be checkpointed."""
+    """The controller's state, kept in checkpoints."""
 
-    integral: float = 0.0  # part of log λ_distill that the integrator holds
+    integral: float = 0.0  # the integrator's part of log λ_distill
     log_kl: float | None = None  # smoothed; None before the first measurement
     weight: float  # λ_distill in force
 
     def pace(self, target: float) -> float:
-        """What the actor's learning rate is multiplied by, in [0, 1]: 0 up to ``target``, in nats per token."""
+        """The factor of the actor's learning rate, in [0, 1]; 0 up to ``target``, in nats per token."""
         if self.log_kl is None:
             return 1.0
         return max(0.0, min(1.0, (self.log_kl - math.log(target)) / math.log(FULL_PACE_FACTOR)))
@@ -55,13 +57,13 @@ def initial_state(settings: KlControlSettings) -> KlControlState:
 
 
 def update(state: KlControlState, kl: float, settings: KlControlSettings) -> KlControlState:
-    """The state after a measurement: more weight where the KL is above its target, less where it is below.
+    """The state after a measurement: more weight if the KL is above its target, less if it is below.
 
-    Anti-windup: while the weight is at a bound, the integrator does not run further beyond it, so that it leaves the
-    bound with the first error of the other sign. A KL that is not finite or not positive changes nothing.
+    Anti-windup: while the weight is at a bound, the integrator stops there, so that the weight leaves the bound at the
+    first error of the other sign. A KL that is not finite or not positive changes nothing.
 
     Args:
-        state: the state before.
+        state: the previous state.
         kl: mean KL(policy ‖ actor) of the latest optimizer step, in nats per token.
         settings: target, bounds and gains.
     """

@@ -1,4 +1,4 @@
-"""A model's output layer, applied to a slice of tokens at a time: whole rows of logits exist for one slice only."""
+"""A model's output layer, applied to one slice of tokens at a time: only one slice has whole rows of logits."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 DEFAULT_CHUNK_TOKENS = 128
-"""Tokens per slice. At a vocabulary of 150,000 a slice is 78 MB and the matrix product is as fast as the whole one."""
+"""Tokens per slice. With a vocabulary of 150,000 a slice is 78 MB, and its matrix product runs at full speed."""
 
 VocabularyKernel = Literal["auto", "torch", "triton"]
-"""What computes a vocabulary pass; ``auto`` is decided by :func:`uses_triton`."""
+"""The implementation of a vocabulary pass; :func:`uses_triton` resolves ``auto``."""
 
 _SMALL_SLICE = 1 << 22
-"""Elements (16 MB of float32) that a slice may always have, so that a small vocabulary does not mean many slices."""
+"""Elements that a slice may always have (16 MB of float32), so that a small vocabulary does not cause many slices."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputHead:
     """From a hidden state h ``[H]`` to logits ``[V]``: softcap · tanh(scale · (W h + b) / softcap).
 
-    The tensors are the model's own, not copies: gradients flow into them and weight swaps show.
+    The tensors belong to the model and are not copies: gradients flow into them, and weight swaps take effect.
     """
 
     weight: Tensor  # [V, H]
@@ -34,7 +34,7 @@ class OutputHead:
     scale: float = 1.0  # 1.0 in most architectures
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of hidden states ``[..., H]``, all at once and in the weight's number format."""
+        """Logits ``[..., V]`` of hidden states ``[..., H]``, all at once, in the weight's number format."""
         logits = nn.functional.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -44,7 +44,7 @@ class OutputHead:
 
 
 def token_slices(num_tokens: int, vocabulary: int, chunk_tokens: int) -> Iterator[slice]:
-    """Consecutive slices of [0, num_tokens): of ``chunk_tokens``, or more where the vocabulary is small.
+    """Consecutive slices of [0, num_tokens), of ``chunk_tokens`` each, or more if the vocabulary is small.
 
     Raises:
         ValueError: ``chunk_tokens`` is not positive.
@@ -57,11 +57,11 @@ def token_slices(num_tokens: int, vocabulary: int, chunk_tokens: int) -> Iterato
 
 
 def uses_triton(kernel: VocabularyKernel, *tensors: OutputHead | Tensor) -> bool:
-    """Whether the fused GPU programs do a pass over these heads and hidden states.
+    """Whether the fused GPU programs run a pass over these heads and hidden states.
 
-    ``auto``: where Triton is installed and everything is in half precision, with rows of whole 16 bytes, on a Hopper
-    GPU or a newer one. Older ones cannot fetch tiles by themselves, and tensor cores cannot multiply float32 exactly:
-    there slices through the library's matrix product are as fast.
+    ``auto`` uses them if Triton is installed and everything is in half precision, with rows of a multiple of 16 bytes,
+    on a Hopper or newer GPU. Older GPUs cannot fetch tiles in hardware, and tensor cores cannot multiply float32
+    exactly: there, slices through the library's matrix product are as fast.
     """
     if kernel != "auto":
         return kernel == "triton"
@@ -81,9 +81,9 @@ def _triton_installed() -> bool:
 
 
 def widened(head: OutputHead, hidden: Tensor) -> tuple[OutputHead, Tensor]:
-    """Head and hidden states in a form whose products are at least float32, to be made once for many slices.
+    """Head and hidden states in a form whose products are at least float32, made once for many slices.
 
-    float32 and float64 stay as they are. On CUDA half-precision pairs stay too, for :func:`matmul` accumulates and
+    float32 and float64 are kept. On CUDA half-precision pairs are kept too, because :func:`matmul` accumulates and
     returns float32. Elsewhere both are converted, which copies a half-precision weight.
     """
     weight = head.weight.detach()
@@ -102,7 +102,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def slice_logits(head: OutputHead, hidden: Tensor, temperature: float) -> Tensor:
-    """Logits over the temperature, [c, V], of a slice of widened hidden states [c, H]. The result is the caller's."""
+    """Logits over the temperature, [c, V], of a slice of widened hidden states [c, H]. The caller owns the result."""
     logits = matmul(hidden, head.weight.t())
     if head.bias is not None:
         logits += head.bias.detach()
@@ -121,12 +121,12 @@ def log_normalize_(logits: Tensor) -> Tensor:
 
 
 class HeadGradients:
-    """Gradients of hidden states and head, added up slice by slice.
+    """Gradients of hidden states and head, accumulated slice by slice.
 
     Args:
         head: the head as widened.
         hidden: [T, H], as widened.
-        needs: which of hidden, weight and bias want a gradient.
+        needs: whether hidden, weight and bias need a gradient.
     """
 
     def __init__(self, head: OutputHead, hidden: Tensor, needs: tuple[bool, bool, bool]) -> None:
@@ -141,10 +141,10 @@ class HeadGradients:
         """Add a slice.
 
         Args:
-            tokens: where the slice lies.
-            logits_gradient: gradient of the slice's final logits, [c, V]; is overwritten.
-            softcap_slope: of :func:`softcap_slope`.
-            temperature: that of the logits.
+            tokens: the slice.
+            logits_gradient: gradient of the slice's final logits, [c, V]; overwritten.
+            softcap_slope: the result of :func:`softcap_slope`.
+            temperature: the temperature of the logits.
         """
         factor = self._head.scale / temperature
         if factor != 1.0:
@@ -163,13 +163,13 @@ class HeadGradients:
             self.weight += matmul(logits_gradient.t(), self._hidden[tokens])
 
     def like(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """The three gradients in the number formats of what they belong to; None where none was wanted."""
+        """The three gradients in the number formats of their tensors; None for those not needed."""
         pairs = ((self.hidden, hidden), (self.weight, weight), (self.bias, bias))
         return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
 
 
 def softcap_slope(head: OutputHead, logits: Tensor, temperature: float) -> Tensor | None:
-    """d cap(x)/dx = 1 − tanh² from the final logits [c, V], or None where there is no cap."""
+    """d cap(x)/dx = 1 − tanh² from the final logits [c, V]; None without a cap."""
     if head.softcap is None:
         return None
     return (logits * (temperature / head.softcap)).square_().neg_().add_(1.0)

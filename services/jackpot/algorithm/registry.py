@@ -1,6 +1,6 @@
-"""Variants that a job file chooses by name: found by looking through a package, and read as one union.
+"""Variants that a job file selects by name. A package is searched for them, and they are parsed as one union.
 
-A variant is a :class:`Section` with a ``name``, in a module of its own. Nothing else lists it.
+Each variant is a :class:`Section` with a ``name``, in a separate module. No list names them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def variants(package: ModuleType, base: type[SectionT]) -> dict[str, type[Sectio
     """The subclasses of ``base`` that the package's modules define, by the name that a job file gives them.
 
     Raises:
-        ValueError: two of them have the same name, or one has none.
+        ValueError: two of them have the same name, or one has no name.
     """
     classes_by_name: dict[str, type[SectionT]] = {}
     for module_info in pkgutil.iter_modules(package.__path__):
@@ -32,7 +32,7 @@ def variants(package: ModuleType, base: type[SectionT]) -> dict[str, type[Sectio
         for value in vars(module).values():
             if not isinstance(value, type) or not issubclass(value, base) or value is base:
                 continue
-            if value.__module__ != module.__name__:  # imported from another module, which has it
+            if value.__module__ != module.__name__:  # imported from the module that defines it
                 continue
             name = value.model_fields["name"].default
             if not isinstance(name, str) or name in classes_by_name:
@@ -42,9 +42,9 @@ def variants(package: ModuleType, base: type[SectionT]) -> dict[str, type[Sectio
 
 
 def union_by_name(known: Mapping[str, type[Section]], default: str) -> Any:
-    """The annotation of a field that holds one of these variants, told apart by ``name``.
+    """The annotation of a field that holds one of these variants, selected by ``name``.
 
-    ``field: tis`` is short for ``field: {name: tis}``; a mapping without a name is the default's.
+    ``field: tis`` is short for ``field: {name: tis}``; a mapping without a name configures the default.
     """
 
     def with_name(value: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Log-probabilities over the vocabulary without ever holding [tokens, vocabulary]: slices of tokens, one at a time.
+"""Log-probabilities over the vocabulary, one slice of tokens at a time: [tokens, vocabulary] is never held.
 
-The same numbers as ``log_softmax(logits / temperature)``, accumulated in float32 whatever the models' format. Scores
-come without gradient; :func:`differentiable_token_logprobs` recomputes its slices in the backward pass.
+The numbers equal ``log_softmax(logits / temperature)``, accumulated in float32 for every model format. Scores carry no
+gradient; :func:`differentiable_token_logprobs` recomputes its slices in the backward pass.
 
-Two kernels do the work, with one interface and the same tests: ``torch`` slices by tokens and runs anywhere; ``triton``
-keeps logits on the chip altogether (:mod:`jackpot.algorithm.vocabulary_triton`) and needs a GPU and half precision.
+Two kernels share one interface and the same tests: ``torch`` processes slices of tokens and runs anywhere; ``triton``
+keeps logits entirely on the chip (:mod:`jackpot.algorithm.vocabulary_triton`) and needs a GPU and half precision.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jackpot.algorithm.output_head import (
 class VocabularyScores:
     """One pass over the vocabulary at T positions; float32."""
 
-    logprobs: Tensor  # shape of the ids asked for
+    logprobs: Tensor  # shape of the requested ids
     topk_ids: Tensor | None  # [T, k] int64, most probable first
     topk_logprobs: Tensor | None  # [T, k]
     entropy: Tensor | None  # [T], in nats, without gradient
@@ -53,7 +53,7 @@ def token_logprobs(
     entropy: bool = False,
     kernel: VocabularyKernel = "auto",
 ) -> VocabularyScores:
-    """The scoring kernel: log-probabilities at given ids and, from the same pass, the model's own top-k (§4.4).
+    """The scoring kernel: log-probabilities at given ids and, from the same pass, the model's top-k (§4.4).
 
     Args:
         hidden: [T, H], the states that predict the tokens.
@@ -61,9 +61,9 @@ def token_logprobs(
         ids: [T] or [T, n] int64.
         temperature: divides the logits.
         chunk_tokens: tokens per slice, see :func:`token_slices`.
-        top_k: how many of the most probable tokens to return; at most the vocabulary comes back, 0 for none.
-        entropy: whether to return it.
-        kernel: which; see :func:`uses_triton`.
+        top_k: how many of the most probable tokens to return, limited to the vocabulary; 0 for none.
+        entropy: whether to return the entropy.
+        kernel: the implementation; see :func:`uses_triton`.
     """
     wanted = ids if ids.dim() == 2 else ids[:, None]
     if uses_triton(kernel, head, hidden):
@@ -81,7 +81,7 @@ def token_logprobs(
         scores.logprobs[tokens] = logits.gather(1, wanted[tokens])
         if scores.topk_ids is not None and scores.topk_logprobs is not None:
             scores.topk_logprobs[tokens], scores.topk_ids[tokens] = logits.topk(k, dim=-1)
-        # Last, since it overwrites the logits: a slice never has a second array of its size.
+        # Last, because it overwrites the logits: a slice never needs a second array of its size.
         log_sum = _reduce_(logits, None if scores.entropy is None else scores.entropy[tokens])
         scores.logprobs[tokens] -= log_sum
         if scores.topk_logprobs is not None:
@@ -108,10 +108,10 @@ def _empty_scores(hidden: Tensor, n: int, k: int, entropy: bool) -> VocabularySc
 def iterate_logprobs(
     hidden: Tensor, head: OutputHead, *, temperature: float = 1.0, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Whole rows of log-probabilities, a slice of tokens at a time: (tokens, [c, V]), without gradient.
+    """Whole rows of log-probabilities, one slice of tokens at a time: (tokens, [c, V]), without gradient.
 
-    Iterators over two models of one vocabulary and the same number of tokens give the same slices, so that the full
-    normalizer is a loop over their ``zip``. A slice's rows may be overwritten by who gets them.
+    Iterators over two models with the same vocabulary and number of tokens give the same slices, so the full normalizer
+    is a loop over their ``zip``. The caller may overwrite a slice's rows.
     """
     head, hidden = widened(head, hidden)
     for tokens in token_slices(len(hidden), len(head.weight), chunk_tokens):
@@ -132,7 +132,7 @@ def differentiable_token_logprobs(
 ) -> VocabularyScores:
     """Log-probabilities at given ids with gradients to ``hidden``, ``head.weight`` and ``head.bias``.
 
-    Arguments as :func:`token_logprobs`. The backward pass computes each slice anew. The entropy has no gradient.
+    Arguments as for :func:`token_logprobs`. The backward pass recomputes each slice. The entropy has no gradient.
     """
     wanted = ids if ids.dim() == 2 else ids[:, None]
     if uses_triton(kernel, head, hidden):
@@ -192,7 +192,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _reduce_(logits: Tensor, entropy: Tensor | None) -> Tensor:
-    """log Σ exp over each row, [c, 1], overwriting the logits [c, V]; fills ``entropy`` [c] if it is given."""
+    """log Σ exp of each row, [c, 1]; overwrites the logits [c, V] and fills ``entropy`` [c] if given."""
     greatest = logits.amax(-1, keepdim=True)
     shifted = logits.sub_(greatest)
     if entropy is None:

@@ -1,23 +1,23 @@
 """The Triton programs behind :mod:`jackpot.algorithm.vocabulary_triton`: tiles of logits that stay on the chip.
 
-As many programs run as the GPU has processors. Each makes one tile of [BLOCK_T, BLOCK_V] logits after another from
-hidden states and output layer, in float32, and reduces it while the next tile's operands are already on their way:
-logits never reach memory, except as a block's gradient in the backward pass. Operands come through tensor descriptors,
-which newer GPUs read in hardware and older ones as pointers.
+The number of programs equals the number of the GPU's processors. Each computes one tile of [BLOCK_T, BLOCK_V] logits
+after another from hidden states and output layer, in float32, and reduces it while the next tile's operands are being
+fetched. Logits never reach memory, except as a block's gradient in the backward pass. Operands are read through tensor
+descriptors, which newer GPUs implement in hardware and older ones as pointers.
 """
 
 import triton
 import triton.language as tl
 
-# Rows of tiles that are worked on together, so that programs that run at the same time share operands in the cache.
+# Rows of tiles that are processed together, so that concurrent programs share operands in the cache.
 _ROWS_TOGETHER = tl.constexpr(8)
-# A logit beyond the vocabulary: nothing after exp, and still nothing times itself.
+# A logit beyond the vocabulary: 0 after exp, and still 0 when multiplied by its value.
 _NOWHERE = tl.constexpr(-3.0e38)
 
 
 @triton.jit
 def _place(tile, num_rows, num_columns):
-    """Row and column of a tile: up and down a few rows, column after column."""
+    """Row and column of a tile: the order runs down a few rows, then to the next column."""
     per_band = _ROWS_TOGETHER * num_columns
     first = tile // per_band * _ROWS_TOGETHER
     rows = tl.minimum(num_rows - first, _ROWS_TOGETHER)
@@ -26,12 +26,12 @@ def _place(tile, num_rows, num_columns):
 
 @triton.jit
 def _products(states, weight, row, column, width, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr):
-    """W h, [BLOCK_T, BLOCK_V], of a tile."""
+    """W h of a tile, [BLOCK_T, BLOCK_V]."""
     products = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     for inner in range(tl.cdiv(width, BLOCK_H)):
         left = states.load([row * BLOCK_T, inner * BLOCK_H])
         right = weight.load([column * BLOCK_V, inner * BLOCK_H])
-        # "ieee" matters for float32 alone, which tensor cores would otherwise round to 10 bits.
+        # "ieee" matters only for float32, which tensor cores would otherwise round to 10 bits.
         products = tl.dot(left, right.T, products, input_precision="ieee")
     return products
 
@@ -54,7 +54,7 @@ def _logits(
     products *= scale
     slope = scale * inverse_temperature
     if HAS_SOFTCAP:
-        # tanh x = 2 σ(2x) − 1: every backend and the interpreter have σ.
+        # tanh x = 2 σ(2x) − 1: all backends and the interpreter support σ.
         bent = 2.0 * tl.sigmoid(2.0 * products / softcap) - 1.0
         products = bent * softcap
         slope *= 1.0 - bent * bent
@@ -87,10 +87,10 @@ def log_sum_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Of every token and tile of the vocabulary max z, Σ e^(z−max) and Σ e^(z−max)·z, [tiles, T] each.
+    """max z, Σ e^(z−max) and Σ e^(z−max)·z of every token and tile of the vocabulary, [tiles, T] each.
 
-    ``best_out`` and ``second_out`` [T, tiles · BLOCK_V / GROUP] get the two greatest logits of every GROUP neighbours;
-    the last bits of each are its place among them, so that no two are equal.
+    ``best_out`` and ``second_out`` [T, tiles · BLOCK_V / GROUP] receive the two greatest logits of every GROUP
+    neighbours. The last bits of each logit are its place among them, so that no two are equal.
     """
     num_rows, num_columns = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(vocabulary, BLOCK_V)
     for tile in tl.range(tl.program_id(0), num_rows * num_columns, PROGRAMS, flatten=True):
@@ -139,7 +139,7 @@ def _logits_at(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Final logits of one hidden state at ids [BLOCK_N]; −inf where they are not inside."""
+    """Final logits of one hidden state at ids [BLOCK_N]; −inf where ``inside`` is false."""
     products = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, width, BLOCK_H):
         inner = start + tl.arange(0, BLOCK_H)
@@ -217,8 +217,8 @@ def candidates_kernel(
     GROUP: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Logits [T, num_groups, GROUP] of the most probable groups, the best first: of all members where the second best
-    may be among the num_groups most probable tokens, too, and else of the best alone, the others being −inf."""
+    """Logits [T, num_groups, GROUP] of the most probable groups, best first. A group whose second best may also be
+    among the num_groups most probable tokens has all its logits; any other has only its best, the rest being −inf."""
     token = tl.program_id(0).to(tl.int64)
     place = token * num_groups + tl.program_id(1)
     members = tl.arange(0, GROUP)
@@ -273,7 +273,7 @@ def logprob_gradient_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """Gradient of W h + b, [T, num_columns], for columns from ``first_column`` on: (Σ_n g_n onehot(id_n) − p Σ g) ·
-    slope. ``weight`` and ``bias`` are those of these columns."""
+    slope. ``weight`` and ``bias`` belong to these columns."""
     num_row_tiles, num_column_tiles = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_columns, BLOCK_V)
     for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, PROGRAMS, flatten=True):
         row, column = _place(tile, num_row_tiles, num_column_tiles)
@@ -327,8 +327,8 @@ def forward_kl_kernel(
     POLICY_H: tl.constexpr,
     ACTOR_H: tl.constexpr,
 ):
-    """Of every token and tile of the vocabulary both models' max z and Σ e^(z−max), and Σ e^(z_p − max z_p)
-    (z_p − z_ω); [tiles, T] each."""
+    """Both models' max z and Σ e^(z−max), and Σ e^(z_p − max z_p) (z_p − z_ω), of every token and tile of the
+    vocabulary; [tiles, T] each."""
     num_rows, num_columns = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(vocabulary, BLOCK_V)
     for tile in tl.range(tl.program_id(0), num_rows * num_columns, PROGRAMS):
         row, column = _place(tile, num_rows, num_columns)
@@ -403,7 +403,7 @@ def forward_kl_gradient_kernel(
     POLICY_H: tl.constexpr,
     ACTOR_H: tl.constexpr,
 ):
-    """Gradient of the actor's W h + b, [T, num_columns]: g (p_ω − p_new) · slope. Weights and biases are those of these
+    """Gradient of the actor's W h + b, [T, num_columns]: g (p_ω − p_new) · slope. Weights and biases belong to these
     columns."""
     num_row_tiles, num_column_tiles = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_columns, BLOCK_V)
     for tile in tl.range(tl.program_id(0), num_row_tiles * num_column_tiles, PROGRAMS):

@@ -1,9 +1,9 @@
 """The vocabulary passes as fused GPU programs: the interface of :mod:`jackpot.algorithm.vocabulary` and of
 :func:`jackpot.algorithm.distillation.forward_kl`, which call this module where Triton can run.
 
-Forward: logits exist one tile at a time, on the chip; what leaves it are two or three numbers a token and tile.
-Backward: their gradient for some columns of the vocabulary, in the weight's format, goes to memory and from there
-through two matrix products. What is held beyond inputs and gradients is therefore a hundredth of the logits of
+Forward: logits exist one tile at a time, on the chip, and leave it as two or three numbers per token and tile.
+Backward: the logits' gradient for some columns of the vocabulary, in the weight's format, is written to memory and goes
+through two matrix products. Beyond inputs and gradients, memory therefore holds a hundredth of the logits of
 :data:`TOKENS` tokens and one such block (with top-k: an eighth of the logits of :data:`TOPK_TOKENS`).
 """
 
@@ -24,48 +24,49 @@ from jackpot.algorithm import vocabulary_kernels as kernels
 from jackpot.algorithm.output_head import OutputHead
 
 GROUP = 16
-"""Neighbouring tokens of which the forward pass keeps the two best, when the most probable are asked for."""
+"""Size of the groups of neighbouring tokens whose two best the forward pass keeps, if top-k is requested."""
 
 TOKENS = 8192
 """Tokens per launch."""
 
 TOPK_TOKENS = 2048
-"""The same when each group's two best are kept: 2048 × 152,000 / 16 × 8 bytes = 156 MB."""
+"""Tokens per launch with top-k, which keeps each group's two best: 2048 × 152,000 / 16 × 8 bytes = 156 MB."""
 
 BLOCK_ELEMENTS = 1 << 26
-"""Logits whose gradient is in memory at once: 128 MB in 16 bits, 8192 columns of the vocabulary for 8192 tokens."""
+"""Logits whose gradient is in memory at a time: 128 MB in 16 bits, 8192 columns of the vocabulary for 8192 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How the programs cut their work, on a GPU with so much shared memory and so many processors."""
+    """How the programs divide their work, given a GPU's shared memory and processors."""
 
     programs: int
-    """Programs of a launch: one per processor, each with many tiles."""
+    """Programs per launch: one per processor, each with many tiles."""
     rows: int
-    """Tokens of a tile."""
+    """Tokens per tile."""
     columns: int
-    """Columns of the vocabulary of a tile."""
+    """Columns of the vocabulary per tile."""
     num_stages: int
-    """Steps of 128 bytes along the hidden dimension that are in shared memory, being fetched or multiplied."""
+    """Steps of 128 bytes along the hidden dimension that shared memory holds while they are fetched or multiplied."""
 
     @property
     def launch(self) -> dict[str, int]:
-        """What a launch takes besides its arguments."""
+        """The options of a launch."""
         return {"num_warps": 8, "num_stages": self.num_stages}
 
 
 def tiles_for(shared_memory: int, programs: int, *, accumulators: int = 1, writes: bool = False) -> Tiles:
     """Tiles for a GPU.
 
-    128 × 256 logits in float32 fill the registers of eight warps. An H100 multiplies with such tiles and four steps in
-    shared memory as fast as its library does; with 128 × 128 and five, where two tiles have to be there, nine tenths.
+    128 × 256 logits in float32 fill the registers of eight warps. With such tiles and four steps in shared memory an
+    H100 multiplies as fast as with its library. With 128 × 128 and five steps, where a program has two tiles, it
+    reaches nine tenths of that.
 
     Args:
-        shared_memory: bytes that a program can have.
-        programs: the GPU's processors.
-        accumulators: tiles of logits that a program has at the same time.
-        writes: whether it writes a tile, which goes through shared memory in 16 bits.
+        shared_memory: bytes available to a program.
+        programs: the number of the GPU's processors.
+        accumulators: tiles of logits that a program has at a time.
+        writes: whether the program writes a tile, which passes through shared memory in 16 bits.
     """
     rows = 128
     columns = 256 if accumulators == 1 and shared_memory >= 160_000 else 128
@@ -75,12 +76,12 @@ def tiles_for(shared_memory: int, programs: int, *, accumulators: int = 1, write
 
 
 _STEP_BYTES = 128  # a row of the hardware's widest shared-memory layout
-_RESERVED_BYTES = 2048  # barriers, and what reductions exchange between warps
+_RESERVED_BYTES = 2048  # barriers and data that reductions exchange between warps
 
 
 @cache
 def _tiles(device: int | None, dtype: torch.dtype, accumulators: int = 1, writes: bool = False) -> Tiles:
-    if device is None or dtype.itemsize > 2:  # the interpreter, or no tensor cores: for tests
+    if device is None or dtype.itemsize > 2:  # the interpreter or no tensor cores: for tests
         return Tiles(2, 64, 64, 1)
     properties = torch.cuda.get_device_properties(device)
     return tiles_for(
@@ -92,14 +93,14 @@ def _tiles(device: int | None, dtype: torch.dtype, accumulators: int = 1, writes
 
 
 class _Head:
-    """An output layer as the programs take it."""
+    """An output layer in the form that the programs take."""
 
     def __init__(self, head: OutputHead, hidden: Tensor) -> None:
         if head.weight.dtype == torch.bfloat16 and not head.weight.is_cuda:
             raise ValueError("Triton's interpreter computes nonsense in bfloat16. Use kernel='torch' on a CPU")
         self.weight = head.weight.detach().contiguous()
         self.hidden = hidden.detach().to(self.weight.dtype).contiguous()
-        # A pointer is needed, whether it is read or not.
+        # The programs need a pointer even if they do not read it.
         self.bias = self.weight if head.bias is None else head.bias.detach().contiguous()
         self.has_bias = head.bias is not None
         self.scale, self.softcap = head.scale, head.softcap
@@ -129,7 +130,7 @@ def token_logprobs(
     hidden: Tensor, head: OutputHead, ids: Tensor, *, temperature: float, top_k: int, entropy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As :func:`jackpot.algorithm.vocabulary.token_logprobs`, for ids [T, n]: log-probabilities [T, n], the most
-    probable ids [T, k] and theirs [T, k], entropy [T]."""
+    probable ids [T, k] and their log-probabilities [T, k], entropy [T]."""
     with torch.cuda.device_of(hidden):  # type: ignore[no-untyped-call] # programs start on the current device, not on that of their arguments
         return _token_logprobs(_Head(head, hidden), ids, temperature, top_k, entropy)
 
@@ -158,7 +159,7 @@ def differentiable_token_logprobs(
     hidden: Tensor, head: OutputHead, ids: Tensor, *, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """As :func:`jackpot.algorithm.vocabulary.differentiable_token_logprobs`, for ids [T, n]: log-probabilities and
-    entropies, the latter empty unless asked for."""
+    entropies, the latter empty unless requested."""
     with torch.cuda.device_of(hidden):  # type: ignore[no-untyped-call]
         result: tuple[Tensor, Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, ids, head, temperature, entropy
@@ -308,7 +309,7 @@ class _ForwardKl(torch.autograd.Function):
 def _log_sums(
     made: _Head, tokens: slice, temperature: float, *, entropy: bool, groups: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """log Σ exp z and Σ p z of a slice of c tokens, [c] each, and the two best of each group of neighbours,
+    """log Σ exp z and Σ p z of a slice of c tokens, [c] each, and the two best of each group of neighbouring tokens,
     [2, c, groups]."""
     num_tokens = len(made.hidden[tokens])
     tiles = _tiles(made.hidden.device.index, made.weight.dtype)
@@ -347,7 +348,7 @@ def _wider(policy: _Head, actor: _Head) -> torch.dtype:
 
 
 def _kl_sums(policy: _Head, actor: _Head, tokens: slice, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """KL(policy ‖ actor) of each of the tokens, and both models' log Σ exp z; [c] each."""
+    """KL(policy ‖ actor) of each token, and both models' log Σ exp z; [c] each."""
     num_tokens = len(actor.hidden[tokens])
     tiles = _tiles(actor.hidden.device.index, _wider(policy, actor), accumulators=2)
     num_tiles = triton.cdiv(actor.vocabulary, tiles.columns)
@@ -379,7 +380,7 @@ def _kl_sums(policy: _Head, actor: _Head, tokens: slice, temperature: float) -> 
 
 
 def _combined(greatest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """From tiles [n, c]: log Σ exp z, [c], and what a tile's weighted sum counts towards the mean, [n, c]."""
+    """From tiles [n, c]: log Σ exp z, [c], and the weight of each tile's sum in the mean, [n, c]."""
     highest = greatest.amax(0)
     shrink = (greatest - highest).exp()
     whole = (total * shrink).sum(0)
@@ -413,11 +414,11 @@ def _chosen_logits(made: _Head, tokens: slice, ids: Tensor, temperature: float) 
 def _most_probable(made: _Head, tokens: slice, two_best: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """The k most probable ids [c, k] and their logits, from the two best of each group.
 
-    A token outside of the k best groups has k tokens above it. Within these, all but a group's best matter only where
-    its second exceeds the best of the k-th: few groups, of which all logits are made.
+    A token outside the k best groups has k tokens above it. Within these groups, tokens other than the best matter only
+    if the group's second exceeds the best of the k-th group. All logits are computed only for these few groups.
     """
     best, groups = two_best[0].topk(min(k, two_best.shape[2]), dim=-1)
-    # With fewer groups than k there is no k-th: all are looked into.
+    # With fewer than k groups there is no k-th group, and all are searched.
     second = two_best[1].gather(1, groups) if groups.shape[1] == k else torch.full_like(best, float("inf"))
     logits = best.new_empty(*groups.shape, GROUP)
     kernels.candidates_kernel[groups.shape](
@@ -439,7 +440,7 @@ def _most_probable(made: _Head, tokens: slice, two_best: Tensor, k: int, tempera
     )
     places = logits.flatten(1).topk(k, dim=-1).indices
     ids = groups.gather(1, places // GROUP) * GROUP + places % GROUP
-    # What the programs compared lacks its last bits.
+    # The values that the programs compared lack their last bits.
     logits, order = _chosen_logits(made, tokens, ids, temperature).sort(dim=-1, descending=True)
     return ids.gather(1, order), logits
 
@@ -451,13 +452,13 @@ def _gradients(
     needs: tuple[bool, bool, bool],
     in_products: Callable[[slice, slice, Tensor], None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight and bias, from blocks of the gradient of W h + b.
+    """Gradients of hidden states, weight and bias from blocks of the gradient of W h + b.
 
     ``in_products(tokens, columns, out)`` fills ``out``, [c, columns].
     """
     num_tokens = len(hidden)
     in_hidden = torch.zeros_like(made.hidden, dtype=torch.float32) if needs[0] else None
-    # One slice of tokens holds them all, or several are added up in float32.
+    # One slice holds all tokens, or several slices are summed in float32.
     wide = torch.float32 if num_tokens > TOKENS else made.weight.dtype
     in_weight = torch.zeros_like(made.weight, dtype=wide) if needs[1] else None
     in_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
@@ -472,7 +473,7 @@ def _gradients(
                 _add_product(out.t(), states, in_weight[columns])
             if in_bias is not None:
                 in_bias[columns] += out.sum(0, dtype=torch.float32)
-            del out  # before the next one is there
+            del out  # before the next one is allocated
     return (
         None if in_hidden is None else in_hidden.to(hidden.dtype),
         None if in_weight is None else in_weight.to(made.weight.dtype),
@@ -482,7 +483,7 @@ def _gradients(
 
 def _add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Add left · right, summed in float32, to ``out``."""
-    if not left.is_cuda:  # where the interpreter runs, whose library multiplies no mixed formats
+    if not left.is_cuda:  # in the interpreter, whose library cannot multiply mixed formats
         out += left.float() @ right.float()
     elif left.dtype == out.dtype:
         out.addmm_(left, right)
@@ -491,7 +492,7 @@ def _add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def _columns(num_tokens: int) -> int:
-    """Columns of a block: whole tiles."""
+    """Columns per block: whole tiles."""
     return max(256, BLOCK_ELEMENTS // num_tokens // 256 * 256)
 
 

@@ -1,6 +1,6 @@
-"""Advantages of completions, for policy and actor alike (paper §4.2), each estimator in a module of its own.
+"""Advantages of completions, for both policy and actor (paper §4.2). Each estimator is a separate module.
 
-To add one, add its module, a test, and a row to docs/method.md. The modules load without torch.
+To add one, add its module, a test, and a row to docs/method.md. The modules import without torch.
 """
 
 import sys
@@ -9,6 +9,6 @@ from jackpot.algorithm.advantages.base import Advantage
 from jackpot.algorithm.registry import variants
 
 ADVANTAGES = variants(sys.modules[__name__], Advantage)
-"""Every estimator by its name in the job file, in alphabetical order."""
+"""All estimators by their names in the job file, in alphabetical order."""
 
 __all__ = ["ADVANTAGES", "Advantage"]

@@ -1,4 +1,4 @@
-"""What an advantage estimator is: how much better a completion was than could be expected. No torch here."""
+"""The interface of advantage estimators: how much better a completion is than expected. No torch here."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class Advantage(Section):
-    """Base of all estimators. A subclass has a ``name`` with a default, and the estimate."""
+    """Base of all estimators. A subclass has a ``name`` with a default and implements the estimate."""
 
     name: str
     filter_zero_variance: bool = False
-    """Drop groups whose rewards are all equal before scoring (DAPO's dynamic sampling); they are counted as
-    ``zero_variance`` and their slots go to the next prompts. Off, because such groups do distil the actor, and because
-    a task that is solved, or hopeless, has no others: the run would wait for its batch in vain."""
+    """Drop groups whose rewards are all equal before scoring (DAPO's dynamic sampling). They are counted as
+    ``zero_variance``, and their slots go to the next prompts. Off by default, because such groups still distil the
+    actor, and because a task that is solved, or hopeless, has no other groups: the run would never fill its batch."""
 
     def estimate(self, rewards: Tensor, group_index: Tensor, num_tokens: Tensor) -> Tensor:
         """The advantage of each trajectory.
@@ -25,7 +25,7 @@ class Advantage(Section):
         Args:
             rewards: [trajectories] of a whole batch.
             group_index: [trajectories] int64, the group of each.
-            num_tokens: [trajectories] int64, how many tokens each has; what whitening over the batch weighs by.
+            num_tokens: [trajectories] int64, the tokens of each: the weights for whitening over the batch.
 
         Returns:
             [trajectories], without gradient.

@@ -15,7 +15,7 @@ class GrpoAdvantage(Advantage):
 
     name: Literal["grpo"] = "grpo"
     normalize_std: bool = True
-    """false leaves the differences as they are, which is ``dr_grpo``."""
+    """false keeps the plain differences, as ``dr_grpo`` does."""
 
     def estimate(self, rewards: Tensor, group_index: Tensor, num_tokens: Tensor) -> Tensor:
         """(reward − mean) / standard deviation of the group."""
@@ -30,12 +30,12 @@ def group_advantages(
     Args:
         rewards: [groups, n], or [trajectories] with ``group_index``.
         group_index: [trajectories] int64, the group of each; groups may differ in size.
-        normalize_std: False leaves the differences as they are (Dr. GRPO).
-        eps: keeps the quotient bounded where rewards hardly differ.
+        normalize_std: False keeps the plain differences (Dr. GRPO).
+        eps: keeps the quotient bounded if rewards hardly differ.
 
     Returns:
-        Same shape and dtype as ``rewards``. Exactly zero in a group whose rewards are all equal, also in one of a
-        single trajectory: rounding must not become a gradient there.
+        Same shape and dtype as ``rewards``. Exactly zero in a group whose rewards are all equal, including a group of
+        one trajectory: rounding must not become a gradient there.
 
     Raises:
         ValueError: one-dimensional rewards without ``group_index``, or the reverse.

@@ -24,12 +24,12 @@ def whitened(values: Tensor, num_tokens: Tensor, *, eps: float = 1e-8) -> Tensor
     """(value − mean) / √(variance + eps), both over the batch's tokens; REINFORCE++.
 
     Args:
-        values: [trajectories], of which each token of a trajectory has that of its trajectory.
+        values: [trajectories]; each token has the value of its trajectory.
         num_tokens: [trajectories].
         eps: keeps the quotient bounded.
 
     Returns:
-        [trajectories]; exactly zero where all values are equal.
+        [trajectories]; exactly zero if all values are equal.
     """
     flat, weights = values.detach().double(), num_tokens.double()
     total = weights.sum().clamp(min=1)

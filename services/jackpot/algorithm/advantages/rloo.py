@@ -1,4 +1,4 @@
-"""RLOO: differences from the mean of the group's others."""
+"""RLOO: differences from the mean of the group's other rewards."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class RlooAdvantage(Advantage):
     name: Literal["rloo"] = "rloo"
 
     def estimate(self, rewards: Tensor, group_index: Tensor, num_tokens: Tensor) -> Tensor:
-        """reward − mean of the group's others."""
+        """reward − mean of the group's other rewards."""
         return leave_one_out_advantages(rewards, group_index)
 
 
 def leave_one_out_advantages(rewards: Tensor, group_index: Tensor) -> Tensor:
     """reward − mean of the group's other rewards = n/(n − 1) · (reward − group mean); RLOO.
 
-    The baseline does not depend on the completion that it is for, which makes the gradient unbiased. Exactly zero in
-    groups whose rewards are all equal and in groups of one.
+    The baseline does not depend on its completion, so the gradient is unbiased. Exactly zero in groups whose rewards
+    are all equal and in groups of one.
 
     Args:
         rewards: [trajectories].

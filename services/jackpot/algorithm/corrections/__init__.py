@@ -1,6 +1,6 @@
-"""Corrections of the mismatch between actor and policy, each in a module of its own: settings, weights, equation.
+"""Corrections of the mismatch between actor and policy. Each is a separate module: settings, weights, equation.
 
-To add one, add its module, a test, and a row to docs/method.md. The modules load without torch.
+To add one, add its module, a test, and a row to docs/method.md. The modules import without torch.
 """
 
 import sys
@@ -9,6 +9,6 @@ from jackpot.algorithm.corrections.base import Correction, SampledTokens, Weight
 from jackpot.algorithm.registry import variants
 
 CORRECTIONS = variants(sys.modules[__name__], Correction)
-"""Every correction by its name in the job file, in alphabetical order."""
+"""All corrections by their names in the job file, in alphabetical order."""
 
 __all__ = ["CORRECTIONS", "Correction", "SampledTokens", "Weights"]

@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 class IcepopCorrection(Correction):
-    """IcePop: F(s) = s where s lies in [low, high], else 0. Tokens outside carry no gradient but stay in the mean."""
+    """IcePop: F(s) = s if s is in [low, high], else 0. Tokens outside carry no gradient but stay in the mean."""
 
     name: Literal["icepop"] = "icepop"
     low: NonNegativeFloat = 0.5
-    """α. 0.5 is IcePop's published value. 0 leaves only the upper bound (TRL's ``token_mask``)."""
+    """α. 0.5 is IcePop's published value. 0 keeps only the upper bound (TRL's ``token_mask``)."""
     high: PositiveFloat = 5.0
     """β. 5 is IcePop's published value."""
 
     @model_validator(mode="before")
     @classmethod
     def _low_and_high_in_one(cls, data: Any) -> Any:
-        """``threshold: "0.5_5.0"``, as verl writes it, is short for low and high."""
+        """``threshold: "0.5_5.0"``, verl's notation, is short for low and high."""
         if not isinstance(data, dict) or "threshold" not in data:
             return data
         low, underscore, high = str(data["threshold"]).partition("_")
@@ -47,7 +47,7 @@ class IcepopCorrection(Correction):
         return self
 
     def weights(self, tokens: SampledTokens) -> Weights:
-        """s where it lies in [low, high], else 0."""
+        """s if it is in [low, high], else 0."""
         return icepop_weights(tokens.target_logprobs, tokens.actor_logprobs, low=self.low, high=self.high)
 
 

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class IsCorrection(Correction):
-    """Importance sampling without a bound: F(s) = s (AReaL). Unbiased, and its variance has no limit."""
+    """Importance sampling without a bound: F(s) = s (AReaL). Unbiased, with unbounded variance."""
 
     name: Literal["is"] = "is"
     level: Level = "token"
-    """``token`` takes s = p_ref/p_inf of each token; ``sequence`` the product of s over the completion at each of its
-    tokens, which is unbiased for the whole completion but as good as useless beyond short ones."""
+    """``token`` uses each token's s = p_ref/p_inf. ``sequence`` uses the product of s over the completion at each of
+    its tokens, which is unbiased for the whole completion but practically useless except for short ones."""
 
     def weights(self, tokens: SampledTokens) -> Weights:
         """s, or Π s over the completion."""

@@ -1,4 +1,4 @@
-"""Jackpot: optimal budgeted rejection sampling, and the weight of what it keeps (paper §3 and §4)."""
+"""Jackpot: optimal budgeted rejection sampling, and the weights of accepted tokens (paper §3 and §4)."""
 
 from __future__ import annotations
 
@@ -19,42 +19,46 @@ NormalizerName = Literal["tail", "union_tail", "union_kappa", "full", "none"]
 class JackpotCorrection(Correction):
     """Optimal budgeted rejection sampling (paper §3 and §4).
 
-    A token is kept with probability a = min(1, s/λ); a kept one weighs ρ = min(Z · max(λ, s), c1) · min(p_ref/p_t, c2).
+    A token is accepted with probability a = min(1, s/λ), and then has weight
+    ρ = min(Z · max(λ, s), c1) · min(p_ref/p_t, c2).
     """
 
     compared_in_demo: ClassVar[bool] = True
 
     name: Literal["jackpot"] = "jackpot"
     obrs_lambda: PositiveFloat | None = 1.0
-    """λ: larger rejects more and aligns more. At 1 a token is rejected just as far as the actor over-represents it.
+    """λ: larger rejects more and aligns more. At 1 a token is rejected exactly as far as the actor over-represents it.
     null with ``acceptance_rate``."""
     acceptance_rate: Annotated[float, Field(gt=0, le=1), Number] | None = None
-    """Instead of λ: the least share of tokens to accept. λ is then found for it on every batch, from 1 as a start, and
-    published with the weights. 0.9 spends up to a tenth of the tokens on alignment. It is a floor and no quota: λ stops
-    at the batch's max s, where all is aligned, so that next to nothing is rejected where actor and policy agree."""
+    """Instead of λ: the minimum share of tokens to accept. Every batch then determines λ, starting from 1, and λ is
+    published with the weights. 0.9 spends up to a tenth of the tokens on alignment. The rate is a floor, not a quota:
+    λ stops at the batch's max s, where alignment is complete, so that hardly any token is rejected when actor and
+    policy agree."""
     lambda_smoothing: Annotated[float, Field(ge=0, lt=1), Number] = 0.5
-    """Weight of the past in log λ while ``acceptance_rate`` steers it: a batch's λ is noisy, and the mismatch drifts
+    """Weight of the past in log λ while ``acceptance_rate`` controls it: a batch's λ is noisy, and the mismatch drifts
     within a few steps."""
     lambda_min: PositiveFloat = 1e-3
-    """Least λ that ``acceptance_rate`` may lead to: practically, everything is accepted."""
+    """Least λ that ``acceptance_rate`` may set; practically every token is then accepted."""
     lambda_max: PositiveFloat = 1e3
-    """Greatest λ that ``acceptance_rate`` may lead to."""
+    """Greatest λ that ``acceptance_rate`` may set."""
     c1: PositiveFloat = 3.0
-    """Upper clip of the weight Z·max(λ, p_t/p_inf). 3 cuts one or two tokens in a thousand in our studies, whose
-    accuracies do not separate it from 1 or from none (docs/experiments)."""
+    """Upper clip of the weight Z·max(λ, p_t/p_inf). 3 cuts one or two tokens in a thousand in our studies, and their
+    accuracies do not distinguish it from 1 or from no clip (docs/experiments)."""
     c2: PositiveFloat = 3.0
-    """Upper clip of p_ref/p_t; only used with target = policy."""
+    """Upper clip of p_ref/p_t; used only with target = policy."""
     target: Literal["reference", "policy"] = "reference"
-    """What OBRS aligns to. ``policy`` is for many optimizer steps per rollout batch; it keeps top-k on the bus."""
+    """The distribution that OBRS aligns to. ``policy`` is for many optimizer steps per rollout batch; it keeps top-k on
+    the bus."""
     mask: Literal["bernoulli", "expected"] = "bernoulli"
     """``bernoulli`` draws acceptance; ``expected`` multiplies by its probability: same mean, less noise. The default
-    is the paper's: 32 pairs of runs do not separate the two, though they lean to the other (docs/experiments)."""
+    is the paper's: 32 pairs of runs do not distinguish the two, though they lean towards ``expected``
+    (docs/experiments)."""
     normalizer: NormalizerName = "tail"
-    """Estimator of Z. ``tail`` needs nothing but the actor's returned top-k. ``union_tail``, ``union_kappa`` and
-    ``full`` run the actor's forward pass in the scorer; ``full`` looks at the whole vocabulary (tests, small models).
-    ``none`` leaves Z out of the weight: with Z each position counts in proportion to it (the paper's soft trust
-    region), without it and with ``denominator: all`` all count alike, at a higher variance. The metrics then show the Z
-    of ``tail``."""
+    """Estimator of Z. ``tail`` needs only the actor's returned top-k. ``union_tail``, ``union_kappa`` and ``full`` run
+    the actor's forward pass in the scorer; ``full`` reads the whole vocabulary (tests, small models). ``none`` leaves Z
+    out of the weight. With Z each position counts in proportion to it (the paper's soft trust region); without it and
+    with ``denominator: all`` all positions count equally, at a higher variance. The metrics then show the Z of
+    ``tail``."""
     top_k: Annotated[int, Field(ge=1, le=1024), Number] = 20
     """How many of the target's most probable tokens enter the estimate (paper §4.4)."""
 
@@ -94,21 +98,21 @@ class JackpotCorrection(Correction):
 
     @property
     def needs_actor_forward(self) -> bool:
-        """Whether the estimate of Z takes the actor's own forward pass in the scorer."""
+        """Whether the estimate of Z needs the actor's forward pass in the scorer."""
         return self.normalizer not in ("tail", "none")
 
     @property
     def needs_candidates(self) -> bool:
-        """Whether the estimate of Z takes the actor's returned top-k."""
+        """Whether the estimate of Z needs the actor's returned top-k."""
         return self.normalizer != "full"
 
     @property
     def obrs(self) -> JackpotCorrection:
-        """Its own settings."""
+        """These settings."""
         return self
 
     def weights(self, tokens: SampledTokens) -> Weights:
-        """ρ; the mask comes on top."""
+        """ρ, to be multiplied by the mask."""
         return jackpot_weights(
             tokens.target_logprobs,
             tokens.actor_logprobs,
@@ -132,16 +136,16 @@ def jackpot_weights(
 ) -> Weights:
     """ρ = min(Z · max(λ, p_t/p_inf), c1) · min(p_ref/p_t, c2); Algorithm 1, eq. 5.
 
-    Meant for accepted tokens; a rejected one has a weight too, which its mask takes away.
+    The weights are meant for accepted tokens. Rejected tokens have weights too, which their mask removes.
 
     Args:
         target_logprobs: log p_t of the sampled tokens, [tokens].
         actor_logprobs: log p_inf, [tokens].
         normalizer: Z, [tokens].
-        obrs_lambda: λ > 0; [tokens] where it differs between them, as in a batch that spans a change of λ.
+        obrs_lambda: λ > 0; [tokens] if it differs between them, as in a batch that spans a change of λ.
         c1: upper clip of w_obrs; ``math.inf`` for none.
-        reference_logprobs: log p_ref, [tokens], when the target is the policy; None when it is the reference
-            itself, whose second factor is 1.
+        reference_logprobs: log p_ref, [tokens], if the target is the policy. None if the target is the reference
+            itself: the second factor is then 1.
         c2: upper clip of p_ref/p_t; None for none.
 
     Returns:

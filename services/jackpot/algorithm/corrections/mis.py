@@ -18,9 +18,9 @@ class MisCorrection(Correction):
 
     name: Literal["mis"] = "mis"
     cap: PositiveFloat = 2.0
-    """C. 2, as for ``tis``, so that the two differ in one thing."""
+    """C. 2, as for ``tis``, so that the two differ in only one respect."""
     low: NonNegativeFloat = 0.0
-    """Completions whose Π s is smaller count nothing either. 0 keeps them: they are bounded as they are."""
+    """Completions with a smaller Π s get weight 0 too. 0 keeps them: their weights are bounded anyway."""
 
     @model_validator(mode="after")
     def _ordered(self) -> MisCorrection:
@@ -29,7 +29,7 @@ class MisCorrection(Correction):
         return self
 
     def weights(self, tokens: SampledTokens) -> Weights:
-        """Π s where it lies in [low, C], else 0."""
+        """Π s if it is in [low, C], else 0."""
         return mis_weights(
             tokens.target_logprobs,
             tokens.actor_logprobs,
@@ -49,6 +49,6 @@ def mis_weights(
         actor_logprobs: log p_inf, [tokens].
         sequence_index: [tokens] int64, the completion of each token.
         cap: C > 0.
-        low: completions below count nothing either.
+        low: completions below get weight 0 too.
     """
     return masked_outside(*target_ratio(target_logprobs, actor_logprobs, sequence_index), low, cap)

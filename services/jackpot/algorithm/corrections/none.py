@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class NoCorrection(Correction):
-    """F(s) = 1: train as if the trajectories were the policy's own."""
+    """F(s) = 1: train as if the policy had sampled the trajectories."""
 
     compared_in_demo: ClassVar[bool] = True
 
     name: Literal["none"] = "none"
 
     def weights(self, tokens: SampledTokens) -> Weights:
-        """1 for each."""
+        """1 for each token."""
         return no_weights(tokens.target_logprobs, tokens.actor_logprobs)
 
 

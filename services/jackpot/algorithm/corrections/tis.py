@@ -20,7 +20,7 @@ class TisCorrection(Correction):
     cap: PositiveFloat = 2.0
     """C. 2 is Flash-RL's value and verl's ``rollout_is_threshold``; TRL calls it the importance sampling cap."""
     level: Level = "token"
-    """``token`` truncates s of each token; ``sequence`` the product of s over the completion."""
+    """``token`` truncates each token's s; ``sequence`` truncates the product of s over the completion."""
 
     def weights(self, tokens: SampledTokens) -> Weights:
         """min(s, C), or min(Π s, C) over the completion."""
@@ -37,7 +37,7 @@ def tis_weights(
         target_logprobs: log p_t of the sampled tokens, [tokens].
         actor_logprobs: log p_inf, [tokens].
         cap: C > 0.
-        sequence_index: as :func:`target_ratio`.
+        sequence_index: as for :func:`target_ratio`.
     """
     raw, beyond = target_ratio(target_logprobs, actor_logprobs, sequence_index)
     return Weights(value=raw.clamp(max=cap), raw=raw, clipped=beyond | (raw > cap))
