@@ -10,7 +10,7 @@ from jackpot.process.service_process import run_service
 
 
 async def _main(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
-    # Only now: settings are checked before anything else loads.
+    # Imported late, so that settings are checked before anything else loads.
     from jackpot.orchestrator.service import serve
 
     return await serve(environment, job, stop)

@@ -1,4 +1,4 @@
-"""Chat templates, rendered as Hugging Face renders them, in a sandbox: a template comes with a downloaded model."""
+"""Renders chat templates as Hugging Face does, in a sandbox because a template comes with a downloaded model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ChatTemplate:
 
     Args:
         source: the Jinja text.
-        special_tokens: ``bos_token``, ``eos_token``, …, which templates refer to by these names.
+        special_tokens: ``bos_token``, ``eos_token``, …: templates refer to them by these names.
 
     Raises:
         ConfigError: the template does not compile.
@@ -37,10 +37,10 @@ class ChatTemplate:
             ) from None
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text of a conversation up to where the assistant answers.
+        """The text of a conversation up to the assistant's answer.
 
         Raises:
-            ConfigError: the template refuses the messages, for instance a system message that it has no place for.
+            ConfigError: the template refuses the messages, for instance because it supports no system message.
         """
         try:
             return self._template.render(
@@ -70,9 +70,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """``{% generation %}…{% endgeneration %}`` marks the assistant's words for training on them; here it is plain."""
+    """``{% generation %}…{% endgeneration %}`` marks the assistant's words for training; here it has no effect."""
 
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own protocol
+    tags = {"generation"}  # noqa: RUF012 - Jinja's protocol
 
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)
@@ -86,7 +86,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML characters.
+    # Jinja's filter escapes HTML characters.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,4 +1,4 @@
-"""Groups whose scores are left to the learner (``scorer.reuse_reference``): checked as by a scorer, and passed on."""
+"""Groups that the learner scores (``scorer.reuse_reference``): checked as a scorer would, and passed on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from jackpot.trajectory import Group, ScoredGroup, deferred
 
 
 class Deferral:
-    """Gives groups the form of scored ones, with scores that stand for none: everything accepted, Z = 1.
+    """Gives groups the form of scored groups with placeholder scores: every token accepted, Z = 1.
 
-    None of them is stale: no rollout is taken that is older than the start of its batch allows (``min_version``), and
-    no batch starts without its groups.
+    No such group is stale: no rollout is older than the start of its batch allows (``min_version``), and no batch
+    starts without its groups.
 
     Args:
         job: the job as resolved.
 
     Raises:
-        ConfigError: the policy's config.json tells no vocabulary.
+        ConfigError: the policy's config.json does not state the vocabulary's size.
     """
 
     def __init__(self, job: JobSpec) -> None:
@@ -31,11 +31,11 @@ class Deferral:
         self._with_topk = obrs is not None and obrs.needs_candidates
 
     def defer(self, group: Group, policy_version: int) -> ScoredGroup:
-        """Pass a group on; the actor's top-k stays where the learner needs it for Z.
+        """Pass a group on; the actor's top-k stays if the learner needs it for Z.
 
         Args:
-            group: with its rewards.
-            policy_version: the newest.
+            group: the group with its rewards.
+            policy_version: the newest version of the policy.
 
         Raises:
             PayloadError: the group's arrays do not fit the policy or the job.

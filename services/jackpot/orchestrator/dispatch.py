@@ -1,4 +1,4 @@
-"""From a slot of the training order to a rewarded group on the bus."""
+"""Takes each slot of the training order to a rewarded group on the bus."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ LOG = logging.getLogger(__name__)
 
 BUDGET_POLL_SECONDS = 0.05
 BUDGET_LOG_SECONDS = 30.0
-FAILURES_BATCHES = 4  # this many batches' worth of groups failing in a row is no bad luck
+FAILURES_BATCHES = 4  # if this many batches' worth of groups fail in a row, it is not bad luck
 
 
 class TrainingPrompts:
-    """The training prompts with their token ids, made off the event loop: some tasks take a second for one."""
+    """The training prompts and their token ids, made outside the event loop: some tasks need a second per prompt."""
 
     def __init__(self, task: Task, encoder: PromptEncoder) -> None:
         self._task = task
         self._encoder = encoder
-        self._thread = ThreadPoolExecutor(1, "prompts")  # one: tasks need not be safe for threads
+        self._thread = ThreadPoolExecutor(1, "prompts")  # one thread: tasks need not be thread-safe
 
     async def prompt(self, index: int) -> tuple[Item, NDArray[np.uint32]]:
         """Prompt ``index`` and its token ids [P].
 
         Raises:
-            ConfigError: the task cannot make it, or the chat template refuses it.
-            PromptError: it cannot be encoded, or is too long.
+            ConfigError: the task cannot make the prompt, or the chat template refuses it.
+            PromptError: the prompt cannot be encoded or is too long.
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._make, index)
 
@@ -72,27 +72,27 @@ class TrainingPrompts:
     def _make(self, index: int) -> tuple[Item, NDArray[np.uint32]]:
         try:
             item = self._task.train_prompt(index)
-        except Exception as error:  # foreign code: it costs this group, and many in a row the job
+        except Exception as error:  # foreign code: the error costs this group, and many in a row cost the job
             problem = f"cannot make this prompt ({type(error).__name__}: {error})"
             raise ConfigError("task.train_prompt", index, problem, "Look at the task.") from error
         return item, self._encoder.encode(item)
 
 
 class Dispatcher:
-    """Keeps every due slot in work until it is cancelled.
+    """Keeps every due slot in progress until cancelled.
 
     Args:
         job: the job.
         job_id: its id.
         bus: an open bus.
-        book: who holds which slot; shared with whoever learns how groups ended.
+        book: the holders of the slots; shared with the component that learns how groups ended.
         versions: the newest weight versions.
-        replicas: who samples.
-        prompts: what is sampled from.
-        tokenizer: the policy's.
-        rewards: who judges.
-        metrics: where groups in flight are shown.
-        activity: what dispatch waits for: weights that make slots due, rollouts in flight, room on the bus.
+        replicas: the rollout replicas.
+        prompts: the training prompts.
+        tokenizer: the policy's tokenizer.
+        rewards: computes the rewards.
+        metrics: shows the groups in flight.
+        activity: records what dispatch waits for: weights that make slots due, rollouts in flight, room on the bus.
 
     Raises:
         ConfigError: a stop string or the policy's vocabulary cannot be used.
@@ -129,17 +129,17 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._in_flight = 0
         self._failures_in_a_row = 0
-        self._held_since: float | None = None  # dispatch holds for the bus's budget
+        self._held_since: float | None = None  # set while the bus's budget blocks dispatch
         self._baseline_done = False
 
     def slots_changed(self) -> None:
-        """Look again for slots that are due: a group ended."""
+        """Look for due slots again, because a group ended."""
         self._wake.set()
 
     def baseline_done(self) -> None:
-        """The untrained policy is evaluated; from now on training may begin.
+        """Record that the untrained policy has been evaluated: training may now begin.
 
-        Until then the last slot of the first batch is kept back, so that everything else can go ahead.
+        Until then the last slot of the first batch is held back, and everything else can proceed.
         """
         self._baseline_done = True
         self._wake.set()
@@ -148,7 +148,7 @@ class Dispatcher:
         """Dispatch until cancelled.
 
         Args:
-            again: groups that were dispatched before a restart and never published; they go first, under their ids.
+            again: groups that were dispatched before a restart but never published; they go first, with their old ids.
 
         Raises:
             JobFailedError: groups keep failing.
@@ -162,11 +162,11 @@ class Dispatcher:
             while True:
                 self._wake.clear()
                 keys = self._take_due(first)
-                # Beside one another, but in their order: they then go to the bus together.
+                # Concurrently but in order, so that they reach the bus in one exchange.
                 reserved = await all_ended(self._reserve(key) for key in keys)
                 for key in compress(keys, reserved):
                     self._count_in_flight(1)
-                    # Not in the task itself: one that is cancelled before it begins runs no finally.
+                    # Not in the task itself: a task cancelled before it starts runs no finally block.
                     tasks.create_task(self._carry(key)).add_done_callback(lambda _: self._count_in_flight(-1))
                 if keys:
                     self._note_holding(key.slot for key, room in zip(keys, reserved, strict=True) if not room)
@@ -174,7 +174,7 @@ class Dispatcher:
                     await self._wait_for_change()
 
     def _take_due(self, first: list[GroupKey]) -> list[GroupKey]:
-        """The groups to dispatch now: those of ``first``, which is used up, then those that are due."""
+        """The groups to dispatch now: first those of ``first``, which is emptied, then those that are due."""
         keys: list[GroupKey] = []
         room = self._job.orchestrator.max_in_flight_groups - self._in_flight
         while len(keys) < room and (key := first.pop(0) if first else self._take_next()):
@@ -190,7 +190,7 @@ class Dispatcher:
         return self._versions.newest(self._job.rollout_role)
 
     async def _wait_for_first_versions(self) -> None:
-        """Groups are stamped with versions, also those that go first after a restart, whatever is due."""
+        """Wait for the versions that groups are stamped with, also for those that go first after a restart."""
         with self._activity.doing("wait_weights"):
             for role in ("policy", self._job.rollout_role):
                 await self._versions.wait(role, 0)
@@ -209,8 +209,8 @@ class Dispatcher:
                 await self._wake.wait()
 
     async def _reserve(self, key: GroupKey) -> bool:
-        """Make room for the group on the bus, or put it back: dispatch holds, and nothing is trimmed to make room."""
-        # A group of the batch that is being filled passes over the budget: those that fill it wait for this one.
+        """Reserve room for the group on the bus, or put it back: dispatch waits, and nothing is trimmed."""
+        # A group of the batch being filled ignores the budget: the groups that exhaust it wait for this one.
         urgent = self._book.pacing.start_step(key.slot) <= self._current_version
         reserved = await self._bus.reserve(key.group_id(self._job_id), largest_group_bytes(self._job), urgent=urgent)
         if not reserved:
@@ -218,7 +218,7 @@ class Dispatcher:
         return reserved
 
     def _note_holding(self, refused: Iterable[int]) -> None:
-        """Dispatch holds while the bus has no room for one of the slots, though it may have some for others."""
+        """Record whether dispatch waits because the bus has no room for some slot, even if it has room for others."""
         slot, now = next(iter(refused), None), time.monotonic()
         if slot is None:
             self._held_since = None
@@ -227,7 +227,7 @@ class Dispatcher:
             self._held_since = now
 
     async def _carry(self, key: GroupKey) -> None:
-        """One group from its prompt to the bus, or to its drop."""
+        """Take one group from its prompt to the bus, or drop it."""
         group_id = key.group_id(self._job_id)
         try:
             group = await self._make_group(key, group_id)
@@ -244,7 +244,7 @@ class Dispatcher:
             await self._drop_failed(group_id, "rollout_failed", error)
 
     async def _publish(self, group: Group) -> None:
-        """To the scorers, or where there are none straight to the learner."""
+        """Send the group to the scorers, or directly to the learner if there are no scorers."""
         if self._deferral is None:
             await self._bus.publish(group)
         else:
@@ -294,14 +294,14 @@ class Dispatcher:
 
 
 def sampling_seed(job_seed: int, name: str) -> int:
-    """The seed (64 bits) of what is sampled under ``name``: the same on every replica, and in any job of that seed."""
+    """The 64-bit seed for sampling under ``name``: the same on every replica, and in any job with that seed."""
     digest = hashlib.blake2b(f"{job_seed} {seeded_as(name)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def largest_group_bytes(job: JobSpec) -> int:
-    """The most bytes that a group of this job can take on the bus, apart from its prompt and some hundred bytes."""
-    per_token = 4 + 4 + job.rollout.top_logprobs * (4 + 2)  # id, log-probability, and those of k candidates
+    """The most bytes that a group of this job can take on the bus, besides its prompt and some hundred bytes."""
+    per_token = 4 + 4 + job.rollout.top_logprobs * (4 + 2)  # id and log-probability, of the token and of k candidates
     return job.sampling.group_size * job.sampling.max_tokens * per_token + (64 << 10)
 
 

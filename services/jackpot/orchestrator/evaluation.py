@@ -1,6 +1,6 @@
-"""The policy judged on its own samples of held-out prompts, while training goes on.
+"""Evaluates the policy on its own samples for held-out prompts while training continues.
 
-What the actor earns says little: it may rise while the policy's own accuracy falls.
+The actor's rewards say little: they may rise while the policy's accuracy falls.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jackpot.v1 import rollout_pb2
 
 LOG = logging.getLogger(__name__)
 
-CORRECT = 1 - 1e-6  # rewards of at least this count as right
+CORRECT = 1 - 1e-6  # rewards from this value on count as right
 PROMPTS_AT_ONCE = 64
 RETRY_SECONDS = 1.0
 OPTIONAL_ATTEMPTS = 2  # for evaluations between the first and the last
@@ -43,10 +43,10 @@ _Sample = tuple[Trajectory, Judgement]
 
 
 class EvaluationLog:
-    """The evaluations of a job: one writer, appended.
+    """The evaluations of a job, appended by one writer.
 
     Args:
-        path: of the file; created with its first row.
+        path: the file; created with its first row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,12 +73,12 @@ class PolicyEvaluation:
         job: the job.
         job_id: its id.
         questions: the held-out prompts.
-        tokenizer: the policy's.
-        evaluator: a rollout server on the policy's weights.
+        tokenizer: the policy's tokenizer.
+        evaluator: a rollout server with the policy's weights.
         versions: the newest weight versions.
-        rewards: who judges.
-        log: where rows go.
-        metrics: where the accuracy is shown.
+        rewards: computes the rewards.
+        log: receives the rows.
+        metrics: shows the accuracy.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class PolicyEvaluation:
         log_left_out(questions.left_out)
 
     async def run(self, baseline_done: Callable[[], None]) -> None:
-        """Evaluate until the last step is evaluated.
+        """Run evaluations up to the last step.
 
         Args:
-            baseline_done: called once step 0 is evaluated, or was before a restart.
+            baseline_done: called once step 0 is evaluated, or at once if it was before a restart.
 
         Raises:
             DeadlineError: the first or the last evaluation did not succeed within ``evaluation.timeout_seconds``.
@@ -140,8 +140,8 @@ class PolicyEvaluation:
             async with asyncio.timeout(timeout):
                 while required or len(failures) < OPTIONAL_ATTEMPTS:
                     try:
-                        # In a task of its own: up to Python 3.12 a failed TaskGroup may leave its task marked as
-                        # cancelled, and the timeout around it would then pass for a cancellation from outside.
+                        # In a separate task: up to Python 3.12 a failed TaskGroup may leave its task marked as
+                        # cancelled, and the timeout around it would then look like a cancellation from outside.
                         return self._record(await asyncio.create_task(self.evaluate(step)))
                     except RequestRefusedError:
                         raise
@@ -156,7 +156,7 @@ class PolicyEvaluation:
         LOG.error("the evaluation of step %d is skipped", step)
 
     async def evaluate(self, min_version: int) -> EvaluationRow:
-        """Sample and judge every held-out prompt with a policy of at least ``min_version``.
+        """Sample every held-out prompt with a policy of at least ``min_version`` and compute the rewards.
 
         Raises:
             JackpotError: sampling failed, or every reward did.
@@ -215,7 +215,7 @@ class PolicyEvaluation:
                 max_tokens=self._job.sampling.max_tokens,
                 stop_token_ids=self._stop_ids,
                 top_logprobs=1,
-                # The same at every step: what changes between evaluations is the policy alone.
+                # The same at every step, so that only the policy changes between evaluations.
                 seed=sampling_seed(self._job.seed, f"evaluation {index}"),
             ),
             min_version=min_version,
@@ -234,23 +234,23 @@ class PolicyEvaluation:
 
 
 def pass_at_n(rewards: Sequence[Sequence[float]]) -> float:
-    """The fraction of prompts that at least one sample answers right; prompts without any reward are left out.
+    """The fraction of prompts with at least one right sample; prompts without any reward are left out.
 
     Args:
-        rewards: of each prompt's samples; at least one of all.
+        rewards: the rewards of each prompt's samples; at least one in total.
     """
     return float(np.mean([max(prompt) >= CORRECT for prompt in rewards if prompt]))
 
 
 def accuracy_stderr(rewards: Sequence[Sequence[float]]) -> float | None:
-    """The standard error of the fraction of right samples, as an estimate for all prompts that might have been asked.
+    """The standard error of the fraction of right samples, as an estimate for all possible prompts.
 
-    Samples of one prompt resemble each other, hence over prompts: √(n/(n−1) · Σ (r_i − A·m_i)²) / Σ m_i, with r_i of
-    the m_i samples of prompt i right, of n prompts, and the accuracy A. With m samples each it is the standard
-    deviation of the prompts' accuracies / √n.
+    Samples of one prompt are correlated, so it is computed over n prompts: √(n/(n−1) · Σ (r_i − A·m_i)²) / Σ m_i, where
+    r_i of prompt i's m_i samples are right and A is the accuracy. With m samples each, it is the standard deviation of
+    the prompts' accuracies / √n.
 
     Args:
-        rewards: of each prompt's samples; prompts without any are left out.
+        rewards: the rewards of each prompt's samples; prompts without rewards are left out.
 
     Returns:
         None for fewer than two prompts.
@@ -270,5 +270,5 @@ def next_evaluation(last: int, every: int, steps: int) -> int:
 
 
 def last_due(newest: int, every: int, steps: int) -> int:
-    """The last step up to ``newest`` at which an evaluation is due; those before it are passed over."""
+    """The last step up to ``newest`` at which an evaluation is due; earlier ones are skipped."""
     return steps if newest >= steps else newest // every * every

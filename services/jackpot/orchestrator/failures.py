@@ -1,4 +1,4 @@
-"""Out of the exception groups that concurrent tasks raise, the one error that says what went wrong."""
+"""Picks the one error that explains the failure from the exception groups that concurrent tasks raise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jackpot.errors import ConfigError, JackpotError
 
 
 def first_error(errors: BaseExceptionGroup[Any]) -> BaseException:
-    """The error to report: settings that cannot work first, then Jackpot's own errors, then any."""
+    """The error to report: preferably one about settings, then one of Jackpot's errors, then any other."""
     leaves = _leaves(errors)
     for kind in (ConfigError, JackpotError):
         for leaf in leaves:

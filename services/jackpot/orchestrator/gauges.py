@@ -1,4 +1,4 @@
-"""What the orchestrator alone can show of a job as a whole, looked up once a second."""
+"""Figures about the whole job that only the orchestrator can show, read once a second."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class JobGauges:
     """Depths and ages of the bus, the ledger, the bus server's memory, free disk, versions, replicas.
 
     Args:
-        bus_readings: what an open bus says.
+        bus_readings: the readings of an open bus.
         versions: the newest weight versions.
         replicas: the rollout replicas.
         run_dir: the run directory.
-        metrics: where all of it is shown.
+        metrics: shows the figures.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class JobGauges:
         self._metrics = metrics
 
     async def run(self) -> None:
-        """Look until cancelled.
+        """Read the figures until cancelled.
 
         Raises:
             BusError: the bus failed.
@@ -46,11 +46,11 @@ class JobGauges:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
-        """Show everything once. Errors as in :meth:`run`."""
+        """Read and show all figures once. Errors as in :meth:`run`."""
         metrics = self._metrics
         metrics.observe_replicas(self._replicas.num_ready, self._replicas.num_wanted)
         metrics.observe_newest_weights(self._versions.published)
-        # Off the event loop: a network volume may take its time.
+        # Outside the event loop: a network volume may be slow.
         volume = await asyncio.to_thread(shutil.disk_usage, self._run_dir)
         metrics.observe_run_volume(volume.free, volume.total)
         metrics.observe_bus(await self._bus_readings.depths())

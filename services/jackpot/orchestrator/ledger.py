@@ -1,4 +1,4 @@
-"""The job's ledger outside Redis: one line per group that ended, appended and synced."""
+"""The job's ledger on disk: one line per ended group, appended and synced."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from jackpot.trajectory import GroupKey
 
 
 class LedgerFile:
-    """``ledger.jsonl``: every group once, whatever is told twice. One writer.
+    """``ledger.jsonl``: every group once, even if its end is reported twice. One writer.
 
-    Only a group that was declared lost and turns out to be trained after all gets a second row; the last row counts.
+    Only a group that was declared lost but was trained after all gets a second row; the last row counts.
 
     Args:
-        path: the file; created with its first row, with which a last line that a crash cut short is removed.
+        path: the file; created with its first row. Writing that row also removes a last line that a crash truncated.
 
     Raises:
-        DamagedRecordError: a whole line cannot be read.
+        DamagedRecordError: a complete line cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +32,7 @@ class LedgerFile:
 
     @property
     def ended(self) -> Mapping[GroupKey, tuple[TerminalState, str]]:
-        """Every group of the file: its state and reason, in the order of the file."""
+        """State and reason of every group in the file, in the file's order."""
         return {GroupKey.parse(row.group_id): (row.state, row.reason) for row in self._rows.values()}
 
     def __contains__(self, group_id: str) -> bool:
@@ -42,7 +42,7 @@ class LedgerFile:
         """Add rows durably.
 
         Returns:
-            Those that were new.
+            The rows that were new.
         """
         fresh = list({row.group_id: row for row in rows if self._is_news(row)}.values())
         if fresh:

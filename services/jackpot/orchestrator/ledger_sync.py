@@ -1,4 +1,4 @@
-"""How groups end, carried from the bus to the ledger on disk and to the slots."""
+"""Copies the ends of groups from the bus to the ledger on disk and to the slots."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PAGE = 1000
 
 
 class LedgerSync:
-    """Reads the bus's terminal records from the start; what the file has already is recognised there.
+    """Reads the bus's terminal records from the start; the file recognises those that it already has.
 
     Args:
-        bus_readings: what an open bus says.
+        bus_readings: the readings of an open bus.
         file: the ledger on disk.
-        book: who holds which slot.
-        metrics: where ended groups are counted.
+        book: the holders of the slots.
+        metrics: counts ended groups.
         on_ended: called after groups ended.
     """
 
@@ -48,18 +48,18 @@ class LedgerSync:
         self.succeeded_at = time.monotonic()  # when the bus last answered
 
     async def run(self) -> None:
-        """Carry records over until cancelled."""
+        """Copy records until cancelled."""
         while True:
             await self.catch_up()
             self.succeeded_at = time.monotonic()
             await asyncio.sleep(POLL_SECONDS)
 
     def rewind(self) -> None:
-        """Read from the start again: the bus may be another one than before."""
+        """Read from the start again: the bus may be a different one."""
         self._after = ""
 
     async def catch_up(self) -> None:
-        """Carry over every record that there is."""
+        """Copy all available records."""
         while records := await self._bus_readings.read_terminal(self._after, PAGE):
             rows = [record for _, record in records]
             for row in await asyncio.to_thread(self._file.append, rows):

@@ -1,4 +1,4 @@
-"""The orchestrator's loop: recover, dispatch and evaluate until the last step, close the ledger."""
+"""The orchestrator's loop: recovers, dispatches and evaluates until the last step, then closes the ledger."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ LOG = logging.getLogger(__name__)
 
 TRAINED_POLL_SECONDS = 0.05
 OUTAGE_POLL_SECONDS = 0.5
-OUTAGE_SECONDS = 120.0  # a bus that stays away for longer ends the process
+OUTAGE_SECONDS = 120.0  # if the bus is unreachable for longer, the process ends
 
 
 class Orchestrator:
-    """One job's orchestrator, over an open bus and open channels.
+    """One job's orchestrator, on an open bus and open channels.
 
     Args:
         job: the job, its models resolved to directories.
@@ -50,10 +50,10 @@ class Orchestrator:
         run_dir: its run directory.
         bus: the connected bus.
         replicas: the rollout replicas.
-        membership: which of them there are just now.
-        evaluator: the rollout server on the policy's weights.
-        rewards: who judges.
-        metrics: where figures are shown.
+        membership: keeps the replicas up to date.
+        evaluator: the rollout server with the policy's weights.
+        rewards: computes the rewards.
+        metrics: shows figures.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Orchestrator:
         self._activity = Activity(metrics, "orchestrator", "0", run_dir)
         self._ledger = LedgerFile(files.ledger)
         self._book = SlotBook.of_job(job, task.num_prompts)
-        store = open_weight_store(job, job_id, run_dir, files.scratch / "weights-orchestrator")  # never reads any
+        store = open_weight_store(job, job_id, run_dir, files.scratch / "weights-orchestrator")  # never reads weights
         self._versions = VersionWatch(store, {"policy", job.rollout_role})
         self._prompts = TrainingPrompts(task, encoder)
         self._dispatcher = Dispatcher(
@@ -118,7 +118,7 @@ class Orchestrator:
         """Orchestrate until the last step is trained, committed and evaluated.
 
         Raises:
-            JackpotError: what cannot be repaired here.
+            JackpotError: a failure that the orchestrator cannot repair.
         """
         while not await self._run_until_bus_fails():
             await asyncio.sleep(OUTAGE_POLL_SECONDS)
@@ -126,16 +126,16 @@ class Orchestrator:
         LOG.info("done", extra={"trained": self._book.num_trained})
 
     def close(self) -> None:
-        """End the thread that makes prompts."""
+        """End the thread that prepares prompts."""
         self._prompts.close()
         self._activity.write()
 
     async def _run_until_bus_fails(self) -> bool:
-        """Orchestrate from what bus and ledger say; whether the job is done. False: the bus failed, begin again."""
+        """Orchestrate from the state in bus and ledger; whether the job is done. False: the bus failed, start again."""
         try:
             if self._bus_lost:
                 await self._declare_lost()
-            # In a task of its own, for the same reason as an evaluation: what begins again must be a fresh task.
+            # In a separate task, for the same reason as an evaluation: each start needs a fresh task.
             again = await self._recover()
             await asyncio.create_task(self._orchestrate(again))
             return True
@@ -175,13 +175,13 @@ class Orchestrator:
             raise first_error(errors if lost is None else lost) from None
 
     async def _recover(self) -> list[GroupKey]:
-        """Rebuild the book; the groups that were dispatched and never published, in slot order."""
+        """Rebuild the book; returns the groups that were dispatched but never published, in slot order."""
         await self._bus.open()
         states = {
             GroupKey.parse(group_id): state for group_id, state in (await self._bus.readings.dispatched()).items()
         }
         self._ledger_sync.rewind()
-        # After the above: a group that ends in between then counts as ended.
+        # Read after the above, so that a group that ends in between counts as ended.
         await self._ledger_sync.catch_up()
         ended = self._ledger.ended
         opened = {key for key in (*states, *self._claimed_by_learner()) if key not in ended}
@@ -191,11 +191,11 @@ class Orchestrator:
         return sorted((key for key in opened if states.get(key) == "dispatched"), key=lambda key: key.slot)
 
     def _claimed_by_learner(self) -> set[GroupKey]:
-        """The groups of the learner's write-ahead manifests: trained, or to be trained again from there."""
+        """The groups of the learner's write-ahead manifests: trained, or to be trained again from them."""
         return {GroupKey.parse(group_id) for manifest in self._manifests.all() for group_id in manifest.group_ids}
 
     async def _declare_lost(self) -> None:
-        """Close the ledger on every group that went down with the bus; recovery then dispatches them again."""
+        """End every group that was lost with the bus in the ledger; recovery then dispatches them again."""
         await self._bus.open()
         kept = {
             GroupKey.parse(group_id) for group_id in await self._bus.readings.dispatched()

@@ -1,4 +1,4 @@
-"""Which rollout replicas a job has just now: those it began with, and those that joined it since."""
+"""Tracks a job's rollout replicas: those it started with and those that joined later."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LOOK_SECONDS = 0.5
 class RolloutMembership:
     """Keeps a pool to the replicas that the job should have.
 
-    Instances from 0 on belong to the job, as many as are wanted. One beyond them is asked for nothing more from the
-    moment that this sees the new number, before its process is told to end: what it has under way it finishes.
+    The job has the wanted number of instances, counted from 0. Once this class sees a smaller number, it sends no more
+    requests to the instances beyond it, before their processes are asked to stop. They finish their running requests.
 
     Args:
         pool: the rollout replicas.
-        run_dir: of the job: the number wanted, and what replicas announce.
-        fixed: addresses of the replicas that the job began with, by instance.
+        run_dir: the job's run directory, with the wanted number and the addresses that replicas announce.
+        fixed: addresses of the replicas that the job started with, by instance.
     """
 
     def __init__(self, pool: ReplicaPool, run_dir: Path, fixed: Sequence[str]) -> None:
@@ -33,14 +33,14 @@ class RolloutMembership:
         self._fixed = tuple(fixed)
 
     async def follow(self) -> None:
-        """Look again and again. Never returns."""
+        """Keep the pool up to date. Never returns."""
         while True:
             await self.look()
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
         """Bring the pool up to date once."""
-        # Off the event loop: a network volume may take its time.
+        # Outside the event loop: a network volume may be slow.
         wanted, addresses = await asyncio.to_thread(self._read)
         if wanted != self._pool.num_wanted:
             LOG.info("rollout replicas wanted", extra={"wanted": wanted, "before": self._pool.num_wanted})

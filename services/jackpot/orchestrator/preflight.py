@@ -1,4 +1,4 @@
-"""What a launcher asks before it starts any process: can this job's task, tokenizer and budget work?"""
+"""Checks that a launcher makes before it starts any process: whether task, tokenizer and budget can work."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jackpot.orchestrator.tasks import Task, validate_task
 from jackpot.orchestrator.tokenizer import PromptTokenizer
 
 SURVEYED_PROMPTS = 1000
-SURVEY_SECONDS = 2.0  # some tasks take a second for one prompt
+SURVEY_SECONDS = 2.0  # some tasks need a second per prompt
 SURVEYED_HELD_OUT = 8
 
 
 def validate_job(job: JobSpec) -> None:
-    """Check what the orchestrator of this job will depend on, by using it.
+    """Check what the job's orchestrator will depend on, by using it.
 
     Args:
         job: the job, its models resolved to directories.
@@ -50,17 +50,17 @@ def validate_job(job: JobSpec) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PromptSurvey:
-    """Training prompts that were looked at."""
+    """The training prompts that were checked."""
 
     num_prompts: int
-    unusable: Sequence[str]  # why, for each that no engine takes
+    unusable: Sequence[str]  # why, for each prompt that no engine accepts
 
 
 def survey_prompts(task: Task, encoder: PromptEncoder) -> PromptSurvey:
-    """Encode training prompts, evenly spread over the epoch, as many as a moment allows.
+    """Encode training prompts evenly spread over the epoch, as many as fit in a moment.
 
     Raises:
-        ConfigError: none of them can be used, or the chat template refuses one.
+        ConfigError: no prompt can be used, or the chat template refuses one.
     """
     count = min(task.num_prompts, SURVEYED_PROMPTS)
     began, looked, unusable = time.monotonic(), 0, []

@@ -1,4 +1,4 @@
-"""Which prompts a job can use: those that its tokenizer encodes, and that leave room for the longest completion."""
+"""Selects the prompts that a job can use: those that can be encoded and leave room for the longest completion."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from jackpot.orchestrator.tokenizer import PromptTokenizer
 
 LOG = logging.getLogger(__name__)
 
-POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx")  # as models' configurations name them
+POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx")  # names in models' configurations
 
 
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
-    """Turns items into token ids, and refuses those that no engine takes.
+    """Turns items into token ids and refuses those that no engine accepts.
 
     Args:
-        tokenizer: the policy's.
-        limit: positions for a prompt and its completion; None where no model says.
-        limit_field: the setting that it comes from.
-        max_tokens: the longest completion.
+        tokenizer: the policy's tokenizer.
+        limit: positions for a prompt and its completion; None if no model states a limit.
+        limit_field: the setting that sets the limit.
+        max_tokens: length of the longest completion.
     """
 
     tokenizer: PromptTokenizer
@@ -55,7 +55,7 @@ class PromptEncoder:
         """Token ids [P] of the item's prompt.
 
         Raises:
-            PromptError: it cannot be encoded, or is too long. Names the row where the task does.
+            PromptError: the prompt cannot be encoded or is too long. Names the row if the task does.
             ConfigError: the chat template refuses the messages.
         """
         try:
@@ -72,21 +72,20 @@ class PromptEncoder:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What an evaluation asks: distinct prompts that the policy can answer."""
+    """The prompts of an evaluation: distinct ones that the policy can answer."""
 
     items: Sequence[Item]
     token_ids: Sequence[NDArray[np.uint32]]  # [P] each
-    left_out: Sequence[str]  # why, for each item that is not among them
+    left_out: Sequence[str]  # why, for each item that is left out
 
 
 def held_out(items: Sequence[Item], encoder: PromptEncoder) -> HeldOut:
-    """The items that are used of those that a task holds out.
+    """The usable items among those that a task holds out.
 
-    One that stands several times, but for white space, is asked once: its copies would lend the accuracy a certainty
-    that it does not have.
+    Items that differ only in white space are used once: copies would make the accuracy look more certain than it is.
 
     Raises:
-        ConfigError: none is left, or the chat template refuses the messages.
+        ConfigError: no item is left, or the chat template refuses the messages.
     """
     used: dict[str, tuple[Item, NDArray[np.uint32]]] = {}
     left_out = []
@@ -106,7 +105,7 @@ def held_out(items: Sequence[Item], encoder: PromptEncoder) -> HeldOut:
 
 
 def log_left_out(left_out: Sequence[str]) -> None:
-    """Say how many held-out prompts are not asked, and why the first ones are not."""
+    """Log how many held-out prompts are left out, and why the first ones are."""
     if left_out:
         LOG.warning("%d held-out prompts are left out: %s", len(left_out), "; ".join(left_out[:3]))
 
@@ -117,11 +116,11 @@ def _name(item: Item) -> str:
 
 
 def _max_positions(model_dir: Path) -> int | None:
-    """The longest sequence that a model was made for; None if it does not say."""
+    """The longest sequence that a model supports; None if it does not say."""
     try:
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # whether a model directory is whole is checked elsewhere
+        return None  # another check finds incomplete model directories
     text = config.get("text_config")
     source: dict[str, Any] = text if isinstance(text, dict) else config
     lengths = [source[field] for field in POSITION_FIELDS if isinstance(source.get(field), int) and source[field] > 0]

@@ -1,4 +1,4 @@
-"""Rollout replicas as one: the least loaded is asked, a failing one is left out until it is ready again."""
+"""Presents rollout replicas as one: requests go to the least loaded, and a failing one is skipped until it is ready."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
 
 LOG = logging.getLogger(__name__)
 
-READY_LOG_SECONDS = 30.0  # how often a replica that stays away is mentioned
+READY_LOG_SECONDS = 30.0  # how often an unreachable replica is logged
 
 
 class _Replica:
-    """One server, and what the pool thinks of it."""
+    """One server and its state in the pool."""
 
     def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
         self.address = address
@@ -38,12 +38,12 @@ class _Replica:
         self.stub = rollout_pb2_grpc.RolloutServiceStub(channel)  # type: ignore[no-untyped-call]
         self.in_flight = 0
         self.up = False
-        self.full_until = 0.0  # on the monotonic clock
+        self.full_until = 0.0  # monotonic clock
         self.suspected = asyncio.Event()
         self.suspected.set()
 
     def suspect(self) -> None:
-        """Leave it out until its health check says that it is ready."""
+        """Skip the replica until its health check reports that it is ready."""
         self.up = False
         self.suspected.set()
 
@@ -57,11 +57,11 @@ class _Replica:
 
 
 class ReplicaPool:
-    """Generate calls over several replicas. Run :meth:`watch` beside its other methods.
+    """Distributes Generate calls over several replicas. Run :meth:`watch` concurrently with the other methods.
 
     Args:
         connect: opens a channel to an address.
-        addresses: the replicas to begin with.
+        addresses: the first replicas.
         attempts: how often one group is tried, each time on another replica if there is one.
         timeout_seconds: deadline of one call, and of waiting for a replica.
     """
@@ -81,18 +81,18 @@ class ReplicaPool:
         self._leaving: set[_Replica] = set()
         self._membership_changed = asyncio.Event()
         self.num_wanted = len(addresses)
-        """How many there should be."""
+        """How many replicas there should be."""
         self.use(addresses, len(addresses))
 
     def use(self, addresses: Collection[str], wanted: int) -> None:
-        """Ask these replicas from now on. Calls under way on others go on, and their channels are closed after them.
+        """Use these replicas from now on. Running calls on other replicas finish, and then their channels close.
 
         Args:
-            addresses: those that can be reached, or soon will be.
-            wanted: how many there should be.
+            addresses: replicas that can be reached, or soon will be.
+            wanted: how many replicas there should be.
 
         Raises:
-            ConfigError: an address is none, or the TLS files cannot be read.
+            ConfigError: an address is invalid, or the TLS files cannot be read.
         """
         self.num_wanted = wanted
         known = {replica.address: replica for replica in self._replicas}
@@ -106,12 +106,12 @@ class ReplicaPool:
 
     @property
     def num_ready(self) -> int:
-        """How many would be asked now: known to be ready, and not found disconnected since."""
+        """How many replicas can be used now: reported ready and not found disconnected since."""
         away = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
         return sum(replica.up and replica.channel.get_state() not in away for replica in self._replicas)
 
     async def watch(self) -> None:
-        """Keep finding out which replicas are ready, and let go of those that have left. Never returns."""
+        """Keep checking which replicas are ready, and close those that have left. Never returns."""
         watching: dict[_Replica, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as tasks:
             while True:
@@ -129,18 +129,18 @@ class ReplicaPool:
                 await self._membership_changed.wait()
 
     async def close(self) -> None:
-        """Close every channel; calls under way fail."""
+        """Close every channel; running calls fail."""
         for replica in (*self._replicas, *self._leaving):
             await replica.channel.close()
 
     async def generate(self, request: rollout_pb2.GenerateRequest) -> tuple[Trajectory, ...]:
         """Sample one group.
 
-        A replica that is full is asked again later and costs no attempt.
+        A full replica is tried again later and costs no attempt.
 
         Raises:
             RequestRefusedError: the request can never work.
-            EngineError: every attempt failed; names each failure.
+            EngineError: every attempt failed; the message names each failure.
             DeadlineError: no replica became ready in time.
         """
         failures: list[str] = []
@@ -158,7 +158,7 @@ class ReplicaPool:
                 raise
             except (EngineError, DeadlineError, WeightError, PayloadError) as error:
                 if replica in self._leaving:
-                    continue  # it was told to end: that is no failure of the group's
+                    continue  # the replica was asked to stop: the group did not fail
                 LOG.warning("attempt %d of %s failed: %s", len(failures) + 1, request.group_id, error)
                 failures.append(str(error))
                 failed.add(replica.address)
@@ -166,10 +166,10 @@ class ReplicaPool:
         raise EngineError(f"{len(failures)} attempts failed: {'; '.join(failures)}")
 
     async def load_weights(self, min_version: int) -> int:
-        """Have every replica hold at least ``min_version``; the oldest version held then.
+        """Wait until every replica holds at least ``min_version``; returns the oldest version held.
 
         Raises:
-            JackpotError: a replica could not do it in time.
+            JackpotError: a replica did not reach it in time.
         """
         weights = weights_pb2.LoadWeightsRequest(min_version=min_version)
         request = rollout_pb2.RolloutServiceLoadWeightsRequest(weights=weights)
@@ -188,7 +188,7 @@ class ReplicaPool:
                 response = await call(replica.stub.Generate, request, self._timeout_seconds, awaited=awaited)
         finally:
             if replica in self._leaving and not replica.in_flight:
-                self._membership_changed.set()  # nothing keeps its channel open any more
+                self._membership_changed.set()  # nothing needs its channel any more
         trajectories = tuple(trajectory_from_proto(message) for message in response.trajectories)
         if len(trajectories) != request.num_trajectories:
             raise PayloadError(f"{awaited}: {len(trajectories)} trajectories where {request.num_trajectories} were due")
@@ -198,17 +198,17 @@ class ReplicaPool:
         return trajectories
 
     async def _pick(self, failed: Collection[str]) -> _Replica | None:
-        """The best replica; None if all that are ready stay full.
+        """The best replica; None if all ready ones stay full.
 
         Raises:
-            DeadlineError: none became ready in time.
+            DeadlineError: no replica became ready in time.
         """
         deadline = time.monotonic() + self._timeout_seconds
         while (now := time.monotonic()) < deadline:
             ready = [replica for replica in self._replicas if self._is_ready(replica)]
             free = [replica for replica in ready if replica.full_until <= now]
             if free:
-                # One that has not failed this group yet, then the least loaded.
+                # Prefer a replica that has not failed this group, then the least loaded one.
                 return min(free, key=lambda replica: (replica.address in failed, replica.in_flight))
             until = min([replica.full_until for replica in ready] + [deadline])
             await self._wait_for_change(until - now)
@@ -227,7 +227,7 @@ class ReplicaPool:
             async with asyncio.timeout(timeout_seconds), self._changed:
                 await self._changed.wait()
         except TimeoutError:
-            return  # time itself was the change: a full replica may be asked again
+            return  # the passing of time is the change: a full replica may be tried again
 
     async def _watch(self, replica: _Replica) -> None:
         while True:

@@ -1,8 +1,8 @@
-"""A process that computes rewards for its parent, so that one that hangs or crashes can be ended.
+"""A process that computes rewards for its parent, which can end it if a reward hangs or crashes.
 
-JSON lines on stdin and stdout. First the task (answered by ``{"ready": true}``), then one line per group
-(answered by one line per completion: ``{"reward": …}``, with ``"unreadable": why`` where the grader cannot read it, or
-``{"error": …}``). Ends with its input.
+The two exchange JSON lines on stdin and stdout. The first line holds the task; the answer is ``{"ready": true}``. Each
+further line holds a group; the answer is one line per completion: ``{"reward": …}``, with ``"unreadable": why`` if the
+grader cannot read the completion, or ``{"error": …}``. The process ends with its input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jackpot.process.children import stop_with_parent
 def main() -> int:
     """Serve until the input ends; 2 if the task cannot be built."""
     stop_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the orchestrator, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the orchestrator, which ends this process
     answers = _private_stdout()
     first = json.loads(sys.stdin.readline())
     try:
@@ -48,7 +48,7 @@ def _reward(task: Task, item: TaskItem, completion: str) -> dict[str, Any]:
         if isinstance(reward, UnreadableAnswer):
             return {"reward": 0.0, "unreadable": reward.reason}
         return {"reward": finite_reward(reward)}
-    except Exception as error:  # foreign code: whatever it raises is reported, and fails this one reward
+    except Exception as error:  # foreign code: any error is reported and fails only this reward
         return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -58,7 +58,7 @@ def _answer(answers: TextIO, content: dict[str, Any]) -> None:
 
 
 def _private_stdout() -> TextIO:
-    """The pipe to the parent; what the task prints goes to stderr instead."""
+    """The pipe to the parent. The task's own prints go to stderr instead."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers

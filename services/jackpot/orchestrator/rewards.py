@@ -1,4 +1,4 @@
-"""Rewards, computed in processes of their own: bounded in time, retried, and their failures counted."""
+"""Computes rewards in separate processes, with time limits and retries, and counts failures."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ START_TIMEOUT_SECONDS = 120.0  # importing a large task package from a cold disk
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a completion is worth."""
+    """The reward of one completion, or why it has none."""
 
-    reward: float | None  # None: it failed and is to be left out (task.on_reward_failure: drop)
-    failure: str = ""  # why the reward function gave none
-    unreadable: str = ""  # why its grader could not read the completion, which is a wrong answer
+    reward: float | None  # None: the reward failed and the completion is left out (task.on_reward_failure: drop)
+    failure: str = ""  # why the reward function returned none
+    unreadable: str = ""  # why the grader could not read the completion, which counts as wrong
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What a reward process says about a completion."""
+    """A reward process's answer for one completion."""
 
     reward: float | None
     problem: str = ""
-    final: bool = False  # asking again would only cost the same time again
+    final: bool = False  # a retry would only take the same time again
 
 
 class RewardPool:
-    """Up to ``num_workers`` processes that hold the task; each is started when it is first needed.
+    """Up to ``num_workers`` processes that hold the task; each starts when it is first needed.
 
     Args:
         task: the task, with its time limit and attempts per reward.
         seed: the job's seed.
-        num_workers: groups whose rewards are computed at the same time.
-        metrics: where failures are counted.
+        num_workers: groups whose rewards are computed concurrently.
+        metrics: counts failures.
         failures: a file of JSON lines that names each completion whose reward failed.
     """
 
@@ -72,19 +72,19 @@ class RewardPool:
             metrics.expect_rewards()
         self._failures = None if failures is None else JsonLinesWriter(failures)
         self._workers = [_Worker(task, seed) for _ in range(num_workers)]
-        # Last in, first out: a second process is only started when the first is busy.
+        # Last in, first out: a second process starts only when the first is busy.
         self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
         for worker in reversed(self._workers):
             self._idle.put_nowait(worker)
 
     async def judge(self, item: Item, completions: Sequence[str]) -> list[Judgement]:
-        """What each completion is worth. A failure costs its own completion, and a timeout no second one."""
+        """The reward of each completion. A failure affects only its completion, and a timeout is not retried."""
         judged: dict[int, Judgement] = {}
         attempts = [0] * len(completions)
         while missing := [index for index in range(len(completions)) if index not in judged]:
             async with self._worker() as worker:
                 answers = await worker.ask(item, [completions[index] for index in missing])
-            for index, answer in zip(missing, answers, strict=False):  # a process that ended leaves the rest open
+            for index, answer in zip(missing, answers, strict=False):  # a process that ended leaves the rest unanswered
                 attempts[index] += 1
                 last = answer.final or attempts[index] >= self._task.reward_attempts
                 if answer.reward is not None:
@@ -132,11 +132,11 @@ class RewardPool:
 
 
 def rewarded(trajectories: Sequence[Trajectory], judged: Sequence[Judgement]) -> tuple[Trajectory, ...]:
-    """The trajectories of a group that have a reward, with it.
+    """The trajectories of a group that have rewards, with their rewards.
 
     Raises:
-        RewardError: every reward failed, so that the reward function is at fault and not a text; or a single
-            trajectory is left, with nothing to compare it with.
+        RewardError: every reward failed, so the reward function and not a text is at fault; or only one trajectory is
+            left, with nothing to compare it with.
     """
     failures = [judgement.failure for judgement in judged if judgement.failure]
     kept = tuple(
@@ -150,16 +150,16 @@ def rewarded(trajectories: Sequence[Trajectory], judged: Sequence[Judgement]) ->
 
 
 class _Worker:
-    """One process, restarted after it hung or crashed."""
+    """One process; restarted after it hangs or crashes."""
 
     def __init__(self, task: TaskConfig, seed: int) -> None:
         self._task = task
         self._seed = seed
         self._process: Process | None = None
-        self._read = b""  # of its output, and not answered with yet
+        self._read = b""  # output that has not been parsed
 
     async def ask(self, item: Item, completions: Sequence[str]) -> list[_Answer]:
-        """Answers in order. Ends early, with a failure, where the process hung or crashed."""
+        """The answers in order. If the process hangs or crashes, the last one is a failure and the rest is missing."""
         limit = self._task.reward_timeout_seconds
         answers: list[_Answer] = []
         try:
@@ -177,7 +177,7 @@ class _Worker:
         except (EOFError, ConnectionError):
             await self.end()
             answers.append(_Answer(None, "its process ended unexpectedly"))
-        except BaseException:  # also when cancelled: answers under way would be taken for those of the next request
+        except BaseException:  # also when cancelled: late answers would be taken for those to the next request
             await self.end()
             raise
         return answers
@@ -209,10 +209,10 @@ class _Worker:
         return process
 
     async def _next_answers(self, process: Process, timeout_seconds: float) -> list[dict[str, Any]]:
-        """The answers that are there, as soon as there is one: most take less time than the way to each of them.
+        """The available answers, once there is at least one. Most take less time than reading each one separately.
 
         Raises:
-            TimeoutError: none came in time.
+            TimeoutError: no answer came in time.
             EOFError: the process ended.
         """
         assert process.stdout is not None

@@ -22,10 +22,10 @@ from jackpot.telemetry import Metrics
 
 
 async def serve(environment: ServiceEnvironment, job: JobSpec, stop: asyncio.Event) -> int:
-    """Run the job's orchestrator to its end, or until ``stop``; the exit code.
+    """Run the job's orchestrator to its end or until ``stop`` is set; returns the exit code.
 
     Raises:
-        JackpotError: what cannot be repaired here.
+        JackpotError: a failure that the orchestrator cannot repair.
     """
     work = asyncio.create_task(_orchestrate(environment, job))
     stopping = asyncio.create_task(stop.wait())

@@ -1,7 +1,7 @@
-"""Which group is dispatched next, and when. Pure bookkeeping: no I/O.
+"""Decides which group is dispatched next, and when. Pure bookkeeping: no I/O.
 
-Batch b trains slots [b·G, (b+1)·G). A slot belongs to one group at a time; when that group is dropped, the slot goes to
-another one, its next attempt, so that every batch fills. Everything here can be rebuilt from group ids alone.
+Batch b trains slots [b·G, (b+1)·G). A slot belongs to one group at a time. If that group is dropped, the slot goes to
+another group, its next attempt, so that every batch fills. This state can be rebuilt from group ids alone.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from jackpot.trajectory import GroupKey
 TerminalState = Literal["trained", "dropped"]
 
 SAME_PROMPT = ("lost",)  # the group did nothing wrong
-PERMUTATIONS_HELD = 8  # of two epochs, with some attempts
+PERMUTATIONS_HELD = 8  # enough for two epochs with some attempts
 
 
 @dataclass(frozen=True, slots=True)
 class Pacing:
-    """When a slot may be dispatched, so that no token is older than ``max_staleness`` where it is trained on.
+    """Decides when a slot may be dispatched, so that no token is older than ``max_staleness`` when it is trained on.
 
     Args:
         groups_per_batch: G.
-        updates_per_batch: optimizer steps from one batch's start to the next one's.
+        updates_per_batch: optimizer steps from one batch's start to the start of the next.
         max_staleness: greatest distance in optimizer steps from the version that samples to the step that trains.
     """
 
@@ -40,19 +40,19 @@ class Pacing:
     max_staleness: int
 
     def start_step(self, slot: int) -> int:
-        """The step at which the slot's batch starts to train."""
+        """The step at which training on the slot's batch starts."""
         return slot // self.groups_per_batch * self.updates_per_batch
 
     def min_version(self, slot: int) -> int:
-        """The oldest version that may sample for the slot; the slot is due once that version is there."""
+        """The oldest version that may sample for the slot; the slot is due once that version exists."""
         return max(0, self.start_step(slot) - self.max_staleness)
 
 
 class PromptOrder:
-    """Which prompt each slot trains: epoch after epoch, each a permutation of its own.
+    """Assigns a prompt to each slot: every epoch is a different permutation of the prompts.
 
-    A slot whose group was dropped takes another prompt, from a further permutation of the same epoch. Which one depends
-    on the slot and on the number of the attempt alone, never on the order in which groups end.
+    A slot whose group was dropped takes another prompt, from a further permutation of the same epoch. The choice
+    depends only on the slot and the number of the attempt, never on the order in which groups end.
 
     Args:
         num_prompts: prompts in one epoch.
@@ -65,7 +65,7 @@ class PromptOrder:
         self._permutation = lru_cache(maxsize=PERMUTATIONS_HELD)(self._make_permutation)
 
     def prompt(self, slot: int, attempt: int = 0) -> tuple[int, int]:
-        """(epoch, prompt index) of a slot at its ``attempt``-th group, the first being 0."""
+        """(epoch, prompt index) of a slot at its ``attempt``-th group, counted from 0."""
         epoch, place = divmod(slot, self._num_prompts)
         return epoch, int(self._permutation(epoch, attempt)[place])
 
@@ -77,7 +77,7 @@ class PromptOrder:
 
 
 class SlotBook:
-    """Who holds each slot. Every change of state of a group is told to it; it answers what to dispatch next."""
+    """Records which group holds each slot: receives every change of a group's state and chooses the next dispatch."""
 
     def __init__(self, num_slots: int, pacing: Pacing, order: PromptOrder) -> None:
         self._num_slots = num_slots
@@ -86,18 +86,18 @@ class SlotBook:
         self._next_slot = 0
         self._holders: dict[int, GroupKey] = {}  # slot → its group, from dispatch to the terminal state
         self._trained: set[int] = set()
-        self._vacant: list[tuple[int, GroupKey]] = []  # heap: slots given up, and the group that takes each next
+        self._vacant: list[tuple[int, GroupKey]] = []  # heap: vacated slots, and the group that takes each next
 
     @classmethod
     def of_job(cls, job: JobSpec, num_prompts: int) -> SlotBook:
-        """The empty book of a job."""
+        """An empty book for a job."""
         learner = job.learner
         pacing = Pacing(learner.groups_per_batch, learner.updates_per_batch, job.orchestrator.max_staleness)
         return cls(job.num_groups, pacing, PromptOrder(num_prompts, job.seed))
 
     @property
     def num_trained(self) -> int:
-        """Slots whose group is trained."""
+        """Slots whose group has been trained on."""
         return len(self._trained)
 
     @property
@@ -106,11 +106,11 @@ class SlotBook:
         return tuple(self._holders.values())
 
     def take_next(self, version: int, num_slots: int | None = None) -> GroupKey | None:
-        """The next group to dispatch at weight version ``version``, its slot now taken; None if none is due.
+        """The next group to dispatch at weight version ``version``; its slot is then taken. None if none is due.
 
         Args:
-            version: the newest version of the weights that sample.
-            num_slots: only slots below this one; None is all of the job.
+            version: the newest version of the sampling weights.
+            num_slots: only slots below this one; None is all slots of the job.
         """
         slot = self._vacant[0][0] if self._vacant else self._next_slot
         end = self._num_slots if num_slots is None else min(num_slots, self._num_slots)
@@ -125,12 +125,12 @@ class SlotBook:
         return key
 
     def put_back(self, key: GroupKey) -> None:
-        """Undo :meth:`take_next`: the group could not be dispatched yet and comes again in its turn."""
+        """Undo :meth:`take_next`: the group cannot be dispatched yet and will come again in its order."""
         del self._holders[key.slot]
         heapq.heappush(self._vacant, (key.slot, key))
 
     def close(self, key: GroupKey, state: TerminalState, reason: str) -> None:
-        """A group ended. Safe to repeat; groups that do not hold their slot change nothing."""
+        """Record the end of a group. Safe to repeat; groups that do not hold their slot change nothing."""
         if state == "trained":
             self._trained.add(key.slot)
         if self._holders.get(key.slot) != key:
@@ -144,8 +144,7 @@ class SlotBook:
 
         Args:
             ended: every group with a terminal state: (state, reason).
-            opened: every group without one. Slots that are in neither, up to the last that was ever dispatched, are
-                dispatched again.
+            opened: every group without one. Slots in neither, up to the last dispatched one, are dispatched again.
         """
         self._holders = {key.slot: key for key in opened}
         known = [*ended, *self._holders.values()]
@@ -163,7 +162,7 @@ class SlotBook:
         return GroupKey(slot, *self._order.prompt(slot))
 
     def _again(self, key: GroupKey, reason: str) -> GroupKey:
-        """What a dropped group's slot takes next: the same prompt if the group was lost, else another."""
+        """The next group for a dropped group's slot: with the same prompt if the group was lost, else with another."""
         attempt = key.attempt + 1
         if reason in SAME_PROMPT:
             return replace(key, attempt=attempt)

@@ -1,4 +1,4 @@
-"""What `jackpot validate` says about a task: which prompts are used, and what its reward thinks of known answers."""
+"""`jackpot validate`'s report on a task: the prompts that are used, and the rewards of known answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jackpot.orchestrator.tasks.validation import within
 from jackpot.orchestrator.tokenizer import PromptTokenizer
 
 GRADED_PROMPTS = 8
-COMPARED_PROMPTS = 2000  # training prompts that held-out ones are looked for among
+COMPARED_PROMPTS = 2000  # training prompts to search for held-out ones
 NAMED = 3
 RIGHT = 1 - 1e-6
 
@@ -41,10 +41,10 @@ class Grades:
 
     kind: str
     rewards: Sequence[float]
-    failures: Sequence[str]  # of rewards that raised or did not return
+    failures: Sequence[str]  # for rewards that raised or did not return
 
     def line(self) -> str:
-        """One line for people."""
+        """One line for humans."""
         num = len(self.rewards) + len(self.failures)
         right = sum(reward >= RIGHT for reward in self.rewards)
         mean = f"{sum(self.rewards) / len(self.rewards):.2f} on average" if self.rewards else "no reward"
@@ -91,7 +91,7 @@ def _trained_on(task: Task, held: Sequence[Item]) -> int:
         for index in range(min(task.num_prompts, COMPARED_PROMPTS)):
             trained_keys.update({prompt_key(task.train_prompt(index).prompt)} & keys)
 
-    within(2.0, look)  # some tasks take a second for one prompt
+    within(2.0, look)  # some tasks need a second per prompt
     return len(trained_keys)
 
 

@@ -1,4 +1,4 @@
-"""The policy's tokenizer, read with the ``tokenizers`` library alone: prompts to ids, completions to text."""
+"""The policy's tokenizer, using only the ``tokenizers`` library: prompts to ids, completions to text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 class PromptTokenizer:
-    """Encodes prompts and decodes completions exactly as Hugging Face's tokenizer of the same directory does.
+    """Encodes prompts and decodes completions exactly as Hugging Face's tokenizer from the same directory does.
 
     Args:
-        model_dir: directory of the policy: ``tokenizer.json``, and what there is of ``tokenizer_config.json``,
+        model_dir: the policy's directory, with ``tokenizer.json`` and, if present, ``tokenizer_config.json``,
             ``special_tokens_map.json``, ``chat_template.jinja``, ``generation_config.json``, ``config.json``.
-        chat_template: whether prompts go through the chat template; ``auto`` where there is one.
-        system_prompt: system message put before each prompt in a chat.
+        chat_template: whether prompts go through the chat template; ``auto`` uses it if there is one.
+        system_prompt: system message before each prompt in a chat.
 
     Raises:
-        ConfigError: a file is missing or unreadable, or a chat template is asked for and there is none.
+        ConfigError: a file is missing or unreadable, or a chat template is required and there is none.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class PromptTokenizer:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every id that the model's files call an end of sequence, ascending."""
+        """Every end-of-sequence id in the model's files, ascending."""
         return self._eos_ids
 
     def encode_prompt(self, prompt: Prompt) -> NDArray[np.uint32]:
         """Token ids [P] of a prompt.
 
-        In a chat, the template writes the special tokens; a plain prompt gets those of the tokenizer's post-processor.
+        In a chat, the template adds the special tokens; for a plain prompt, the tokenizer's post-processor does.
 
         Raises:
-            ConfigError: the chat template refuses the messages, or messages meet no template.
+            ConfigError: the chat template refuses the messages, or there is none for them.
             PromptError: the text cannot be encoded, or has no tokens.
         """
         if self._chat is not None:
@@ -81,7 +81,7 @@ class PromptTokenizer:
             )
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=add_special).ids
-        except (UnicodeError, TypeError) as error:  # half of a surrogate pair is no text in any encoding
+        except (UnicodeError, TypeError) as error:  # half a surrogate pair cannot be encoded
             raise PromptError(f"cannot be encoded ({error})") from None
         if not ids:
             raise PromptError("has no tokens")
@@ -92,7 +92,7 @@ class PromptTokenizer:
         return str(self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
 
     def stop_token_ids(self, stop: Sequence[str]) -> tuple[int, ...]:
-        """The ids that end a completion: the ends of sequence, and one id for each stop string.
+        """The ids that end a completion: the end-of-sequence ids and one id for each stop string.
 
         Raises:
             ConfigError: a stop string is not exactly one token.
@@ -143,7 +143,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _token_text(token: str | Mapping[str, Any]) -> str:
-    # Either the text itself or a serialized AddedToken.
+    # The text, or a serialized AddedToken.
     return token if isinstance(token, str) else str(token["content"])
 
 
@@ -158,7 +158,7 @@ def _template_source(model_dir: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _eos_ids(model_dir: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, str]) -> tuple[int, ...]:
-    # All of them: chat models often name one end in config.json and another in the tokenizer.
+    # All files count: chat models often name one end in config.json and another in the tokenizer.
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         ids_of_file = _read_json(model_dir / name).get("eos_token_id")

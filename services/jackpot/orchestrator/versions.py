@@ -1,4 +1,4 @@
-"""The newest weight version of each role, watched for everyone who waits for one."""
+"""Watches the newest weight version of each role for all components that wait for one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from jackpot.storage.weights import WeightStore
 
 UNPUBLISHED = -1
 GLANCE_SECONDS = 0.005
-"""Between two looks at whether a file was replaced, for stores that can tell: a new version begins a batch."""
+"""Seconds between two checks for a replaced file, in stores that support them: a new version starts a batch."""
 
 
 class VersionWatch:
-    """Polls the weight store. Run :meth:`watch` beside its other methods.
+    """Polls the weight store. Run :meth:`watch` concurrently with the other methods.
 
     Args:
         store: the job's weights.
-        roles: whose versions to watch.
-        poll_seconds: how often to look: two small files per role.
+        roles: the roles to watch.
+        poll_seconds: how often to poll, which reads two small files per role.
     """
 
     def __init__(self, store: WeightStore, roles: Collection[str], poll_seconds: float = 0.05) -> None:
@@ -38,9 +38,9 @@ class VersionWatch:
         return {role: version for role, version in self._newest.items() if version > UNPUBLISHED}
 
     async def watch(self) -> None:
-        """Keep looking. Never returns."""
+        """Keep polling. Never returns."""
         while True:
-            marks = {role: self._store.mark(role) for role in self._newest}  # before the look: none is missed
+            marks = {role: self._store.mark(role) for role in self._newest}  # first, so that none is missed
             for role in self._newest:
                 manifest = await asyncio.to_thread(self._store.latest, role)
                 if manifest is not None and manifest.version > self._newest[role]:
@@ -50,7 +50,7 @@ class VersionWatch:
             await self._pause(marks)
 
     async def _pause(self, marks: Mapping[str, object]) -> None:
-        """Until something is published where the store can tell, and for ``poll_seconds`` at most."""
+        """Wait for a publication if the store can detect one, and for ``poll_seconds`` at most."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self._poll_seconds
         while loop.time() < until and all(self._store.mark(role) == mark for role, mark in marks.items()):
@@ -60,7 +60,7 @@ class VersionWatch:
         """The newest version of ``role`` once it is at least ``version``.
 
         Raises:
-            DeadlineError: it did not come in time.
+            DeadlineError: that version did not appear in time.
         """
         try:
             async with asyncio.timeout(timeout_seconds), self._changed:

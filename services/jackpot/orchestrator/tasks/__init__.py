@@ -1,4 +1,4 @@
-"""Tasks: where prompts and rewards come from."""
+"""Tasks, which provide prompts and rewards."""
 
 from jackpot.orchestrator.tasks.protocol import (
     Item,

@@ -1,11 +1,11 @@
-"""Where a solution or a completion states its answer, and the comparison of texts. Pure functions, standard library."""
+"""Finds the answer in a solution or a completion, and compares texts. Pure functions, standard library only."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 
-# Full-width letters, digits and punctuation lie at one distance from their ASCII twins; the rest is listed.
+# Full-width letters, digits and punctuation have a constant offset from their ASCII twins; the rest is listed.
 _ASCII_OF = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans(
     {
         "。": ".",
@@ -25,33 +25,33 @@ _ANSWER_WORD = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.;!?](?:\s|$)|\n")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-NEIGHBOURING_BOXES = 12  # characters between two boxes that state one answer together: "}$ and $"
+NEIGHBOURING_BOXES = 12  # characters between two boxes that together state one answer: "}$ and $"
 
 
 def tagged_answer(completion: str, tag: str) -> str | None:
-    """The text inside the last ``<tag>…</tag>`` of a completion, stripped; None where there is none."""
+    """The text inside the last ``<tag>…</tag>`` of a completion, stripped; None if there is none."""
     answers = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", completion, flags=re.DOTALL)
     return answers[-1].strip() if answers else None
 
 
 def final_answer(solution: str) -> str:
-    """The answer that a written solution ends with: after ``####`` (GSM8K), or in its last ``\\boxed{…}`` (MATH).
+    """The final answer of a written solution: after ``####`` (GSM8K), or in its last ``\\boxed{…}`` (MATH).
 
-    Other texts are their own answer.
+    In any other case the whole text is the answer.
     """
     before, mark, after = solution.rpartition("####")
     return after.strip() if mark else (boxed_answer(before or solution) or solution).strip()
 
 
 def plain_punctuation(text: str) -> str:
-    """The text with full-width and Chinese punctuation and digits as their ASCII twins."""
+    """The text with full-width and Chinese punctuation and digits replaced by their ASCII twins."""
     return text.translate(_ASCII_OF)
 
 
 def boxed_answer(text: str) -> str | None:
-    """What stands in the last ``\\boxed{…}``; boxes close to each other state one answer and are joined by commas.
+    """The content of the last ``\\boxed{…}``. Boxes close to each other state one answer and are joined with commas.
 
-    None where there is no box; empty where the last box is never closed, for nobody knows what it would have held.
+    None if there is no box; empty if the last box is never closed, because its content is unknown.
     """
     boxes = list(_boxes(text))
     if not boxes:
@@ -87,11 +87,11 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 
 def stated_answers(completion: str) -> Sequence[str]:
-    """What a completion may state as its answer: by a box, else after ``####``, else after "answer is".
+    """The answers that a completion may state: in a box, else after ``####``, else after "answer is".
 
-    The first of these marks decides, and a phrase may be read to the end of its line or of its sentence. Without any
-    mark these are the whole text and what follows the last "=" or "is". Punctuation as :func:`plain_punctuation` has
-    it.
+    The first of these marks decides. A phrase may extend to the end of its line or of its sentence. Without any mark
+    the candidates are the whole text and the text after the last "=" or "is". Punctuation as in
+    :func:`plain_punctuation`.
     """
     if (boxed := boxed_answer(completion)) is not None:
         return [boxed] if boxed else []
@@ -112,5 +112,5 @@ def _readings(text: str) -> list[str]:
 
 
 def exact_match(answer: str, completion: str) -> float:
-    """1 if the completion is the answer, apart from white space around it."""
+    """1 if the completion equals the answer, ignoring white space around it."""
     return float(completion.strip() == final_answer(answer))

@@ -1,4 +1,4 @@
-"""A file of prompts and answers, one JSON object a line."""
+"""A file of prompts and answers, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class JsonlTask:
 
     Parameters: ``path``; ``eval_path``, or ``eval_fraction`` of the distinct prompts held out (default 0.1);
     ``prompt_key`` (default ``prompt``; its value is a string or a list of chat messages); ``answer_key`` (default
-    ``answer``; a text or a number; a dot in a key goes into an object); ``reward``, ``exact_match`` (default: the
-    completion is the answer and nothing else) or ``math_verify`` (it states the answer, and equals it as mathematics);
-    ``answer_tag`` to look only into ``<tag>…</tag>`` of a completion. Training never sees a held-out prompt; prompts
-    that differ in white space alone are one.
+    ``answer``; a text or a number; a dot in a key selects within an object); ``reward``, either ``exact_match``
+    (default: the completion is the answer and nothing else) or ``math_verify`` (the completion states an answer that is
+    mathematically equal); ``answer_tag`` to read only ``<tag>…</tag>`` of a completion. Training never sees a held-out
+    prompt; prompts that differ only in white space count as one.
 
     Raises:
-        ConfigError: a parameter cannot work, a file is missing or empty, or rows cannot be used (with their numbers).
+        ConfigError: a parameter cannot work, a file is missing or empty, or rows cannot be used (names their numbers).
     """
 
     def __init__(self, params: Mapping[str, Any], seed: int) -> None:
@@ -65,8 +65,8 @@ class JsonlTask:
         return self._eval[:count]
 
     def load_grader(self) -> None:
-        """Import what the reward needs, which takes a second, before its time limit runs."""
-        self._reward("1", "2")  # a difference, which takes it through everything
+        """Import the reward's libraries, which takes a second, before its time limit starts."""
+        self._reward("1", "2")  # two different values, so that every part runs
 
     def reward(self, item: Item, completion: str) -> float:
         answer = completion if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
@@ -74,7 +74,7 @@ class JsonlTask:
             return 0.0
         try:
             return self._reward(item.metadata["answer"], answer)
-        except Exception as error:  # whatever a parser of mathematics raises at a text, the text is no right answer
+        except Exception as error:  # a text that makes the mathematics parser fail is not a right answer
             return UnreadableAnswer(error)
 
 
@@ -83,7 +83,7 @@ def _hold_out(items: Sequence[TaskItem], fraction: float, seed: int) -> list[Tas
         raise ConfigError(
             "task.params.eval_fraction", fraction, "is not between 0 and 1", "Hold out a part of the prompts, e.g. 0.1."
         )
-    # By the prompt and not by the line: a prompt that stands twice must not be on both sides.
+    # Decided by the prompt, not by the line: a repeated prompt must not be on both sides.
     distinct = {prompt_key(item.prompt): item for item in items}
     ranked = sorted(distinct.values(), key=lambda item: _rank(item, seed))
     return ranked[: max(1, round(fraction * len(ranked)))]

@@ -1,4 +1,4 @@
-"""Whether a completion's answer equals the right one as mathematics. math-verify loads only where it is used."""
+"""Decides whether a completion's answer is mathematically equal to the right one. math-verify loads on first use."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 from jackpot.orchestrator.tasks.answers import final_answer, plain_punctuation, stated_answers
 
-GREATEST_EXPONENT = 20_000  # of a number; sympy writes its powers out
-GREATEST_DEGREE = 60  # of an expression with symbols; sympy multiplies it out
+GREATEST_EXPONENT = 20_000  # of a number; sympy expands its powers
+GREATEST_DEGREE = 60  # of an expression with symbols; sympy expands it
 GREATEST_FACTORIAL = 2_000
-SIGNIFICANT_DIGITS = 6  # in which decimals have to agree
+SIGNIFICANT_DIGITS = 6  # that decimals must share
 
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?(?:[.:)](?:\s.*)?|\s*)", re.DOTALL)
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*")  # "odd", "Mary Ann", "not enough"
@@ -39,7 +39,7 @@ _MIXED = re.compile(r"(-?)(\d+)\s+(\d+)/(\d+)")
 _MEMBERSHIP = re.compile(r"^[A-Za-z]\s*\\in\s*")
 _NUMERAL_IN_BASE = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!; ]|,\\!|\{,\}|~|\s(?=\d{3}(?:\D|$)))+(?=\d{3}(?!\d))")
-# In this order: each works on what the ones before it leave.
+# The order matters: each works on the result of the previous ones.
 _SPELLINGS: tuple[tuple[str, str], ...] = (
     (r"\\(?:left|right|displaystyle|bigl?|bigr?|Bigl?|Bigr?)(?![A-Za-z])", ""),
     (r"\\[dtc]frac", r"\\frac"),
@@ -61,13 +61,13 @@ _SPELLINGS: tuple[tuple[str, str], ...] = (
 
 
 def math_verify(answer: str, completion: str) -> float:
-    """1 if what the completion states as its answer equals ``answer``: as mathematics, as a choice or as words.
+    """1 if the completion's answer equals ``answer``: as mathematics, as a choice or as words.
 
-    Without math-verify's own time limits: they rest on SIGALRM, which a service needs undisturbed. Numbers too large to
-    write out are refused; for the rest the caller bounds the time by running rewards in processes that it can end.
+    math-verify's time limits are off: they use SIGALRM, which must not disturb a service. Numbers too large to expand
+    are refused. Otherwise the caller bounds the time by running rewards in processes that it can end.
 
     Raises:
-        ValueError: the answer is blank, so that nothing could ever match it.
+        ValueError: the answer is blank, so nothing could ever match it.
     """
     gold = _tidy(plain_punctuation(final_answer(answer)))
     if not gold:
@@ -76,7 +76,7 @@ def math_verify(answer: str, completion: str) -> float:
     candidates = stated_answers(text)
     if any(_equal(gold, candidate) for candidate in candidates):
         return 1.0
-    if "\\boxed" in text or "\\fbox" in text:  # the box alone counts
+    if "\\boxed" in text or "\\fbox" in text:  # only the box counts
         return 0.0
     return float(any(_equal(gold, expression) for expression in _expressions(text)))
 
@@ -109,7 +109,7 @@ def _equal(gold: str, candidate: str) -> bool:
 
 
 def _tidy(text: str) -> str:
-    """One spelling of what LaTeX writes in several ways, without units around a quantity."""
+    """A normal form of the several ways in which LaTeX writes an expression, without units around a quantity."""
     text = text.strip().strip("`").strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
@@ -143,19 +143,19 @@ def _without_text(text: str) -> str:
 
 
 def _expression(text: str) -> Any:
-    """A LaTeX text as a sympy object; None where it is none as a whole."""
+    """A LaTeX text as a sympy object; None if the whole text is not an expression."""
     return next((parsed for parsed in _parsed(f"${text}$", "latex") if not isinstance(parsed, str)), None)
 
 
 def _expressions(text: str) -> Sequence[str]:
-    """The last mathematical expression in running text, as math-verify finds it; Chinese takes the place of spaces."""
+    """The last mathematical expression in running text, as math-verify finds it; Chinese text counts as spaces."""
     return [parsed for parsed in _parsed(_CJK.sub(" ", text), "text") if isinstance(parsed, str)]
 
 
 def _parsed(text: str, kind: str) -> list[Any]:
     from math_verify import parse
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about the missing time limit
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # math-verify warns about the missing time limit
     parsed: list[Any] = parse(text, _extraction(kind), parsing_timeout=None)
     return parsed
 
@@ -164,14 +164,14 @@ def _parsed(text: str, kind: str) -> list[Any]:
 def _extraction(kind: str) -> tuple[Any, ...]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig
 
-    # Its list of units has single letters, which turn 3t into 3; and boxes are found before.
+    # math-verify's units include single letters, which turn 3t into 3; boxes have been found already.
     normalization = replace(LatexExtractionConfig().normalization_config, units=False, boxed="none")
     latex = LatexExtractionConfig(normalization_config=normalization)
     return (latex,) if kind == "latex" else (latex, ExprExtractionConfig())
 
 
 def _leading_zeros(expression: Any) -> int:
-    """Zeros after the decimal point of a small number: digits that do not count as significant."""
+    """Zeros after the decimal point of a small number, which are not significant digits."""
     if not getattr(expression, "is_number", False):
         return 0
     size = abs(_size(expression))
@@ -179,9 +179,9 @@ def _leading_zeros(expression: Any) -> int:
 
 
 def _is_small(expression: Any) -> bool:
-    """Whether sympy can compare the expression in an instant, as far as powers, factorials and binomials tell.
+    """Whether sympy can compare the expression quickly, judging by its powers, factorials and binomials.
 
-    An integral, a sum, a product or a limit left standing is a task and no answer, and may take sympy for ever.
+    An unevaluated integral, sum, product or limit is a task, not an answer, and may take sympy forever.
     """
     from sympy import Integral, Limit, Pow, Product, Sum
     from sympy.functions.combinatorial.factorials import CombinatorialFunction
@@ -200,7 +200,7 @@ def _is_small(expression: Any) -> bool:
 
 
 def _size(expression: Any) -> float:
-    """About the value of a number, in floats, which cost nothing; infinite where they overflow, 0 for symbols."""
+    """The approximate value of a number, in cheap floats; infinite if they overflow, 0 for symbols."""
     from sympy import Add, Mul, Pow, factorial
 
     try:

@@ -1,4 +1,4 @@
-"""Reading a task's parameters, with errors that name the parameter."""
+"""Reads a task's parameters; errors name the parameter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Value = TypeVar("Value", str, int, float)
 
 
 def refuse_unknown(params: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise ConfigError for a parameter that the task does not have, with the nearest name that it has."""
+    """Raise ConfigError for an unknown parameter, with the nearest known name."""
     names = sorted(known)
     for name, value in params.items():
         if name not in names:
@@ -22,10 +22,10 @@ def refuse_unknown(params: Mapping[str, Any], known: Iterable[str]) -> None:
 
 
 def read(params: Mapping[str, Any], name: str, kind: type[Value], default: Value | None = None) -> Value:
-    """Parameter ``name`` as ``kind``; an int serves as a float.
+    """Parameter ``name`` as ``kind``; an int is accepted as a float.
 
     Raises:
-        ConfigError: it is missing and has no default, or is of another kind.
+        ConfigError: the parameter is missing and has no default, or is of another kind.
     """
     value = params.get(name, default)
     if value is None:

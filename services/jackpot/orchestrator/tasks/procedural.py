@@ -16,23 +16,23 @@ from jackpot.orchestrator.tasks.params import read, refuse_unknown
 from jackpot.orchestrator.tasks.protocol import Item, TaskItem, UnreadableAnswer
 
 OWN_PARAMS = ("size", "answer_tag")
-DEFAULT_SIZE = 10_000  # prompts in an epoch; reasoning-gym's own 500 would be seen over and over
-HELD_OUT_ONE_IN = 4  # a quarter of all questions is never trained on
-REDRAWS = 64  # a chance of (3/4)^64 to miss the held-out quarter, unless the questions hardly vary
-SEED_BITS = 28  # leaves room for redraws and the evaluation's range below 2^31, which every generator accepts
+DEFAULT_SIZE = 10_000  # prompts in an epoch; reasoning-gym's default of 500 would repeat too often
+HELD_OUT_ONE_IN = 4  # never train on a quarter of all questions
+REDRAWS = 64  # a probability of (3/4)^64 to miss the held-out quarter, unless the questions hardly vary
+SEED_BITS = 28  # leaves room for redraws and the evaluation's range below 2^31, the limit of every generator
 EVAL_SEED_OFFSET = 1 << 30
 _VARY = "Choose parameters under which questions vary more."
 
 
 class ReasoningGymTask:
-    """``reasoning_gym:<name>``: procedural problems; ``score_answer`` of the dataset is the reward.
+    """``reasoning_gym:<name>``: procedural problems; the dataset's ``score_answer`` is the reward.
 
-    Parameters: those of the dataset; ``size``, prompts in an epoch (default 10 000); ``answer_tag`` to look only into
-    ``<tag>…</tag>`` of a completion (default: the whole completion, stripped). A question is held out or trained on by
-    a hash of its text, so that the two never meet, although problems are drawn at random.
+    Parameters: those of the dataset; ``size``, prompts in an epoch (default 10 000); ``answer_tag`` to read only
+    ``<tag>…</tag>`` of a completion (default: the whole completion, stripped). A hash of its text decides whether a
+    question is held out, so that training and evaluation never overlap although problems are drawn at random.
 
     Raises:
-        ConfigError: reasoning-gym is not installed, an unknown dataset, or a parameter that it refuses.
+        ConfigError: reasoning-gym is not installed, the dataset is unknown, or the dataset refuses a parameter.
     """
 
     def __init__(self, name: str, params: Mapping[str, Any], seed: int) -> None:
@@ -58,7 +58,7 @@ class ReasoningGymTask:
             raise ConfigError("task.params.size", size, "is not between 1 and 4194303", "Give an epoch's prompts.")
         self._answer_tag = read(params, "answer_tag", str, "") or None
         source = _Source(name, {key: value for key, value in params.items() if key not in OWN_PARAMS}, size, seed)
-        source.dataset(0)  # a bad parameter must show here
+        source.dataset(0)  # a bad parameter must fail here
         self._source = source
 
     @property
@@ -72,21 +72,21 @@ class ReasoningGymTask:
         return item
 
     def eval_items(self, count: int) -> Sequence[TaskItem]:
-        # Where the questions hardly vary, all of them may be trained on: then there are fewer, or none.
+        # If the questions hardly vary, all may be training questions: then there are fewer items, or none.
         items = (self._draw(index, held_out=True, offset=EVAL_SEED_OFFSET) for index in range(count))
         return [item for item in itertools.takewhile(lambda item: item is not None, items) if item is not None]
 
     def reward(self, item: Item, completion: str) -> float:
         answer = completion.strip() if self._answer_tag is None else tagged_answer(completion, self._answer_tag)
-        # As it was drawn, and not drawn again: some generators depend on the hash seed of their process.
+        # The entry as drawn, not drawn again: some generators depend on the hash seed of their process.
         entry = entry_from_json(item.metadata["entry"])
         try:
             return float(self._source.dataset(0).score_answer(answer, entry))
-        except Exception as error:  # graders parse what a model writes, and raise whatever their parsers raise
+        except Exception as error:  # graders parse model output and may raise any error of their parsers
             return UnreadableAnswer(error)
 
     def _draw(self, index: int, *, held_out: bool, offset: int) -> TaskItem | None:
-        # A question of the wrong side gives way to the same index of the next range of seeds.
+        # A question of the wrong side is replaced by the same index in the next range of seeds.
         ranges = [offset + draw * self._source.size for draw in range(REDRAWS)]
         entries = (self._source.entry(start, index) for start in ranges)
         entry = next((entry for entry in entries if _is_held_out(entry["question"]) == held_out), None)
@@ -96,9 +96,9 @@ class ReasoningGymTask:
 
 
 def entry_to_json(value: Any) -> Any:
-    """A value of an entry as JSON from which :func:`entry_from_json` makes it again, tuples and keys of all kinds too.
+    """An entry's value as JSON from which :func:`entry_from_json` restores it, including tuples and keys of any type.
 
-    Some graders compare with ``==``, and a tuple is no list.
+    Some graders compare with ``==``, and a tuple does not equal a list.
     """
     if isinstance(value, tuple):
         return {"tuple": [entry_to_json(part) for part in value]}
@@ -110,7 +110,7 @@ def entry_to_json(value: Any) -> Any:
 
 
 def entry_from_json(value: Any) -> Any:
-    """The value that :func:`entry_to_json` was given, but for objects of other kinds, which become their texts."""
+    """The value that :func:`entry_to_json` received, except that objects of other types become their texts."""
     if isinstance(value, list):
         return [entry_from_json(part) for part in value]
     if not isinstance(value, dict):
@@ -124,7 +124,7 @@ def entry_from_json(value: Any) -> Any:
 
 
 class _Source:
-    """The entries of one reasoning-gym dataset, in as many disjoint ranges of seeds as are asked for."""
+    """The entries of one reasoning-gym dataset, in any number of disjoint ranges of seeds."""
 
     def __init__(self, name: str, params: Mapping[str, Any], size: int, seed: int) -> None:
         self.size = size
@@ -133,7 +133,7 @@ class _Source:
         digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8).digest()
         self._seed = int.from_bytes(digest, "little") % (1 << SEED_BITS)
         self._datasets: dict[int, Any] = {}
-        # Evaluation asks for its entries again; some generators take a second an entry.
+        # Evaluation reads its entries repeatedly; some generators take a second per entry.
         self.entry = functools.lru_cache(maxsize=4096)(self._generate)
 
     def _generate(self, offset: int, index: int) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class _Source:
         return entry
 
     def dataset(self, offset: int) -> Any:
-        """The dataset whose seeds start ``offset`` after the task's."""
+        """The dataset whose seeds start ``offset`` after the task's seed."""
         if offset not in self._datasets:
             import reasoning_gym
 
@@ -149,7 +149,7 @@ class _Source:
                 self._datasets[offset] = reasoning_gym.create_dataset(
                     self._name, seed=self._seed + offset, size=self.size, **self._params
                 )
-            except (AssertionError, TypeError, ValueError, KeyError) as error:  # how its configurations refuse
+            except (AssertionError, TypeError, ValueError, KeyError) as error:  # the errors of its configurations
                 raise ConfigError(
                     "task.params", dict(self._params), f"refused by reasoning-gym: {error}", "Correct the parameters."
                 ) from None

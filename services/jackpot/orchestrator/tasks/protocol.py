@@ -1,4 +1,4 @@
-"""What a task is: prompts to train on, prompts held out for evaluation, and a reward."""
+"""The interface of a task: prompts to train on, prompts held out for evaluation, and a reward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Prompt = str | Sequence[Message]
 
 
 class Item(Protocol):
-    """One prompt, with whatever its reward needs to know. A task may use any class with these two attributes."""
+    """One prompt, with the data that its reward needs. A task may use any class with these two attributes."""
 
     @property
     def prompt(self) -> Prompt:
@@ -24,7 +24,7 @@ class Item(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """JSON values only: rewards are computed in another process, which gets the item as JSON."""
+        """JSON values only: another process computes rewards and receives the item as JSON."""
         ...
 
 
@@ -38,15 +38,15 @@ class TaskItem:
 
 @runtime_checkable
 class Task(Protocol):
-    """Prompts and their reward. Built as ``factory(params, seed)``; the same arguments give the same task.
+    """Prompts and their reward. Created by ``factory(params, seed)``; the same arguments give the same task.
 
-    Any installed class of this shape serves: by the name of an entry point in the group ``jackpot.tasks``, or as
+    A job may name any installed class with this interface: by its entry point in the group ``jackpot.tasks``, or as
     ``python:<module>:<attribute>``.
     """
 
     @property
     def num_prompts(self) -> int:
-        """Training prompts in one epoch. Each epoch asks for them in an order of its own."""
+        """Number of training prompts in one epoch. Each epoch uses them in a different order."""
         ...
 
     def train_prompt(self, index: int) -> Item:
@@ -54,25 +54,25 @@ class Task(Protocol):
         ...
 
     def eval_items(self, count: int) -> Sequence[Item]:
-        """Up to ``count`` held-out prompts: always the same ones, none of which is trained on."""
+        """Up to ``count`` held-out prompts: always the same ones, none of them a training prompt."""
         ...
 
     def reward(self, item: Item, completion: str) -> float:
-        """The reward of one completion: a finite number, 1 where it is right. An exception is a failure, which
-        ``task.on_reward_failure`` judges."""
+        """The reward of one completion: a finite number, 1 if it is right. An exception is a failure, which is handled
+        according to ``task.on_reward_failure``."""
         ...
 
 
 MAX_REWARD = 1e6
-"""A reward is at most this far from 0. Far beyond, its square leaves floating point and its group's other differences
-vanish beside it; a task that pays 1e300 has an error in it."""
+"""The largest absolute reward. Much larger ones overflow when squared and hide the other differences in their group;
+a task that pays 1e300 has a bug."""
 
 
 class UnreadableAnswer(float):
-    """The reward 0 of a completion that a grader cannot read. It counts as a wrong answer, and is counted besides.
+    """The reward 0 of a completion that a grader cannot read: a wrong answer that is also counted separately.
 
     Args:
-        reason: what the grader raised.
+        reason: the grader's error.
     """
 
     reason: str
@@ -84,7 +84,7 @@ class UnreadableAnswer(float):
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """What makes a prompt itself: prompts that differ in white space alone have the same key."""
+    """A prompt's identity: prompts that differ only in white space have the same key."""
     if isinstance(prompt, str):
         return json.dumps(" ".join(prompt.split()))
     return json.dumps([[message.get("role"), " ".join(str(message.get("content")).split())] for message in prompt])
@@ -94,7 +94,7 @@ def finite_reward(value: object) -> float:
     """A reward as a float.
 
     Raises:
-        RewardError: it is not a finite number, or beyond ± MAX_REWARD.
+        RewardError: the reward is not a finite number within ± MAX_REWARD.
     """
     if not isinstance(value, SupportsFloat) or not math.isfinite(number := float(value)):
         raise RewardError(f"the reward is {value!r}, not a finite number")

@@ -1,4 +1,4 @@
-"""From a job's ``task`` section to the task itself."""
+"""Builds the task that a job's ``task`` section names."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ENTRY_POINT_GROUP = "jackpot.tasks"
 
 
 def build_task(config: TaskConfig, seed: int) -> Task:
-    """The task that a job names, with its parameters checked and its data read.
+    """The job's task, with its parameters checked and its data read.
 
     Raises:
-        ConfigError: an unknown task, a bad parameter, or data that cannot be read.
+        ConfigError: the task is unknown, a parameter is bad, or data cannot be read.
     """
     kind, _, rest = config.name.partition(":")
     if kind == "reasoning_gym" and rest:
@@ -35,7 +35,7 @@ def build_task(config: TaskConfig, seed: int) -> Task:
 def _construct(factory: Any, config: TaskConfig, seed: int) -> Task:
     try:
         task = factory(config.params, seed)
-    except (TypeError, ValueError, KeyError) as error:  # how a constructor refuses its arguments
+    except (TypeError, ValueError, KeyError) as error:  # a constructor's errors for bad arguments
         raise ConfigError(
             "task.params",
             config.params,

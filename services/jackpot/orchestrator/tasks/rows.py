@@ -1,4 +1,4 @@
-"""Reading rows of prompts and answers, and saying which of them cannot be used and what to do about it."""
+"""Reads rows of prompts and answers; errors name the unusable rows and the remedy."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class RowFile:
 
     Args:
         field: the parameter that names it, for errors.
-        path: where it lies.
-        prompt_key: of a row: a string or a list of chat messages. A dot goes into an object.
-        answer_key: likewise: a text or a number.
+        path: the file.
+        prompt_key: key of the prompt in a row: a string or a list of chat messages. A dot selects within an object.
+        answer_key: key of the answer, likewise: a text or a number.
     """
 
     def __init__(self, field: str, path: str, prompt_key: str, answer_key: str) -> None:
@@ -48,10 +48,10 @@ class RowFile:
         self._answer_key = answer_key
 
     def items(self) -> list[TaskItem]:
-        """One item a row; its metadata holds the ``answer`` as text and the ``line``.
+        """One item per row; its metadata holds the ``answer`` as text and the ``line``.
 
         Raises:
-            ConfigError: the file is missing, empty or of another format, or rows cannot be used (with their numbers).
+            ConfigError: the file is missing, empty or of another format, or rows cannot be used (names their numbers).
         """
         rows = self._rows()
         prompts = {number: self._prompt(number, row) for number, row in rows.items()}
@@ -68,7 +68,7 @@ class RowFile:
                 "Give the path of a JSON Lines file; relative paths start at the job file.",
             ) from None
         self._refuse_other_formats(content)
-        lines = enumerate(content.split(b"\n"), start=1)  # str.splitlines would also split inside of strings
+        lines = enumerate(content.split(b"\n"), start=1)  # str.splitlines would also split inside strings
         rows = {number: self._parse(number, line) for number, line in lines if line.strip()}
         if not rows:
             raise self._error("holds no prompts", "Put one JSON object on each line.")
@@ -160,7 +160,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _names(row: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys of a row, and with dots those of the objects in it."""
+    """The keys of a row, including dotted keys for the objects in it."""
     inner = [name for key, value in row.items() if isinstance(value, dict) for name in _names(value, f"{prefix}{key}.")]
     return [*(prefix + key for key in row), *inner]
 

@@ -1,4 +1,4 @@
-"""Finding out before anything starts whether a task can work."""
+"""Checks before anything starts whether a task can work."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jackpot.orchestrator.tasks.registry import build_task
 
 
 def validate_task(config: TaskConfig, seed: int) -> Task:
-    """Build the task and probe it: prompts on both sides, and a reward that answers.
+    """Build the task and probe it: both sides must have prompts, and the reward must return.
 
     Raises:
-        ConfigError: unknown task, bad parameter, unreadable or empty data, or a reward that raises, does not return, or
-            returns something that is not a finite number. Names field, value and remedy.
+        ConfigError: the task is unknown, a parameter is bad, data is unreadable or empty, or a reward raises, does not
+            return, or returns something other than a finite number. Names field, value and remedy.
     """
     task = build_task(config, seed)
     if task.num_prompts < 1:
@@ -59,13 +59,13 @@ def _probe_reward(config: TaskConfig, task: Task, item: Item, completion: str) -
 
 
 def within(seconds: float, call: Callable[[], object]) -> object:
-    """What ``call`` returns or raises, or a TimeoutError. Its thread is a daemon: a reward that hangs stays behind."""
+    """What ``call`` returns or raises, or a TimeoutError. Its thread is a daemon: a hanging reward is left behind."""
     outcome: list[object] = [TimeoutError(f"no answer within {seconds:g} s")]
 
     def run() -> None:
         try:
             outcome[0] = call()
-        except Exception as error:  # whatever foreign code raises is its verdict
+        except Exception as error:  # any error of foreign code is the result
             outcome[0] = error
 
     thread = threading.Thread(target=run, name="reward-probe", daemon=True)
