@@ -231,12 +231,12 @@ class Trainer:
             if meter.kl_policy_actor is not None:
                 self.lambda_control.observe_kl(meter.kl_policy_actor)
         if self._ranks.size > 1:
-            told = json.loads(
+            state = json.loads(
                 self._ranks.broadcast(
                     json.dumps([self.lambda_control.obrs_lambda, self.lambda_control.state()]).encode()
                 )
             )
-            self.lambda_control.restore(*told)
+            self.lambda_control.restore(*state)
         meter.lambdas(self.lambda_control.obrs_lambda, distillation_weight)
 
     def _shares(self, batch: Batch, mask: Tensor) -> Tensor:
