@@ -7,6 +7,7 @@ its own. Each of these stays within the bound below, so a test that allows it pa
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,3 +56,31 @@ def model_rounding(config: Any, tokens: int, magnitude: float | torch.Tensor, *,
         2 * hidden + hidden + head + tokens + hidden + hidden + config.intermediate_size
     )
     return 2 * rounding(2 * terms if backward else terms, magnitude)
+
+
+def logprob_rounding(hidden: torch.Tensor, head: Any, temperature: float) -> float:
+    """How far log p of an output layer lies from the exact one, in float32.
+
+    A logit is ``hidden.shape[-1]`` products, then bias, scale, cap and temperature; its row's sum of exponentials has a
+    term for each token of the vocabulary. ``head`` is an ``OutputHead`` whose scale is at most 1.
+    """
+    with torch.no_grad():
+        logits = hidden.float().abs() @ head.weight.float().abs().T
+        if head.bias is not None:
+            logits += head.bias.float().abs()
+        return rounding(hidden.shape[-1] + 4, logits / temperature) + gamma(len(head.weight))
+
+
+def figures_rounding(expected: Mapping[str, float], log_error: float) -> dict[str, float]:
+    """How far a step's figures may lie from ``expected``, for ``pytest.approx``, if log p errs by ``log_error``.
+
+    A weight is a ratio of two probabilities times Z, so that its relative error is three times that of one. The
+    effective sample size has it four times; no other figure has more. Terms like s·log s − s + 1 with s = p_t/p_inf
+    cancel: an error 2·``log_error`` of log s is multiplied by s·|log s|, whose mean the row tells (s·log s ≥ −1/e), and
+    so is that of w in the KL after rejection.
+    """
+    magnitude = 1.0
+    if "rollout_corr/kl_before" in expected:
+        mean_less_one = expected["rollout_corr/k3_kl"] - expected["rollout_corr/kl"]  # of s
+        magnitude = max(1.0, expected["rollout_corr/kl_before"] + mean_less_one + 2 / math.e)
+    return {"rel": 12 * log_error, "abs": 4 * log_error * magnitude}

@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from tolerances import gamma, model_rounding, rounding, unit_roundoff
+from tolerances import figures_rounding, gamma, logprob_rounding, model_rounding, rounding, unit_roundoff
 from transformers import LlamaConfig
+
+from jackpot.algorithm.output_head import OutputHead
 
 
 def test_short_sums_have_the_worst_case_and_long_ones_the_likely_one() -> None:
@@ -43,3 +45,27 @@ def test_a_models_sums_are_counted_layer_by_layer_and_twice_for_gradients() -> N
     terms = 2 * (5 * 32 + 8 + 30 + 64)
     assert model_rounding(config, 30, 4.0) == 2 * 4.0 * gamma(terms)
     assert model_rounding(config, 30, 4.0, backward=True) == 2 * 4.0 * gamma(2 * terms)
+
+
+def test_an_output_layers_sums_are_its_products_and_its_row() -> None:
+    hidden, weight, bias = (
+        torch.tensor([[1.0, -2.0]]),
+        torch.tensor([[3.0, 1.0], [0.0, -4.0]]),
+        torch.tensor([0.0, 1.0]),
+    )
+    # Magnitudes of the logits: 5, and 8 with 1 of the bias, over the temperature.
+    assert logprob_rounding(hidden, OutputHead(weight), 0.5) == pytest.approx(16 * gamma(6) + gamma(2))
+    assert logprob_rounding(hidden, OutputHead(weight, bias), 1.0) == pytest.approx(9 * gamma(6) + gamma(2))
+
+
+def test_figures_that_cancel_err_by_what_they_cancel() -> None:
+    assert figures_rounding({"policy/loss": 5.0}, 1e-4) == pytest.approx({"rel": 12e-4, "abs": 4e-4})
+    s = torch.tensor([0.5, 4.0], dtype=torch.float64)
+    row = {
+        "rollout_corr/kl": -s.log().mean().item(),
+        "rollout_corr/k3_kl": (s - 1 - s.log()).mean().item(),
+        "rollout_corr/kl_before": (s * s.log() - s + 1).mean().item(),
+    }
+    most = (s * s.log()).mean().item() + 2 / math.e
+    assert most >= (s * s.log()).abs().mean()
+    assert figures_rounding(row, 1e-4)["abs"] == pytest.approx(4e-4 * most)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import gamma, rounding
+from tolerances import gamma, logprob_rounding
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,13 +51,6 @@ def exact_rows(hidden: Tensor, head: OutputHead, temperature: float) -> Tensor:
 
 def as_double(head: OutputHead) -> tuple[Tensor, Tensor | None, float | None, float]:
     return head.weight.double(), None if head.bias is None else head.bias.double(), head.softcap, head.scale
-
-
-def logprob_rounding(hidden: Tensor, head: OutputHead, temperature: float) -> float:
-    """Error of log p: a logit is ``HIDDEN`` products, then bias, scale, cap and temperature; its row's sum of
-    exponentials has ``VOCABULARY`` terms."""
-    logits = (hidden.detach().float().abs() @ head.weight.detach().float().abs().T).max() / temperature
-    return rounding(HIDDEN + 4, logits) + gamma(VOCABULARY)
 
 
 def test_head_by_hand() -> None:
@@ -222,7 +215,7 @@ def test_half_precision_on_a_gpu(dtype: torch.dtype) -> None:
     ids = make_ids(1)
     scores = differentiable_token_logprobs(device_hidden, device_head, ids.cuda(), chunk_tokens=70)
     exact = whole_rows(hidden.double(), OutputHead(head.weight.double()), 1.0).gather(1, ids)
-    torch.testing.assert_close(scores.logprobs.cpu(), exact.float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(scores.logprobs.cpu(), exact.float(), rtol=0, atol=logprob_rounding(hidden, head, 1.0))
     scores.logprobs.sum().backward()
     expected = torch.autograd.grad(exact.sum(), [hidden, head.weight])
     for one, other in zip((device_hidden.grad, device_head.weight.grad), expected, strict=True):
