@@ -63,11 +63,12 @@ def test_acceptance_times_weight_is_the_target_ratio(target: float, actor: float
 
 
 def test_weights_by_hand() -> None:
-    target, actor, normalizer = logs(0.1, 0.4, 0.3), logs(0.4, 0.1, 0.3), torch.tensor([0.5, 0.9, 0.8])
-    weights = jackpot_weights(target, actor, normalizer.double(), obrs_lambda=0.5, c1=3.0)
+    target, actor = logs(0.1, 0.4, 0.3), logs(0.4, 0.1, 0.3)
+    normalizer = torch.tensor([0.5, 0.9, 0.8], dtype=torch.float64)
+    weights = jackpot_weights(target, actor, normalizer, obrs_lambda=0.5, c1=3.0)
     # max(λ, s) = 0.5, 4, 1
-    torch.testing.assert_close(weights.raw, torch.tensor([0.25, 3.6, 0.8]).double(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(weights.value, torch.tensor([0.25, 3.0, 0.8]).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(weights.raw, torch.tensor([0.25, 3.6, 0.8], dtype=torch.float64))
+    torch.testing.assert_close(weights.value, torch.tensor([0.25, 3.0, 0.8], dtype=torch.float64))
     assert weights.clipped.tolist() == [False, True, False]
     assert weights.clipped_c2 is None
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from tolerances import gamma, rounding
 from torch import Tensor
 
 from jackpot.algorithm.advantages import ADVANTAGES
@@ -19,6 +20,8 @@ from jackpot.algorithm.corrections.tis import tis_weights
 from jackpot.algorithm.objective import kl_penalty, token_shares
 
 LENGTHS = (1, 3, 7, 12)
+# Both round: a sum of up to 12 differences of log p that add up to less than 36 in magnitude, and its exponential.
+RATIO = 2 * gamma(12 + 36)
 
 
 def peer(module: str) -> Any:
@@ -67,7 +70,7 @@ def theirs(verl: Any, arrays: tuple[Tensor, Tensor, Tensor], level: str, thresho
 
 
 def agree(ours: Weights, expected: Tensor) -> None:
-    torch.testing.assert_close(ours.value, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.value, expected, rtol=RATIO, atol=0)
 
 
 @pytest.mark.parametrize("cap", [0.7, 2.0])
@@ -122,7 +125,8 @@ def test_advantages(algorithms: Any, name: str, theirs_name: str, settings: dict
         settings = settings | {"index": groups.numpy()}
     expected, _ = getattr(algorithms, theirs_name)(token_level_rewards=token_rewards, response_mask=mask, **settings)
     ours = ADVANTAGES[name]().estimate(rewards, groups, lengths)
-    torch.testing.assert_close(ours, expected[:, 0], rtol=1e-4, atol=1e-5)
+    # Their ε of the standard deviation is 1e-6, and not ours; the deviations are above 0.1, the advantages below 3.
+    torch.testing.assert_close(ours, expected[:, 0], rtol=1e-6 / 0.1 + 2 * gamma(32), atol=rounding(32, 3.0))
 
 
 @pytest.mark.parametrize(
@@ -154,4 +158,6 @@ def test_kl_penalty(
 ) -> None:
     policy, initial, _ = arrays
     expected = algorithms.kl_penalty_forward(policy, initial, estimator)
-    torch.testing.assert_close(kl_penalty(policy, initial, estimator).value, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        kl_penalty(policy, initial, estimator).value, expected, rtol=RATIO, atol=rounding(8, 10.0)
+    )
