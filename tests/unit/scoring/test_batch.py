@@ -1,4 +1,4 @@
-"""Groups cut to what a sequence may have."""
+"""Groups cut to what a sequence may have, and batches split into the parts of their optimizer steps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from bus_world import make_group, make_scored
 
+from jackpot.algorithm.advantages import ADVANTAGES
 from jackpot.bus.payload_format import encode_scored
-from jackpot.scoring.batch import cut_group
+from jackpot.scoring.batch import build_batch, cut_group
 from jackpot.trajectory import EXACT_KL, ScoredGroup, VersionSpan
 
 PROMPT = 4  # tokens
@@ -48,3 +49,22 @@ def test_everything_of_a_token_goes_with_it(
 
 def test_a_group_that_fits_stays_as_it_is(scored: ScoredGroup) -> None:
     assert cut_group(scored, PROMPT + 7) is scored
+
+
+def test_each_part_of_a_split_batch_counts_its_own_tokens_and_sequences() -> None:
+    groups = []
+    for slot in range(4):
+        group = make_group("job-1", slot, tokens=3 + slot)
+        rewarded = tuple(replace(t, reward=float(index)) for index, t in enumerate(group.trajectories))
+        groups.append(make_scored(replace(group, trajectories=rewarded)))
+    batch = build_batch(groups, ADVANTAGES["grpo"]())
+    parts = batch.split(2)
+    assert [part.group_ids for part in parts] == [batch.group_ids[:2], batch.group_ids[2:]]
+    np.testing.assert_array_equal(np.concatenate([part.tokens.token_ids for part in parts]), batch.tokens.token_ids)
+    for part in parts:
+        assert part.group_starts == (0, 2)
+        assert part.sequences[0].start == 0 and part.sequences[-1].end == part.num_tokens
+        for number, sequence in enumerate(part.sequences):
+            own = slice(sequence.start, sequence.end)
+            assert set(part.tokens.sequence_index[own].tolist()) == {number}
+            np.testing.assert_array_equal(part.tokens.token_ids[own], sequence.input_ids[sequence.prompt_length :])
