@@ -10,15 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tolerances import figures_rounding, model_rounding
 
 from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance_uniforms
+from jackpot.bus import TrajectoryBus
 from jackpot.compute.models import load_causal_lm
 from jackpot.config import JobSpec, parse_job
 from jackpot.learner.trainer import Trainer
+from jackpot.scoring.batch import Batch
 from jackpot.trajectory import Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan
 
 VOCABULARY = 49
 TEMPERATURE = 0.8
+MOST_TOKENS = 5 + 11
+"""Of a sequence of ``make_groups``: prompt and completion."""
 
 MakeJob = Callable[..., JobSpec]
 MakeTrainer = Callable[[JobSpec], Trainer]
@@ -64,6 +69,32 @@ def make_groups(make_model: Callable[..., Path]) -> MakeGroups:
         return [_group(random, job, policy, actor, (slot, seed), with_topk, disturb) for slot in range(num_groups)]
 
     return make
+
+
+async def put(bus: TrajectoryBus, job_id: str, groups: list[ScoredGroup], slot: int) -> str:
+    """Put a group of this slot on the bus, scored; its id."""
+    group_id = GroupKey(slot, 0, slot).group_id(job_id)
+    trajectories = tuple(
+        replace(trajectory, trajectory_id=f"{group_id}#{index}")
+        for index, trajectory in enumerate(groups[slot].group.trajectories)
+    )
+    scored = replace(groups[slot], group=replace(groups[slot].group, group_id=group_id, trajectories=trajectories))
+    assert await bus.reserve(group_id, 10_000)
+    assert await bus.publish(scored.group) == "published"
+    (delivery,) = await bus.take_groups(1, 1.0)
+    await bus.publish_scored(delivery, scored)
+    return group_id
+
+
+def log_error(trainer: Trainer, batch: Batch) -> float:
+    """How far two float32 computations of log p of the batch's tokens may lie apart."""
+    least = float(torch.minimum(batch.tokens.reference_logprobs, batch.tokens.actor_logprobs).min())
+    return max(model_rounding(model.config, MOST_TOKENS, least) for model in trainer.models.values())
+
+
+def same_figures(expected: dict[str, float], trainer: Trainer, batch: Batch) -> Any:
+    """``pytest.approx`` of a step's figures, computed in another order."""
+    return pytest.approx(expected, **figures_rounding(expected, log_error(trainer, batch)))
 
 
 def full_logprobs(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,9 @@ from jackpot.bus import TrajectoryBus
 from jackpot.config import JobSpec
 from jackpot.errors import DeadlineError
 from jackpot.learner.batches.collector import BatchCollector
-from jackpot.trajectory import GroupKey, ScoredGroup
+from jackpot.trajectory import ScoredGroup
+
+from ..conftest import put
 
 
 @pytest.fixture
@@ -26,20 +27,6 @@ async def bus(job: JobSpec, valkey_url: str, tmp_path: Path) -> AsyncIterator[Tr
     await bus.open()
     yield bus
     await bus.close()
-
-
-async def put(bus: TrajectoryBus, job_id: str, groups: list[ScoredGroup], slot: int) -> str:
-    group_id = GroupKey(slot, 0, slot).group_id(job_id)
-    trajectories = tuple(
-        replace(trajectory, trajectory_id=f"{group_id}#{index}")
-        for index, trajectory in enumerate(groups[slot].group.trajectories)
-    )
-    scored = replace(groups[slot], group=replace(groups[slot].group, group_id=group_id, trajectories=trajectories))
-    assert await bus.reserve(group_id, 10_000)
-    assert await bus.publish(scored.group) == "published"
-    (delivery,) = await bus.take_groups(1, 1.0)
-    await bus.publish_scored(delivery, scored)
-    return group_id
 
 
 async def test_the_next_batch_is_there_when_it_is_asked_for(
