@@ -56,6 +56,16 @@ def test_a_group_declared_lost_may_turn_out_trained(tmp_path):
     assert LedgerFile(path).ended == {GroupKey(0, 0, 3): ("trained", "")}
 
 
+def test_a_lost_group_stays_lost_however_else_it_is_told_to_have_ended(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = LedgerFile(path)
+    lost = TerminalRecord(TRAINED.group_id, "dropped", "lost", -1, "")
+    ledger.append([lost])
+    assert ledger.append([lost, TerminalRecord(TRAINED.group_id, "dropped", "unused", -1, "")]) == []
+    assert len(path.read_text().splitlines()) == 1
+    assert LedgerFile(path).ended == {GroupKey(0, 0, 3): ("dropped", "lost")}
+
+
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "ledger.jsonl"
     path.write_text('{"group_id": \n{}\n')
