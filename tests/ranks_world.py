@@ -21,6 +21,10 @@ from patience import PATIENCE_SECONDS
 from jackpot.config import JobSpec
 from jackpot.storage.run_directory import load_service_job
 
+# AdamW's ε in these tests: a step then changes by at most 2·lr/ε times the change of a gradient. With torch's 1e-8 its
+# first step is lr · sign(g), and a gradient that is nothing but rounding moves its weight as far as any other.
+EPSILON = 1.0
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost", "--max-restarts", "0"]
 
 
@@ -49,6 +53,14 @@ def run_ranks(
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
 
 
+def make_steps_smooth(trainer: Any) -> Any:
+    """The trainer, with ``EPSILON`` in its optimizers."""
+    for learnable in trainer.models.learnables.values():
+        for group in learnable.optimizer.param_groups:
+            group["eps"] = EPSILON
+    return trainer
+
+
 def main(directory: Path) -> int:
     from jackpot.compute.ranks.group import leave_ranks
     from jackpot.config.environment import ServiceEnvironment
@@ -58,6 +70,7 @@ def main(directory: Path) -> int:
 
     environment = ServiceEnvironment(run_dir=directory, job_id="job", threads=1)
     trainer, ranks = build_trainer(environment, load_service_job(environment))
+    make_steps_smooth(trainer)
     store = CheckpointStore(directory / "checkpoints", keep=3, ranks=ranks)
     if ranks.rank > 0:
         own = GroupFiles(directory / "groups")
