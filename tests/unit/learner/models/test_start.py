@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import gamma
 from torch.distributed.tensor import DTensor
 
 from jackpot.compute.ranks.group import join_ranks, leave_ranks
@@ -25,7 +26,7 @@ from jackpot.learner.models.start import build_trainer, is_sharded, seed_everyth
 from jackpot.learner.trainer import Trainer
 from jackpot.scoring.batch import build_batch
 
-from ..conftest import MakeGroups, MakeJob, MakeTrainer
+from ..conftest import MakeGroups, MakeJob, MakeTrainer, same_figures
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,10 @@ def build(job: JobSpec, directory: Path) -> Trainer:
 def test_bfloat16_learns_on_float32_masters(
     tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
 ) -> None:
-    """A step of 1e-6 is far below what bfloat16 resolves: it is there in the masters, and not lost for the next."""
+    """A step of 1e-6 is far below what bfloat16 resolves: it is there in the masters, and not lost for the next.
+
+    States are rounded to bfloat16 some twelve times in each of two layers, gradients as often on their way back.
+    """
     lr = ("learner.lr=1e-6", "learner.max_grad_norm=1.0")
     exact, job = make_job(*lr), make_job(*lr, "policy.dtype=bfloat16", "actor.dtype=bfloat16")
     assert not is_sharded(job)
@@ -54,8 +58,9 @@ def test_bfloat16_learns_on_float32_masters(
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before])
     assert float((moved > 0).float().mean()) > 0.9 and float(moved.max()) < 2e-6
-    assert row["policy/grad_norm"] == pytest.approx(expected["policy/grad_norm"], rel=0.1)
-    assert row["kl/policy_actor"] == pytest.approx(expected["kl/policy_actor"], rel=0.05)
+    error = gamma(2 * 2 * 12, torch.bfloat16)
+    assert row["policy/grad_norm"] == pytest.approx(expected["policy/grad_norm"], rel=error)
+    assert row["kl/policy_actor"] == pytest.approx(expected["kl/policy_actor"], rel=error)
     published = trainer.weights("policy")
     assert {tensor.dtype for tensor in published.values()} == {torch.bfloat16}
     assert all(torch.equal(published[name], after[name].bfloat16()) for name in published if name in after)
@@ -145,9 +150,9 @@ def test_compiled_blocks_give_the_same_step(
     rows = []
     for overrides in ([], ["learner.compile=true", "learner.activation_checkpointing=true"]):
         job = make_job("learner.max_batch_tokens=60", *overrides, actor="policy")
-        trainer = make_trainer(job)
-        rows.append(trainer.train_batch(build_batch(make_groups(job), job.algorithm.advantage), 0)[0])
-    assert rows[1] == pytest.approx(rows[0], rel=1e-3, abs=1e-5)
+        trainer, batch = make_trainer(job), build_batch(make_groups(job), job.algorithm.advantage)
+        rows.append(trainer.train_batch(batch, 0)[0])
+    assert rows[1] == same_figures(rows[0], trainer, batch)
 
 
 def test_a_profile_holds_the_steps_asked_for_after_the_first_batch(
