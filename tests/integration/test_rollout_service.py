@@ -13,6 +13,7 @@ import pytest
 import torch
 from patience import PATIENCE_SECONDS, TEST_SECONDS
 from rollout_world import RolloutWorld, generate_request, generating, refusal, stop
+from tolerances import model_rounding
 
 from jackpot.compute.models import load_causal_lm
 from jackpot.rollout.engine_choice import has_vllm
@@ -72,16 +73,16 @@ async def test_a_group_comes_back_with_its_log_probabilities(world: RolloutWorld
     response = await stub.Generate(request, timeout=PATIENCE_SECONDS)
     trajectories = [trajectory_from_proto(message) for message in response.trajectories]
     assert [t.trajectory_id for t in trajectories] == [f"{request.group_id}#{index}" for index in range(3)]
-    model = load_causal_lm(world.model_dir(version), "float32", "cpu")
+    model = load_causal_lm(world.model_dir(version), "float32", "cpu").double()
     prompt = np.frombuffer(request.prompt_token_ids, "<u4")
     for trajectory in trajectories:
         assert [span.version for span in trajectory.version_spans] == [version]
         ids = torch.from_numpy(np.concatenate([prompt, trajectory.token_ids]).astype(np.int64))
         with torch.no_grad():
             logprobs = torch.log_softmax(model(input_ids=ids[None, :-1]).logits[0, 4:] / 0.7, dim=-1)
-        np.testing.assert_allclose(
-            trajectory.actor_logprobs, logprobs.gather(1, ids[5:, None])[:, 0].numpy(), atol=1e-4, rtol=0
-        )
+        expected = logprobs.gather(1, ids[5:, None])[:, 0].numpy()
+        error = model_rounding(model.config, len(ids), logprobs)
+        np.testing.assert_allclose(trajectory.actor_logprobs, expected, atol=error, rtol=0)
         assert trajectory.topk_ids is not None
         assert trajectory.topk_ids.tolist() == logprobs.topk(5).indices.tolist()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -85,12 +86,13 @@ def ask() -> Callable[..., GroupRequest]:
 
 @pytest.fixture
 def full_logprobs() -> Callable[..., torch.Tensor]:
-    """Log-probabilities ``[T, V]`` at a trajectory's positions by one full forward pass."""
+    """Log-probabilities ``[T, V]`` at a trajectory's positions by one full forward pass, in float64."""
 
     def compute(model: PreTrainedModel, request: GroupRequest, token_ids: np.ndarray) -> torch.Tensor:
         ids = torch.from_numpy(np.concatenate([request.prompt_token_ids, token_ids]).astype(np.int64))
+        exact = copy.deepcopy(model).double()
         with torch.no_grad():
-            logits = model(input_ids=ids[None, :-1]).logits[0, len(request.prompt_token_ids) - 1 :]
+            logits = exact(input_ids=ids[None, :-1]).logits[0, len(request.prompt_token_ids) - 1 :]
         return torch.log_softmax(logits / (request.sampling.temperature or 1.0), dim=-1)
 
     return compute
