@@ -215,6 +215,29 @@ async def test_it_outlives_its_bus_being_killed_and_its_state_being_lost(world: 
     engine.close()
 
 
+async def test_it_stops_although_the_bus_that_it_would_give_groups_back_to_is_gone(
+    world: World, server: EmbeddedServer
+) -> None:
+    job = world.job(learner={"groups_per_batch": 1})
+    engine = world.engine(job)
+    await engine.refresh()
+    stop = asyncio.Event()
+    async with connected(server, job, world, "scorer-0") as own, connected(server, job, world, "test") as bus:
+        await publish(bus, copies(sample_group(world), range(5, 6)))  # its version is to come
+        worker = asyncio.create_task(ScorerWorker(job, own, engine, stop).run())
+
+        async def taken() -> bool:
+            return (await bus.readings.depths()).rollouts_pending == 1
+
+        await until(taken, "the group to be taken")
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        await until(lambda: asyncio.sleep(0, server.poll() is not None), "the server to be dead")
+        stop.set()
+        await asyncio.wait_for(worker, PATIENCE_SECONDS)
+    engine.close()
+
+
 async def test_a_damaged_version_next_to_good_ones_does_not_stop_the_scoring(
     world: World, server: EmbeddedServer
 ) -> None:
