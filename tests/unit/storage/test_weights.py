@@ -61,11 +61,13 @@ def test_latest_never_moves_backwards(store: WeightStore) -> None:
 
 def test_publishing_an_intact_version_again_does_not_write_it(store: WeightStore) -> None:
     publish(store, 1)
+    mark = store.mark("policy")
 
     def refuse(directory: Path) -> None:
         raise AssertionError("written again")
 
     assert store.publish("policy", 1, refuse, {"obrs_lambda": 9.0}).metadata == {"obrs_lambda": 1.0}
+    assert store.mark("policy") == mark  # nobody is made to look again
 
 
 def test_publishing_again_completes_a_publication_that_died_before_latest_moved(
