@@ -115,6 +115,12 @@ def slice_logits(head: OutputHead, hidden: Tensor, temperature: float) -> Tensor
     return logits
 
 
+def exact_logits(head: OutputHead, hidden: Tensor) -> Tensor:
+    """Logits [T, V] of hidden states [T, H], accumulated and returned in float32, without gradient: the numbers that
+    scoring and training compute, where :meth:`OutputHead.logits` rounds each logit to the weight's number format."""
+    return slice_logits(*widened(head, hidden), 1.0)
+
+
 def log_normalize_(logits: Tensor) -> Tensor:
     """Log-softmax over the last dimension, in place."""
     return logits.sub_(logits.logsumexp(-1, keepdim=True))

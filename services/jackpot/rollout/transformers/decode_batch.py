@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from jackpot.algorithm.output_head import exact_logits
 from jackpot.compute.batching import length_buckets
 from jackpot.compute.models import output_head
 from jackpot.rollout.engine import GroupRequest
@@ -145,7 +146,7 @@ class DecodeBatch:
             attention_mask=cache.mask(1),
         )
         cache.length += 1
-        return self._head.logits(states[:, -1])
+        return exact_logits(self._head, states[:, -1])
 
     def _harvest(self, state: RowTensors, finished: list[int]) -> list[Trajectory]:
         """The trajectories of these rows, copied to numpy in one transfer."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from jackpot.algorithm.output_head import exact_logits
 from jackpot.compute.models import hidden_states, output_head
 from jackpot.errors import ConfigError
 from jackpot.rollout.engine import GroupRequest, Sampling
@@ -62,6 +63,6 @@ def _decode(model: PreTrainedModel, requests: list[GroupRequest]) -> list[tuple[
 def _error(model: PreTrainedModel, request: GroupRequest, sampled: Trajectory) -> float:
     ids = np.concatenate([request.prompt_token_ids, sampled.token_ids]).astype(np.int64)
     hidden = hidden_states(model, torch.from_numpy(ids[None, :-1]).to(model.device))
-    logprobs = torch.log_softmax(output_head(model).logits(hidden[0, -_NUM_TOKENS:]).float(), dim=-1)
+    logprobs = torch.log_softmax(exact_logits(output_head(model), hidden[0, -_NUM_TOKENS:]), dim=-1)
     expected = logprobs.gather(1, torch.from_numpy(ids[-_NUM_TOKENS:, None]).to(model.device))[:, 0]
     return float(np.abs(expected.cpu().numpy() - sampled.actor_logprobs).max())

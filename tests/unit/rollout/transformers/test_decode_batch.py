@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tolerances import model_rounding
+from tolerances import model_rounding, rounding
 from transformers import PreTrainedModel
 
+from jackpot.compute.models import hidden_states, output_head
 from jackpot.rollout.engine import GroupRequest
 from jackpot.rollout.transformers import decode_batch
 from jackpot.rollout.transformers.decode_batch import DecodeBatch
@@ -66,3 +67,32 @@ def test_weights_change_under_rows_that_joined_at_different_times(
             expected = whole.gather(1, ids)[start:end, 0].numpy()
             error = model_rounding(model.config, 11 + 12, whole)
             np.testing.assert_allclose(trajectory.actor_logprobs[start:end], expected, atol=error, rtol=0)
+
+
+def test_in_bfloat16_logits_are_accumulated_and_kept_in_float32(
+    load: Callable[[int], PreTrainedModel], ask: Callable[..., GroupRequest]
+) -> None:
+    """Blocks that add nothing leave hidden states that are the same bits in every pass: all error is the head's."""
+    model = load(0).to(torch.bfloat16)
+    for layer in model.model.layers:
+        for added in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            torch.nn.init.zeros_(added.weight)
+    head = output_head(model).weight.detach()
+    request = ask(0, length=5, n=8, temperature=1.0)
+    batch = DecodeBatch(model, eos_ids=())
+    finished = []
+    with torch.inference_mode():
+        batch.add([Row(request, index, [(0, 0)]) for index in range(8)])
+        while batch.rows:
+            finished += batch.step()
+        for _, trajectory in finished:
+            ids = torch.from_numpy(np.concatenate([request.prompt_token_ids[-1:], trajectory.token_ids]).astype(int))
+            hidden = hidden_states(model, ids[None, :-1])[0]
+            exact = torch.log_softmax(hidden.double() @ head.double().T, dim=-1)
+            rounded = torch.log_softmax((hidden @ head.T).float(), dim=-1)
+            chosen, sampled = ids[1:, None], torch.from_numpy(trajectory.actor_logprobs)
+            # The products' sum, the exponentials' sum, and the temperature's division, exponential and logarithm.
+            magnitude = (hidden.double().abs() @ head.double().abs().T).max() + exact.abs().max()
+            bound = 2 * rounding(hidden.shape[1] + len(head) + 4, magnitude)
+            assert float((sampled - exact.gather(1, chosen)[:, 0]).abs().max()) <= bound
+            assert float((rounded.double() - exact).abs().max()) > 10 * bound
