@@ -30,7 +30,14 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_state(state: Mapping[str, Tensor], directory: Path) -> None:
-    """Write CPU tensors as ``model.safetensors``."""
+    """Write CPU tensors as ``model.safetensors``.
+
+    Raises:
+        WeightCorruptError: one has NaN or infinite values: nobody may sample or train with it.
+    """
+    for name, tensor in state.items():
+        if not is_finite(tensor):
+            raise WeightCorruptError(f"{name!r} has NaN or infinite values and is not written. {_DIVERGED}")
     save_file(dict(state), directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
@@ -83,6 +90,8 @@ def read_tensors(
                 part = rows.get(name)
                 # A copy: the file may be memory-mapped and cut short later.
                 state[name] = (file.get_tensor(stored) if part is None else content[part]).clone()
+                if not is_finite(state[name]):
+                    raise WeightCorruptError(f"{path}: tensor {stored!r} has NaN or infinite values. {_DIVERGED}")
     except safetensors.SafetensorError as error:
         raise WeightCorruptError(f"{path} cannot be read ({error}). {_SAME_MODEL}") from None
     if missing := sorted(shapes.keys() - state.keys()):
@@ -148,4 +157,13 @@ def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(module), attribute, tensor)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite. Takes no memory; what has no numbers yet counts as finite."""
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return True
+    least, greatest = tensor.aminmax()  # NaN if any is
+    return bool(least.isfinite() & greatest.isfinite())
+
+
+_DIVERGED = "Look for a diverged loss in the learner's log; go on from an earlier checkpoint, with a lower learner.lr."
 _SAME_MODEL = "Weights must come from a model of the same configuration."

@@ -246,12 +246,26 @@ async def test_weights_that_do_not_fit_leave_the_engine_as_it_was(
     assert_same(before, (await engine.generate(ask()))[0], load(1))
 
 
-async def test_weights_that_are_not_finite_fail_requests_and_the_next_version_heals(
+async def test_weights_that_are_not_finite_are_refused_and_the_version_at_hand_stays(
+    start_engine: StartEngine, weights: Weights, ask: Ask
+) -> None:
+    engine = start_engine()
+    before = (await engine.generate(ask()))[0]
+    tensors = load_file(weights(1) / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, weights(1) / "model.safetensors")
+    with pytest.raises(WeightCorruptError, match=r"'model\.norm\.weight' has NaN or infinite values"):
+        await engine.load_weights(1, weights(1))
+    assert engine.version == -1
+    assert_same(before, (await engine.generate(ask()))[0])
+
+
+async def test_logits_that_are_not_finite_fail_requests_and_the_next_version_heals(
     start_engine: StartEngine, weights: Weights, ask: Ask
 ) -> None:
     engine = start_engine()
     tensors = load_file(weights(1) / "model.safetensors")
-    tensors["model.norm.weight"][:] = float("nan")
+    tensors["model.norm.weight"][:] = 3e38  # still a float32; its products are not
     save_file(tensors, weights(1) / "model.safetensors")
     await engine.load_weights(1, weights(1))
     with pytest.raises(EngineError, match=r"version \[1\] give logits that are not finite"):
