@@ -1,8 +1,8 @@
 """A rank for tests of loading: torchrun starts it over gloo; it loads and shards models, and writes what it got.
 
-``torchrun … loading_ranks.py DIRECTORY``: for every model of models.json, a list of [directory, number format], writes
-what it holds of the sharded model to <index>-<rank>.safetensors, and to report-<rank>.json what it saw before, and how
-it was refused.
+``torchrun … loading_ranks.py DIRECTORY``: for every model of models.json, a list of [directory, number format, longest
+sequence], writes what it holds of the sharded model to <index>-<rank>.safetensors, and to report-<rank>.json what it
+saw before, and how it was refused.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from patience import PATIENCE_SECONDS
 from ranks_world import TORCHRUN
 
 
-def load_on(directory: Path, models: Sequence[tuple[Path, str]], size: int) -> list[list[dict[str, Any]]]:
+def load_on(directory: Path, models: Sequence[tuple[Path, str, int | None]], size: int) -> list[list[dict[str, Any]]]:
     """What each rank reports of each model."""
-    (directory / "models.json").write_text(json.dumps([[str(path), dtype] for path, dtype in models]))
+    (directory / "models.json").write_text(json.dumps([[str(path), *rest] for path, *rest in models]))
     command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(size), __file__, str(directory)]
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
@@ -46,9 +46,11 @@ def main(directory: Path) -> None:
     config = LearnerConfig(processes=int(os.environ["WORLD_SIZE"]))
     ranks = join_ranks("learner", config, torch.device("cpu"))
     report: list[dict[str, Any]] = []
-    for index, (path, dtype) in enumerate(json.loads((directory / "models.json").read_text())):
+    for index, (path, dtype, context_length) in enumerate(json.loads((directory / "models.json").read_text())):
         try:
-            model = load_on_ranks(path, dtype, ranks, torch.device("cpu"), field="policy.model")
+            model = load_on_ranks(
+                path, dtype, ranks, torch.device("cpu"), field="policy.model", context_length=context_length
+            )
             meta = [parameter.is_meta for parameter in model.parameters()]
             shard(model, ranks, None, field="policy.model")
         except ConfigError as error:

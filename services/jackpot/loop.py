@@ -46,7 +46,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.compute.models import load_causal_lm
-from jackpot.config import JobSpec
+from jackpot.config import JobSpec, ModelConfig
 from jackpot.learner.trainer import Trainer
 from jackpot.loop_parts import PastWeights, WeighedTokens, check_job
 from jackpot.orchestrator.dispatch import sampling_seed
@@ -80,10 +80,10 @@ class Loop:
         check_job(job, staleness, reference_age)
         torch.manual_seed(job.seed)
         self.job = job
-        self.policy = load_causal_lm(job.policy.model, job.policy.dtype, "cpu", field="policy.model")
+        self.policy = _load(job.policy, "policy.model")
         self.actor: PreTrainedModel | None = None  # None where the policy samples for itself
         if not isinstance(job.actor, str):
-            self.actor = load_causal_lm(job.actor.model, job.actor.dtype, "cpu", field="actor.model")
+            self.actor = _load(job.actor, "actor.model")
         self.trainer = Trainer(job, self.policy, self.actor)
         self.trainer.show_tokens = lambda batch, weights: self.weighed.append(WeighedTokens(batch, weights))
         self._task = build_task(job.task, job.seed)
@@ -190,3 +190,7 @@ class Loop:
                 seed=sampling_seed(self.job.seed, seed_name),
             ),
         )
+
+
+def _load(model: ModelConfig, field: str) -> PreTrainedModel:
+    return load_causal_lm(model.model, model.dtype, "cpu", field=field, context_length=model.context_length)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import Phi3Config
 
 from jackpot.config import ActorConfig, ModelConfig, RolloutConfig, VllmConfig
 from jackpot.errors import ConfigError
@@ -45,6 +48,43 @@ def test_on_cpu_the_longest_prompt_fits_into_one_step(make_model: MakeModel) -> 
     assert "quantization" not in arguments
 
 
+def _longrope(directory: Path) -> str:
+    factors = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Phi3Config(
+        **sizes, max_position_embeddings=128, original_max_position_embeddings=32, pad_token_id=0, rope_scaling=factors
+    )
+    config.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize(("context_length", "longest", "fixed"), [(None, 32, False), (32, 32, False), (100, 64, True)])
+def test_a_longrope_model_has_the_factors_of_the_jobs_longest_sequence(
+    tmp_path: Path, context_length: int | None, longest: int, fixed: bool
+) -> None:
+    """Whatever max_model_len says: by itself vLLM would choose by it."""
+    model = ModelConfig(model=_longrope(tmp_path), context_length=context_length)
+    settings = RolloutConfig(vllm=VllmConfig(max_model_len=64))
+    arguments = engine_arguments(model, settings, on_cpu=False)
+    assert arguments["max_model_len"] == longest
+    assert ("hf_overrides" in arguments) == fixed
+    if fixed:
+        config = arguments["hf_overrides"](Phi3Config.from_pretrained(tmp_path))
+        assert config.rope_parameters["short_factor"] == config.rope_parameters["long_factor"] == [2.0, 3.0, 4.0, 5.0]
+
+
+def test_dynamic_frequencies_are_refused_since_vllm_scales_short_sequences_too(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    shutil.copytree(make_model("llama"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ModelConfig(model=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"dynamic rotary .* Set rollout\.engine to transformers"):
+        create_vllm_engine(model, RolloutConfig(), 1, field="actor.model", on_tokens=lambda n: None)
+
+
 def test_the_ends_of_sequence_are_read_from_the_model(make_model: MakeModel) -> None:
     assert eos_token_ids(make_model("qwen3")) == (1,)
 
@@ -58,5 +98,5 @@ def test_a_device_that_this_build_cannot_use_is_refused(make_model: MakeModel) -
 
 def test_a_directory_without_a_model_is_refused_before_vllm_is_imported(tmp_path: Path) -> None:
     config = ModelConfig(model=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"^actor\.model = .*is not a directory with a config\.json"):
+    with pytest.raises(ConfigError, match=r"^actor\.model = .*holds no config\.json"):
         create_vllm_engine(config, RolloutConfig(), 1, field="actor.model", on_tokens=lambda n: None)

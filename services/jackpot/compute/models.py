@@ -7,7 +7,6 @@ read, and no code from a model directory is run.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +17,15 @@ import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from jackpot.algorithm.output_head import OutputHead
+from jackpot.compute.model_weights import is_finite
 from jackpot.compute.varlen import attends_by_lengths, bounds
 from jackpot.errors import ConfigError
+from jackpot.storage.model_configuration import fix_long_factors, served_context
+from jackpot.storage.model_files import COMPLETE, not_finite, read_json
+from jackpot.storage.model_support import check_model_directory
 
 LOG = logging.getLogger(__name__)
 
@@ -62,7 +65,12 @@ def resolve_device(text: str, *, field: str = "device") -> torch.device:
 
 
 def load_causal_lm(
-    model_dir: str | os.PathLike[str], dtype: str, device: torch.device | str, *, field: str = "model"
+    model_dir: str | os.PathLike[str],
+    dtype: str,
+    device: torch.device | str,
+    *,
+    field: str = "model",
+    context_length: int | None = None,
 ) -> PreTrainedModel:
     """Load a model in eval mode, checked by :func:`self_check`. Attention is SDPA where the architecture has it.
 
@@ -71,42 +79,83 @@ def load_causal_lm(
         dtype: number format of the weights: ``float32``, ``bfloat16`` or ``float16``.
         device: where to put it.
         field: the setting that named the directory, for error messages.
+        context_length: the job's longest sequence, see :func:`read_configuration`.
 
     Raises:
         ConfigError: the directory is missing or incomplete, or the architecture is not supported.
     """
-    model = read_causal_lm(model_dir, dtype, field=field)
+    model = read_causal_lm(model_dir, dtype, field=field, context_length=context_length)
     model.to(torch.device(device))  # type: ignore[arg-type] # transformers decorates `to`
     self_check(model, field=field)
     return model
 
 
-def read_causal_lm(model_dir: str | os.PathLike[str], dtype: str, *, field: str = "model") -> PreTrainedModel:
+def read_causal_lm(
+    model_dir: str | os.PathLike[str], dtype: str, *, field: str = "model", context_length: int | None = None
+) -> PreTrainedModel:
     """Read a model into the CPU's memory, in eval mode, unchecked. Arguments and errors as :func:`load_causal_lm`."""
     path = Path(model_dir)
-    _require_model_files(path, field)
+    check_model_directory(field, str(path), None)
+    configuration = read_configuration(path, field=field, context_length=context_length)
     with quiet():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
+                config=configuration,
                 dtype=_DTYPES[dtype],
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                attn_implementation=attention_of(configuration),
             )
         except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
-            problem = f"cannot be loaded ({' '.join(str(error).split())[:300]})"
-            raise ConfigError(field, str(path), problem, "Use a causal language model of transformers.") from None
+            raise _cannot_be_loaded(field, path, error) from None
     model: PreTrainedModel = loaded[0]
     report: Mapping[str, set[str]] = loaded[1]
     if report["missing_keys"]:
         names = ", ".join(sorted(report["missing_keys"])[:5])
-        raise ConfigError(field, str(path), f"lacks {len(report['missing_keys'])} tensors ({names})", _COMPLETE)
+        raise ConfigError(field, str(path), f"lacks {len(report['missing_keys'])} tensors ({names})", COMPLETE)
     if report["unexpected_keys"]:
         LOG.warning("%s holds tensors that its architecture does not use: %s", path, sorted(report["unexpected_keys"]))
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter.detach()):
+            raise not_finite(field, str(path), name)
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def read_configuration(path: Path, *, field: str = "model", context_length: int | None = None) -> PreTrainedConfig:
+    """A model's configuration as a job uses it.
+
+    If the job's sequences outgrow the short factors of a longrope model, it has the long ones at every length: see
+    :mod:`jackpot.storage.model_configuration`.
+
+    Args:
+        path: the model directory.
+        field: the setting that named it.
+        context_length: the job's longest sequence; None is that of the model, or of its short factors.
+
+    Raises:
+        ConfigError: it cannot be read, or the model cannot serve such sequences.
+    """
+    context = served_context(field, str(path), read_json(field, path / "config.json"), context_length)
+    with quiet():
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _cannot_be_loaded(field, path, error) from None
+    if context.factors == "long":
+        fix_long_factors(vars(config.get_text_config()))
+    return config
+
+
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """The attention that a configuration requires; None leaves the choice to transformers.
+
+    SDPA does not know the soft cap of attention scores (Gemma-2), and transformers before 5.20 chooses it all the same.
+    """
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None else None
 
 
 def hidden_states(
@@ -177,11 +226,28 @@ def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
     For a sharded model all ranks must call it.
 
     Raises:
-        ConfigError: they do not: scores and losses would belong to another model.
+        ConfigError: they do not, or cannot be computed: scores and losses would belong to another model.
     """
+    try:
+        agrees = _reproduces_logits(model)
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        problem = f"its hidden states cannot be computed apart from its logits ({' '.join(str(error).split())[:200]})"
+        raise ConfigError(field, architecture(model), problem, _OTHER_ARCHITECTURE) from error
+    if not agrees:
+        raise ConfigError(
+            field,
+            architecture(model),
+            "its logits are not those of its last hidden states through its output layer",
+            _OTHER_ARCHITECTURE,
+        )
+
+
+def _reproduces_logits(model: PreTrainedModel) -> bool:
     generator = torch.Generator().manual_seed(0)
-    vocab_size = output_head(model).weight.shape[0]
-    ids = torch.randint(min(vocab_size, model.config.vocab_size), (2, 8), generator=generator).to(model.device)
+    vocab_size = min(output_head(model).weight.shape[0], model.config.get_text_config().vocab_size)
+    ids = torch.randint(vocab_size, (2, 8), generator=generator).to(model.device)
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     expected = model(input_ids=ids[1:, :5], use_cache=False).logits[0].float()
@@ -192,33 +258,16 @@ def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
         logits = output_head(model).logits(hidden)[1, :5].float()
         # Written so that NaN fails as well.
         if logits.shape != expected.shape or not float((logits - expected).abs().max()) <= bound:
-            raise ConfigError(
-                field,
-                architecture(model),
-                "its logits are not those of its last hidden states through its output layer",
-                _OTHER_ARCHITECTURE,
-            )
+            return False
+    return True
 
 
-_COMPLETE = "Download or export the model again, with all of its *.safetensors."
 _OTHER_ARCHITECTURE = "Use another architecture, such as Qwen3 or Llama."
 
 
-def _require_model_files(path: Path, field: str) -> None:
-    if not path.is_dir():
-        raise ConfigError(field, str(path), "is not a directory", "Give a directory in Hugging Face format.")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(field, str(path), "holds no config.json", _COMPLETE) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(field, str(path), f"its config.json cannot be read ({error})", _COMPLETE) from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ConfigError(field, str(path), "its config.json names no model_type", _COMPLETE)
-    if next(path.glob("*.safetensors"), None) is None:
-        raise ConfigError(
-            field, str(path), "holds no *.safetensors", "Convert the weights; other formats can run code when loaded."
-        )
+def _cannot_be_loaded(field: str, path: Path, error: Exception) -> ConfigError:
+    problem = f"cannot be loaded ({' '.join(str(error).split())[:300]})"
+    return ConfigError(field, str(path), problem, "Use a causal language model of transformers.")
 
 
 @contextlib.contextmanager

@@ -82,6 +82,11 @@ class JobSpec(Section):
                 "actor.weights = 'policy' makes the actor the policy itself in another number format. "
                 "Set actor.model to policy.model and actor.train to false, or actor.weights to 'own'"
             )
+        if actor.weights == "policy" and actor.context_length != self.policy.context_length:
+            raise ValueError(
+                f"actor.context_length = {actor.context_length} is not policy.context_length = "
+                f"{self.policy.context_length}, and the actor is the policy. Write the same for both"
+            )
         if actor.quantization and actor.dtype == "float32":
             raise ValueError(
                 f"actor.quantization = {actor.quantization!r} computes in 16 bits. Set actor.dtype to bfloat16"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from jackpot.section import Dtype, Section
+from jackpot.section import Dtype, PositiveInt, Section
 
 
 class ModelConfig(Section):
@@ -17,6 +17,10 @@ class ModelConfig(Section):
     ``builtin:<recipe>/<name>`` for a tiny model that Jackpot makes itself and caches."""
     dtype: Dtype = "float32"
     """Number format of the weights in every service. float32 is exact on CPU; use bfloat16 on GPUs."""
+    context_length: PositiveInt | None = None
+    """Longest sequence, prompt and completion together. null is ``max_position_embeddings`` of config.json, and for a
+    longrope model (Phi-3.5, Phi-4-mini) ``original_max_position_embeddings``, up to which it has its short factors.
+    With more than those it has its long factors at every length, see docs/models.md."""
 
 
 class ActorConfig(ModelConfig):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jackpot.config import JobSpec
+from jackpot.config import JobSpec, ModelConfig
 from jackpot.errors import ConfigError, PromptError
 from jackpot.orchestrator.tasks import Item, prompt_key
 from jackpot.orchestrator.tokenizer import PromptTokenizer
+from jackpot.storage.model_configuration import ServedContext, read_served_context
 
 LOG = logging.getLogger(__name__)
-
-POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx")  # names in models' configurations
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +37,11 @@ class PromptEncoder:
     @classmethod
     def of_job(cls, job: JobSpec, tokenizer: PromptTokenizer) -> PromptEncoder:
         """The encoder of a job whose models are directories."""
-        models = {"policy.model": job.policy.model} | (
-            {} if job.on_policy else {"actor.model": job.rollout_model.model}
-        )
-        limits = {field: _max_positions(Path(model)) for field, model in models.items()}
+        models = {"policy": job.policy} | ({} if job.on_policy else {"actor": job.rollout_model})
+        limits = {}
+        for role, model in models.items():
+            context = read_served_context(f"{role}.model", model.model, model.context_length)
+            limits[_limit_name(role, model, context)] = context.positions
         if job.rollout.engine == "vllm":
             limits["rollout.vllm.max_model_len"] = job.rollout.vllm.max_model_len
         known = {field: limit for field, limit in limits.items() if limit is not None}
@@ -115,13 +112,10 @@ def _name(item: Item) -> str:
     return f"the prompt {str(item.prompt)[:40]!r}" if line is None else f"the prompt of line {line}"
 
 
-def _max_positions(model_dir: Path) -> int | None:
-    """The longest sequence that a model supports; None if it does not say."""
-    try:
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # another check finds incomplete model directories
-    text = config.get("text_config")
-    source: dict[str, Any] = text if isinstance(text, dict) else config
-    lengths = [source[field] for field in POSITION_FIELDS if isinstance(source.get(field), int) and source[field] > 0]
-    return min(lengths, default=None)
+def _limit_name(role: str, model: ModelConfig, context: ServedContext) -> str:
+    """The setting that a limit comes from, for messages."""
+    if model.context_length is not None:
+        return f"{role}.context_length"
+    if context.factors == "short":
+        return f"{role}.model with its short rotary factors ({role}.context_length allows more, with the long ones)"
+    return f"{role}.model"

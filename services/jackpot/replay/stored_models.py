@@ -35,7 +35,9 @@ class StoredModel:
     def __init__(self, job: JobSpec, run_dir: Path, role: Role) -> None:
         config = job.policy if role == "policy" else job.rollout_model
         device = resolve_device(job.scorer.device, field="scorer.device")
-        self._model = load_causal_lm(config.model, config.dtype, device, field=f"{role}.model")
+        self._model = load_causal_lm(
+            config.model, config.dtype, device, field=f"{role}.model", context_length=config.context_length
+        )
         self._store = weight_store_of_run(run_dir, RunFiles(run_dir).scratch / f"weights-replay-{role}")
         self._role: Role = role
         self._version: int | None = None

@@ -10,6 +10,7 @@ from jackpot.config import ActorConfig, JobSpec, ModelConfig
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError
 from jackpot.rollout.engine import RolloutEngine
+from jackpot.storage.model_configuration import read_served_context
 from jackpot.telemetry import Metrics
 
 LOG = logging.getLogger(__name__)
@@ -106,12 +107,13 @@ def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metric
     config, field = _model_of(job, environment)
     set_threads(environment.threads)
     device = resolve_device(job.rollout.device, field="rollout.device")
-    model = load_causal_lm(config.model, config.dtype, device, field=field)
+    model = load_causal_lm(config.model, config.dtype, device, field=field, context_length=config.context_length)
     check_decoding(model, field=field)
     return TransformersEngine(
         model,
         max_batch_size=job.rollout.max_batch_size,
         max_queue=job.rollout.max_queue,
+        max_positions=read_served_context(field, config.model, config.context_length).positions,
         groups_apart=job.deterministic,
         on_tokens=metrics.tokens_generated_total.inc,
     )

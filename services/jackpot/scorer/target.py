@@ -282,9 +282,11 @@ class ActorVersions:
 def _load(config: ModelConfig, device: str, ranks: Ranks, *, field: str) -> PreTrainedModel:
     if ranks.mesh is None:
         resolved = resolve_device(device, field="scorer.device")
-        return load_causal_lm(config.model, config.dtype, resolved, field=field)
+        return load_causal_lm(config.model, config.dtype, resolved, field=field, context_length=config.context_length)
     assert ranks.device is not None
-    model = load_on_ranks(config.model, config.dtype, ranks, ranks.device, field=field)
+    model = load_on_ranks(
+        config.model, config.dtype, ranks, ranks.device, field=field, context_length=config.context_length
+    )
     model.requires_grad_(False)
     shard(model, ranks, None, field=field)
     return model

@@ -18,6 +18,8 @@ from transformers import (
     GraniteConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from jackpot.compute.model_weights import apply_state, load_state, read_state, save_weights
@@ -85,6 +87,39 @@ def test_scales_and_soft_caps_of_logits_are_known(
     self_check(model)
 
 
+def test_a_model_with_capped_attention_scores_never_has_an_attention_that_ignores_the_cap(tmp_path: Path) -> None:
+    """SDPA does, and transformers before 5.20 chooses it for Gemma-2."""
+    config = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=0.5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    capped = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    uncapped = AutoModelForCausalLM.from_pretrained(tmp_path, attn_logit_softcapping=None).eval()
+    expected = logits_of(capped)
+    bound = model_rounding(config, 10, expected)
+    assert float((logits_of(load_causal_lm(tmp_path, "float32", "cpu")) - expected).abs().max()) <= bound
+    assert float((logits_of(uncapped) - expected).abs().max()) > 100 * bound
+
+
+def test_a_model_with_a_number_that_is_none_is_refused_by_its_tensor(make_model: MakeModel, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(make_model(), directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"actor\.model = .* its tensor model\.norm\.weight has NaN or infinite values"
+    ):
+        load_causal_lm(directory, "float32", "cpu", field="actor.model")
+
+
+def test_a_model_whose_hidden_states_cannot_be_had_is_refused_and_does_not_crash() -> None:
+    class Unreachable(Qwen3ForCausalLM):
+        base_model_prefix = "language_model"  # as Llama-4 has it
+
+    model = Unreachable(Qwen3Config(**SIZES, head_dim=8)).eval()
+    with pytest.raises(ConfigError, match=r"policy\.model = 'Unreachable': its hidden states cannot be computed apart"):
+        self_check(model, field="policy.model")
+
+
 def test_a_head_that_does_not_reproduce_the_logits_is_refused_by_name(make_model: MakeModel) -> None:
     model = load(make_model)
     model.config.logit_scale = 0.5  # Qwen3 does not apply it
@@ -101,12 +136,15 @@ def test_loading_gives_an_eval_model_in_the_asked_number_format(make_model: Make
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (shutil.rmtree, "is not a directory. Give a directory in Hugging Face format"),
+        (shutil.rmtree, "is not a directory. Give a model directory in Hugging Face format"),
         (lambda d: (d / "config.json").unlink(), "holds no config.json"),
         (lambda d: (d / "config.json").write_text("{"), "its config.json cannot be read"),
         (lambda d: (d / "config.json").write_text("{}"), "its config.json names no model_type"),
         (lambda d: (d / "model.safetensors").unlink(), "holds no *.safetensors"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"no tensors"), "cannot be loaded"),
+        (
+            lambda d: (d / "model.safetensors").write_bytes(b"no tensors"),
+            "is cut short or is no safetensors file (10 bytes)",
+        ),
     ],
 )
 def test_a_directory_that_is_not_a_model_is_a_setting_that_cannot_work(

@@ -367,6 +367,10 @@ ACTOR: dict[str, Any] = {"model": "m", "train": False}
     ("sections", "problem"),
     [
         ({"actor": ACTOR | {"weights": "policy", "train": True}}, "Set actor.model to policy.model and actor.train"),
+        (
+            {"actor": ACTOR | {"weights": "policy", "train": False, "context_length": 9}},
+            "actor.context_length = 9 is not policy.context_length = None",
+        ),
         ({"actor": ACTOR | {"weights": "policy", "model": "n"}}, "Set actor.model to policy.model and actor.train"),
         ({"actor": ACTOR | {"quantization": "fp8_per_channel"}}, "computes in 16 bits. Set actor.dtype to bfloat16"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,16 @@ def test_each_role_serves_its_own_model(tmp_path: Path, role: str, field: str) -
     environment = ServiceEnvironment.model_validate({"run_dir": tmp_path, "job_id": "job", "role": role})
     with pytest.raises(ConfigError, match=f"^{field} = '{tmp_path}/{role}': is not a directory"):
         create_engine(job, environment, Metrics("job", CollectorRegistry()))
+
+
+@pytest.mark.parametrize(("context_length", "limit"), [(None, 128), (100, 100)])
+async def test_the_engine_takes_no_sequence_beyond_the_jobs_longest(
+    make_model: Callable[..., Path], tmp_path: Path, context_length: int | None, limit: int
+) -> None:
+    policy = {"model": str(make_model("qwen3")), "context_length": context_length}
+    content = {"policy": policy, "actor": "policy", "task": {"name": "complement"}}
+    job = parse_job(content, ["rollout.engine=transformers"])
+    environment = ServiceEnvironment(run_dir=tmp_path, job_id="job", role="policy")
+    engine = create_engine(job, environment, Metrics("job", CollectorRegistry()))
+    assert engine.limits.max_positions == limit
+    await engine.close()

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from jackpot.compute.model_weights import own_tensors, put_tensor, tie
-from jackpot.compute.models import quiet, read_causal_lm
+from jackpot.compute.model_weights import is_finite, own_tensors, put_tensor, tie
+from jackpot.compute.models import quiet, read_causal_lm, read_configuration
 from jackpot.compute.ranks.group import Ranks
 from jackpot.compute.ranks.sharding import HELD, rows_of
 from jackpot.errors import ConfigError, JackpotError
+from jackpot.storage.model_files import not_finite
 
 LOG = logging.getLogger(__name__)
 
@@ -34,7 +35,15 @@ _READ_MARK = "_is_hf_initialized"
 _READ_IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
-def load_on_ranks(model_dir: str, dtype: str, ranks: Ranks, device: torch.device, *, field: str) -> PreTrainedModel:
+def load_on_ranks(
+    model_dir: str,
+    dtype: str,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    field: str,
+    context_length: int | None = None,
+) -> PreTrainedModel:
     """A model for :func:`jackpot.compute.ranks.sharding.shard`, in eval mode, not yet checked; a collective.
 
     Args:
@@ -43,6 +52,7 @@ def load_on_ranks(model_dir: str, dtype: str, ranks: Ranks, device: torch.device
         ranks: all of them.
         device: where this rank's rows go as they are read.
         field: the setting that named the directory, for error messages.
+        context_length: as for :func:`load_causal_lm`.
 
     Returns:
         The model with its parameters on the meta device, and this rank's rows of them as attribute ``HELD``.
@@ -52,9 +62,9 @@ def load_on_ranks(model_dir: str, dtype: str, ranks: Ranks, device: torch.device
         RankLostError: a rank is gone, or took longer than ``collective_timeout_seconds`` for a tensor.
     """
     if ranks.rank == 0:
-        model, held = _hand_out(model_dir, dtype, ranks, device, field)
+        model, held = _hand_out(model_dir, dtype, ranks, device, field, context_length)
     else:
-        model, held = _take_up(Path(model_dir), ranks, device)
+        model, held = _take_up(Path(model_dir), ranks, device, context_length)
     setattr(model, HELD, held)
     return model
 
@@ -62,26 +72,31 @@ def load_on_ranks(model_dir: str, dtype: str, ranks: Ranks, device: torch.device
 Loaded = tuple[PreTrainedModel, dict[str, Tensor]]
 
 
-def _hand_out(model_dir: str, dtype: str, ranks: Ranks, device: torch.device, field: str) -> Loaded:
+def _hand_out(
+    model_dir: str, dtype: str, ranks: Ranks, device: torch.device, field: str, context_length: int | None
+) -> Loaded:
     """Rank 0's part: read the model, and send every rank its rows."""
     given = _Handout(ranks, device)
     try:
         with _read_in_turn(), _registering(given.take_away):
-            model = read_causal_lm(model_dir, dtype, field=field)
+            model = read_causal_lm(model_dir, dtype, field=field, context_length=context_length)
+        given.take_rest(model)
+        given.tie_equals(model)
+        distinct, aliases = own_tensors(model)
+        numbers = {name: given.number_of[tensor] for name, tensor in distinct.items()}
+        for name, number in numbers.items():
+            if number in given.not_finite:
+                raise not_finite(field, model_dir, name)
     except ConfigError as error:
         given.tell({"refused": [error.field, str(error.value), error.problem, error.remedy]})
         raise
-    given.take_rest(model)
-    given.tie_equals(model)
-    distinct, aliases = own_tensors(model)
-    numbers = {name: given.number_of[tensor] for name, tensor in distinct.items()}
     tensors = {name: [numbers[name], list(tensor.shape), _name(tensor.dtype)] for name, tensor in distinct.items()}
     attention, made_in = model.config._attn_implementation, _name(model.dtype)
     given.tell({"attention": attention, "dtype": made_in, "aliases": aliases, "tensors": tensors})
     return model, {name: given.parts[number] for name, number in numbers.items()}
 
 
-def _take_up(path: Path, ranks: Ranks, device: torch.device) -> Loaded:
+def _take_up(path: Path, ranks: Ranks, device: torch.device, context_length: int | None) -> Loaded:
     """Another rank's part: receive rows as rank 0 reads them, and build their model."""
     parts: list[Tensor] = []
     while True:
@@ -98,7 +113,7 @@ def _take_up(path: Path, ranks: Ranks, device: torch.device) -> Loaded:
             parts.append(received.to(device))
         else:
             held = {name: parts[number] for name, (number, _, _) in told["tensors"].items()}
-            return _without_weights(path, told), held
+            return _without_weights(path, told, context_length), held
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +151,8 @@ class _Handout:
         """Rank 0's own rows, in the order in which tensors were sent."""
         self.number_of: dict[Tensor, int] = {}
         """The index in that order of each placeholder in the model."""
+        self.not_finite: set[int] = set()
+        """The indices of parameters with NaN or infinite values."""
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send a message to the other ranks."""
@@ -185,6 +202,8 @@ class _Handout:
     @torch.no_grad()
     def _give(self, tensor: Tensor, *, by_rows: bool) -> int:
         part = _Part(list(tensor.shape), _name(tensor.dtype), by_rows)
+        if by_rows and not is_finite(tensor.detach()):
+            self.not_finite.add(len(self.parts))
         self.tell({"part": [part.shape, part.dtype, by_rows]})
         for rank in range(1, self._ranks.size):
             content = tensor[part.rows(self._ranks, rank)] if by_rows else tensor
@@ -201,10 +220,10 @@ def _equal(parts: list[Tensor], pair: list[int]) -> bool:
     return torch.equal(parts[pair[0]], parts[pair[1]])
 
 
-def _without_weights(path: Path, layout: dict[str, Any]) -> PreTrainedModel:
+def _without_weights(path: Path, layout: dict[str, Any], context_length: int | None) -> PreTrainedModel:
     """The model of a directory's config.json, its parameters on the meta device, with rank 0's ties and formats."""
+    config = read_configuration(path, context_length=context_length)
     with quiet(), _registering(_on_meta):
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         made: Any = AutoModelForCausalLM
         # In rank 0's number format, not the file's: buffers that no file holds are computed in it.
         dtype = getattr(torch, layout["dtype"])

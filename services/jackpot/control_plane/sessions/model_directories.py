@@ -1,4 +1,4 @@
-"""Checks that a model directory is complete, and that two models share a vocabulary. Reads only JSON; no torch."""
+"""Checks that model directories can be used, and that two models share a vocabulary. No torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jackpot.config import JobSpec
 from jackpot.errors import ConfigError
+from jackpot.storage.model_configuration import served_context
+from jackpot.storage.model_files import COMPLETE, check_numbers, read_json
+from jackpot.storage.model_support import check_model_directory
 
-_COMPLETE = "Download or export the model again, complete with config.json, *.safetensors and tokenizer.json."
 _ONE_FAMILY = "Use two models of one family that share tokenizer and vocabulary size."
 
 
@@ -43,11 +44,16 @@ class Vocabulary:
 
 
 def check_models(job: JobSpec) -> None:
-    """Check that the model directories are complete, and that policy and actor share a vocabulary.
+    """Check that the job's models are whole and can be served, and that policy and actor share a vocabulary.
 
     Raises:
         ConfigError: naming field, value and remedy.
     """
+    models = {"policy.model": job.policy} | ({} if isinstance(job.actor, str) else {"actor.model": job.actor})
+    for field, config in models.items():
+        described = check_model_directory(field, config.model, job.rollout.engine)
+        served_context(field, config.model, described, config.context_length)
+        check_numbers(field, Path(config.model))
     policy = read_vocabulary("policy.model", job.policy.model)
     if isinstance(job.actor, str):
         return
@@ -64,47 +70,17 @@ def read_vocabulary(field: str, model: str) -> Vocabulary:
         model: the directory, in Hugging Face format.
 
     Raises:
-        ConfigError: the directory is not there, or a file in it is missing or damaged.
+        ConfigError: config.json or tokenizer.json is missing or damaged.
     """
-    directory = Path(model)
-    if not directory.is_dir():
-        raise ConfigError(field, model, "is not a directory", "Give a model directory in Hugging Face format.")
-    config = _read_json(field, directory / "config.json")
-    tokenizer = _read_json(field, directory / "tokenizer.json")
-    _check_weights(field, directory)
+    config = read_json(field, Path(model) / "config.json")
+    tokenizer = read_json(field, Path(model) / "tokenizer.json")
     text = config.get("text_config")
     size = (text if isinstance(text, dict) else config).get("vocab_size")
     if not isinstance(size, int) or size < 1:
-        raise ConfigError(field, model, "its config.json has no vocab_size", _COMPLETE)
+        raise ConfigError(field, model, "its config.json has no vocab_size", COMPLETE)
     try:
         tokens = tokenizer["model"]["vocab"]
         added = {int(token["id"]): str(token["content"]) for token in tokenizer.get("added_tokens") or ()}
     except (KeyError, TypeError, ValueError):
-        raise ConfigError(field, model, "its tokenizer.json holds no vocabulary", _COMPLETE) from None
+        raise ConfigError(field, model, "its tokenizer.json holds no vocabulary", COMPLETE) from None
     return Vocabulary(size, json.dumps(tokens, sort_keys=True), added)
-
-
-def _check_weights(field: str, directory: Path) -> None:
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        if next(directory.glob("*.safetensors"), None) is None:
-            raise ConfigError(field, str(directory), "holds no *.safetensors", _COMPLETE)
-        return
-    shards = _read_json(field, index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ConfigError(field, str(directory), f"its {index.name} has no weight_map", _COMPLETE)
-    missing = sorted({str(shard) for shard in shards.values() if not (directory / str(shard)).is_file()})
-    if missing:
-        raise ConfigError(field, str(directory), f"lacks {', '.join(missing)}", _COMPLETE)
-
-
-def _read_json(field: str, path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(field, str(path.parent), f"holds no {path.name}", _COMPLETE) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(field, str(path.parent), f"its {path.name} cannot be read ({error})", _COMPLETE) from None
-    if not isinstance(data, dict):
-        raise ConfigError(field, str(path.parent), f"its {path.name} is not a JSON object", _COMPLETE)
-    return data

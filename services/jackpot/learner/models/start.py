@@ -53,7 +53,13 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
             actor = _load_learning(job.actor, place, ranks, field="actor.model")
         elif ranks.rank == 0:
             published_from = device if ranks.mesh is None else torch.device("cpu")
-            actor = load_causal_lm(job.actor.model, job.actor.dtype, published_from, field="actor.model")
+            actor = load_causal_lm(
+                job.actor.model,
+                job.actor.dtype,
+                published_from,
+                field="actor.model",
+                context_length=job.actor.context_length,
+            )
     profiler = StepProfiler(RunFiles(environment.run_dir).profile, job.learner.profile_steps, ranks.rank)
     return Trainer(job, policy, actor, ranks, profiler), ranks
 
@@ -72,5 +78,5 @@ def seed_everything(seed: int) -> None:
 
 def _load_learning(model: ModelConfig, device: torch.device, ranks: Ranks, *, field: str) -> PreTrainedModel:
     if ranks.mesh is None:
-        return load_causal_lm(model.model, "float32", device, field=field)
-    return load_on_ranks(model.model, "float32", ranks, device, field=field)
+        return load_causal_lm(model.model, "float32", device, field=field, context_length=model.context_length)
+    return load_on_ranks(model.model, "float32", ranks, device, field=field, context_length=model.context_length)

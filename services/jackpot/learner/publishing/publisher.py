@@ -11,8 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from jackpot.compute.model_weights import write_state
-from jackpot.config import JobSpec
+from jackpot.config import JobSpec, ModelConfig
 from jackpot.learner.trainer import BatchTrainer
+from jackpot.storage.model_configuration import export_factors
 from jackpot.storage.run_directory import RunFiles
 from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import Role
@@ -97,15 +98,16 @@ class WeightPublisher:
 
     def export(self, trainer: BatchTrainer) -> None:
         """Write both models as Hugging Face directories under ``export/``, atomically each."""
-        directories: dict[Role, str] = {"policy": self._job.policy.model, "actor": self._job.rollout_model.model}
+        models: dict[Role, ModelConfig] = {"policy": self._job.policy, "actor": self._job.rollout_model}
         for role, source in self._sources(trainer).items():
             aside = self._export_dir / f".{role}.{os.getpid()}"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             for name in MODEL_FILES:
-                file = Path(directories[role]) / name
+                file = Path(models[role].model) / name
                 if file.exists():
                     shutil.copyfile(file, aside / name)
+            export_factors(aside, models[role].context_length)
             write_state(trainer.weights(source), aside)
             final = self._export_dir / role
             shutil.rmtree(final, ignore_errors=True)

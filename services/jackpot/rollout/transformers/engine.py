@@ -66,6 +66,7 @@ class TransformersEngine:
         model: from ``load_causal_lm``; the engine owns it from here on.
         max_batch_size: trajectories decoded together.
         max_queue: trajectories in the engine, running or waiting, before it refuses more.
+        max_positions: tokens of the longest sequence; None is what the model's configuration says.
         groups_apart: whether each request is decoded by itself, so that its log-probabilities do not depend on other
             requests, to the bit.
         on_tokens: receives the number of tokens sampled; called from the engine's thread.
@@ -80,13 +81,16 @@ class TransformersEngine:
         *,
         max_batch_size: int,
         max_queue: int,
+        max_positions: int | None = None,
         groups_apart: bool = False,
         on_tokens: Callable[[int], object] = lambda num_tokens: None,
     ) -> None:
         self.version = NO_VERSION
         self.limits = ModelLimits(
             vocab_size=output_head(model).weight.shape[0],
-            max_positions=getattr(model.config, "max_position_embeddings", None) or _UNLIMITED_POSITIONS,
+            max_positions=max_positions
+            or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            or _UNLIMITED_POSITIONS,
         )
         self._model = model
         self._batch = DecodeBatch(model, eos_token_ids(model))

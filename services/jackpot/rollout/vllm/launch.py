@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 from jackpot.config import ActorConfig, ModelConfig, RolloutConfig
 from jackpot.errors import ConfigError, EngineError
 from jackpot.process.children import stop_with_parent
+from jackpot.storage.model_configuration import fix_long_factors, read_served_context
+from jackpot.storage.model_files import check_numbers
+from jackpot.storage.model_support import check_model_directory
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -83,20 +86,25 @@ def create_vllm_engine(
     if rollout.device != "auto" and on_cpu != (rollout.device == "cpu"):
         build = "CPU" if on_cpu else "GPU"
         raise ConfigError("rollout.device", rollout.device, f"this is vLLM's {build} build", "Use auto.")
-    if not (Path(config.model) / "config.json").is_file():
-        remedy = "Give a directory in Hugging Face format."
-        raise ConfigError(field, config.model, "is not a directory with a config.json", remedy)
+    check_model_directory(field, config.model, "vllm")
+    check_numbers(field, Path(config.model))
     prepare_environment(threads, on_cpu)
     from jackpot.rollout.vllm.engine import VllmEngine
     from jackpot.rollout.vllm.stats import EngineCounts
 
     counts = EngineCounts(on_tokens)
-    llm = start_vllm(config, rollout, counts, on_cpu=on_cpu)
+    llm = start_vllm(config, rollout, counts, on_cpu=on_cpu, field=field)
     return VllmEngine(llm, counts, eos_ids=eos_token_ids(Path(config.model)), max_queue=rollout.max_queue)
 
 
 def start_vllm(
-    config: ModelConfig, rollout: RolloutConfig, counts: EngineCounts, *, on_cpu: bool, extension: str | None = None
+    config: ModelConfig,
+    rollout: RolloutConfig,
+    counts: EngineCounts,
+    *,
+    on_cpu: bool,
+    extension: str | None = None,
+    field: str = "actor.model",
 ) -> AsyncLLM:
     """Start vLLM's engine process and load the model. Takes many seconds.
 
@@ -106,6 +114,7 @@ def start_vllm(
         counts: receives the scheduler's statistics.
         on_cpu: whether this is the CPU build.
         extension: the worker extension; None is ours.
+        field: the setting that names the model, for error messages.
 
     Raises:
         ConfigError: vLLM refuses the model or a setting.
@@ -117,7 +126,7 @@ def start_vllm(
     from jackpot.rollout.vllm.worker import EXTENSION
 
     started = time.monotonic()
-    arguments = engine_arguments(config, rollout, on_cpu=on_cpu)
+    arguments = engine_arguments(config, rollout, on_cpu=on_cpu, field=field)
     try:
         vllm_config = AsyncEngineArgs(**arguments, worker_extension_cls=extension or EXTENSION).create_engine_config()
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
@@ -136,17 +145,20 @@ def start_vllm(
     return llm
 
 
-def engine_arguments(config: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool) -> dict[str, Any]:
+def engine_arguments(
+    config: ModelConfig, rollout: RolloutConfig, *, on_cpu: bool, field: str = "actor.model"
+) -> dict[str, Any]:
     """The arguments of ``AsyncEngineArgs``.
 
     Raises:
-        ConfigError: the CPU build does not support a setting.
+        ConfigError: the CPU build does not support a setting, or the model not the context.
     """
     from vllm.config import WeightTransferConfig
 
     from jackpot.rollout.vllm.worker import BACKEND
 
     settings = rollout.vllm
+    context = read_served_context(field, config.model, config.context_length)
     arguments: dict[str, Any] = {
         "model": config.model,
         "dtype": config.dtype,
@@ -154,7 +166,7 @@ def engine_arguments(config: ModelConfig, rollout: RolloutConfig, *, on_cpu: boo
         "generation_config": "vllm",
         "trust_remote_code": False,
         "load_format": "safetensors",
-        "max_model_len": settings.max_model_len,
+        "max_model_len": min(filter(None, (settings.max_model_len, context.positions)), default=None),
         "max_num_seqs": rollout.max_batch_size,
         "max_logprobs": -1,
         "logprobs_mode": "processed_logprobs",  # of the distribution actually sampled from
@@ -169,22 +181,26 @@ def engine_arguments(config: ModelConfig, rollout: RolloutConfig, *, on_cpu: boo
         "enable_lora": False,
         "seed": 0,
     }
+    if context.factors == "long":
+        # By itself vLLM takes the long factors where max_model_len, which may be set apart, is beyond the short ones'.
+        arguments["hf_overrides"] = with_long_factors
     if isinstance(config, ActorConfig):
         arguments["quantization"] = config.quantization
         arguments["kv_cache_dtype"] = config.kv_cache_dtype
     if on_cpu:
         # A seeded request whose prompt is split over steps ends vLLM's engine on CPU ("CPU Generator does not use
         # offset"): prompts are never split, so that the longest must fit into one step.
-        longest = settings.max_model_len or _max_positions(Path(config.model))
+        longest = arguments["max_model_len"] or 0
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, CPU_STEP_TOKENS)}
         if settings.tensor_parallel_size * settings.data_parallel_size == 1:
             arguments["distributed_executor_backend"] = "uni"
     return arguments
 
 
-def _max_positions(model_dir: Path) -> int:
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    return int(config.get("max_position_embeddings") or 0)
+def with_long_factors(hf_config: Any) -> Any:
+    """vLLM's configuration of a longrope model, with its long factors at every length."""
+    fix_long_factors(vars(hf_config.get_text_config()))
+    return hf_config
 
 
 def eos_token_ids(model_dir: Path) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from patience import TEST_SECONDS
 from safetensors.torch import load_file, save_file
 from tolerances import model_rounding
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, Glm4MoeConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Glm4MoeConfig, Phi3Config, PreTrainedModel
 
 from jackpot.compute.forward import completion_hidden
 from jackpot.compute.model_weights import own_tensors
@@ -123,6 +123,27 @@ def scaled_embeddings(target: Path) -> Path:
     return target
 
 
+def long_factors(target: Path) -> Path:
+    """Its rotary frequencies depend on the job's longest sequence, already at the first positions."""
+    config = Phi3Config(
+        vocab_size=49,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.4,
+        pad_token_id=2,
+        max_position_embeddings=128,
+        original_max_position_embeddings=32,
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        AutoModelForCausalLM.from_config(config).save_pretrained(target)
+    return target
+
+
 def test_every_rank_holds_its_rows_of_what_one_process_loads(
     tmp_path: Path, make_model: MakeModel, remade: Callable[..., Path]
 ) -> None:
@@ -139,9 +160,11 @@ def test_every_rank_holds_its_rows_of_what_one_process_loads(
         (mixture_of_experts(tmp_path / "experts"), "float32"),
         (scaled_embeddings(tmp_path / "scaled"), "float32"),
     ]
-    reports = load_on(tmp_path, models, SIZE)
+    longest = {len(models): 100}  # by index
+    models.append((long_factors(tmp_path / "long"), "float32"))
+    reports = load_on(tmp_path, [(*model, longest.get(index)) for index, model in enumerate(models)], SIZE)
     for index, (path, dtype) in enumerate(models):
-        whole = load_causal_lm(path, dtype, "cpu")
+        whole = load_causal_lm(path, dtype, "cpu", context_length=longest.get(index))
         for rank in range(SIZE):
             check_rank(whole, reports[rank][index], load_file(tmp_path / f"{index}-{rank}.safetensors"), rank)
 
@@ -176,17 +199,22 @@ def test_what_cannot_be_loaded_is_refused_by_all_ranks_in_the_words_of_one_proce
     in_several_files(make_model("llama", seed=2), incomplete)
     sorted(incomplete.glob("model-*.safetensors"))[-1].unlink()
     refused = {
-        torn: "cannot be loaded",
+        torn: "where its header states",
         remade(make_model("llama", seed=2), lambda tensors: tensors.pop("model.norm.weight")): "lacks 1 tensors",
         remade(make_model("llama", seed=2), narrowed): "cannot be loaded",
-        incomplete: "cannot be loaded",
+        incomplete: "lacks model-",
+        remade(make_model("llama", seed=2), with_nan): r"lm_head\.weight has NaN",
         scaled: "its logits are not those of its last hidden states",
     }
-    reports = load_on(tmp_path, [(path, "float32") for path in refused], SIZE)
+    reports = load_on(tmp_path, [(path, "float32", None) for path in refused], SIZE)
     for index, (path, message) in enumerate(refused.items()):
         with pytest.raises(ConfigError, match=message) as caught:
             load_causal_lm(path, "float32", "cpu", field="policy.model")
         assert [report[index] for report in reports] == [{"refused": str(caught.value)}] * SIZE
+
+
+def with_nan(tensors: Tensors) -> None:
+    tensors["lm_head.weight"][-1, -1] = float("nan")
 
 
 def narrowed(tensors: Tensors) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from jackpot.config import JobSpec, parse_job
 from jackpot.control_plane.sessions.model_directories import check_models, read_vocabulary
@@ -63,17 +64,47 @@ def test_half_a_model_is_refused_by_what_is_missing(model: Path, damage: Callabl
 
 
 def test_of_a_model_in_shards_every_shard_must_be_there(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    whole = model / "model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    save_file({"model.norm.weight": tensors.pop("model.norm.weight")}, model / "model-00001-of-00002.safetensors")
     index = model / "model.safetensors.index.json"
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     index.write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(ConfigError, match=r"lacks model-00002-of-00002\.safetensors"):
         check_models(job_of(model, "policy"))
-    (model / "model-00002-of-00002.safetensors").touch()
+    save_file(tensors, model / "model-00002-of-00002.safetensors")
     check_models(job_of(model, "policy"))
     index.write_text("{}")
     with pytest.raises(ConfigError, match="has no weight_map"):
         check_models(job_of(model, "policy"))
+
+
+def test_what_no_service_could_use_is_refused_before_any_starts(model: Path) -> None:
+    job = job_of(model, "policy")
+    described = (model / "config.json").read_text()
+    for changes, problem in (
+        ({"model_type": "llama4"}, "llama4 computes no hidden states"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantized \(awq\)"),
+    ):
+        edit(model / "config.json", **changes)
+        with pytest.raises(ConfigError, match=problem):
+            check_models(job)
+        (model / "config.json").write_text(described)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"policy\.model = .* model\.norm\.weight has NaN"):
+        check_models(job)
+
+
+def test_a_context_beyond_the_models_positions_is_refused(model: Path) -> None:
+    limited = {"model": str(model), "context_length": 129}
+    job = parse_job({"policy": limited, "actor": "policy", "task": {"name": "complement"}})
+    with pytest.raises(
+        ConfigError, match=r"policy\.context_length = 129: .* has 128 positions\. Set it to at most 128"
+    ):
+        check_models(job)
 
 
 def test_the_vocabulary_of_a_model_with_several_parts_is_that_of_its_text_part(model: Path) -> None:
