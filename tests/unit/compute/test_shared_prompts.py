@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from tolerances import model_rounding, rounding
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, FalconConfig, MistralConfig, PreTrainedModel
 
 from jackpot.compute.batching import AttentionCost
-from jackpot.compute.forward import completion_hidden
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.forward import completion_hidden, packed_completion_hidden
+from jackpot.compute.models import load_causal_lm, output_head, self_check
 from jackpot.compute.shared_prompts import attention_cost
+from jackpot.rollout.transformers.decode_check import check_decoding
 
 CPU = torch.device("cpu")
 PROMPTS, OWN = (5, 5, 5, 1, 8, 8), (4, 1, 6, 3, 2, 9)  # tokens of each sequence
@@ -67,6 +68,30 @@ def test_kappa_is_the_ratio_of_the_operations(make_model: Any) -> None:
     assert cost.tokens == pytest.approx((3 * layer + 64) / (2 * 3 * 64))
     on_gpu = attention_cost([model], torch.device("cuda"))  # where it would compute: nothing is put there
     assert on_gpu == AttentionCost(cost.tokens, mask_factor=2.0)
+
+
+def test_a_model_that_takes_no_mask_of_ours_gives_every_completion_a_row_and_is_served() -> None:
+    """Falcon with ALiBi computes its biases from a mask of rows and columns."""
+    config = FalconConfig(
+        vocab_size=49, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.4, alibi=True
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    self_check(model)
+    check_decoding(model)
+    assert attention_cost([model], CPU) is None
+    with torch.no_grad():
+        plain = [
+            model(input_ids=torch.from_numpy(sequence[None, :-1])).logits[0, prompt - 1 :]
+            for sequence, prompt in zip(sequences(), PROMPTS, strict=True)
+        ]
+        expected = torch.cat(plain)
+        config.intermediate_size = config.ffn_hidden_size  # the name that the bound knows
+        bound = model_rounding(config, max(PROMPTS) + max(OWN), expected)
+        for states in (completion_hidden, packed_completion_hidden):
+            found = output_head(model).logits(states(model, sequences(), PROMPTS))
+            torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
 def test_a_model_with_a_window_or_another_attention_gives_every_completion_a_row(make_model: Any) -> None:
