@@ -37,7 +37,13 @@ class EngineThread:
         """The result of work done there."""
         return asyncio.run_coroutine_threadsafe(work(), self.loop).result(timeout)
 
-    def start(self, config: ModelConfig, rollout: RolloutConfig, extension: str | None = None) -> SharedVllm:
+    def start(
+        self,
+        config: ModelConfig,
+        rollout: RolloutConfig,
+        extension: str | None = None,
+        vocabulary: int | None = None,
+    ) -> SharedVllm:
         """A running vLLM."""
 
         async def start() -> SharedVllm:
@@ -47,7 +53,7 @@ class EngineThread:
                 from jackpot.rollout.vllm.stats import EngineCounts
 
                 counts = EngineCounts(lambda num_tokens: None)
-                llm = start_vllm(config, rollout, counts, on_cpu=True, extension=extension)
+                llm = start_vllm(config, rollout, counts, on_cpu=True, extension=extension, vocabulary=vocabulary)
             return SharedVllm(self, llm, counts, Path(config.model))
 
         return self.run(start)

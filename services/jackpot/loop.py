@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from jackpot.compute.common_vocabulary import common_vocabulary
 from jackpot.compute.models import load_causal_lm
 from jackpot.config import JobSpec, ModelConfig
 from jackpot.learner.trainer import Trainer
@@ -80,10 +81,11 @@ class Loop:
         check_job(job, staleness, reference_age)
         torch.manual_seed(job.seed)
         self.job = job
-        self.policy = _load(job.policy, "policy.model")
+        vocabulary = common_vocabulary(job)
+        self.policy = _load(job.policy, "policy.model", vocabulary)
         self.actor: PreTrainedModel | None = None  # None where the policy samples for itself
         if not isinstance(job.actor, str):
-            self.actor = _load(job.actor, "actor.model")
+            self.actor = _load(job.actor, "actor.model", vocabulary)
         self.trainer = Trainer(job, self.policy, self.actor)
         self.trainer.show_tokens = lambda batch, weights: self.weighed.append(WeighedTokens(batch, weights))
         self._task = build_task(job.task, job.seed)
@@ -192,5 +194,7 @@ class Loop:
         )
 
 
-def _load(model: ModelConfig, field: str) -> PreTrainedModel:
-    return load_causal_lm(model.model, model.dtype, "cpu", field=field, context_length=model.context_length)
+def _load(model: ModelConfig, field: str, vocabulary: int) -> PreTrainedModel:
+    return load_causal_lm(
+        model.model, model.dtype, "cpu", field=field, context_length=model.context_length, vocabulary=vocabulary
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.compute.model_weights import apply_state
-from jackpot.compute.models import output_head
+from jackpot.compute.models import vocabulary_size
 from jackpot.config import JobSpec
 from jackpot.errors import ConfigError, WeightMissingError
 from jackpot.scoring.batch import Batch
@@ -46,7 +46,7 @@ class Target:
     @property
     def vocabulary(self) -> int:
         """V, the number of token ids."""
-        return len(output_head(self.model).weight)
+        return vocabulary_size(self.model)
 
 
 @dataclass(slots=True, eq=False)

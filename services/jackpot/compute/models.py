@@ -32,6 +32,9 @@ LOG = logging.getLogger(__name__)
 SHARDED_FORWARD = "sharded_forward"
 """Attribute of a sharded model: the callable to use in place of its trunk."""
 
+VOCABULARY = "vocabulary_rows"
+"""Attribute of a model whose output layer has padding: how many of its rows are token ids."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest |logit difference| accepted by the self-check, relative to the largest |logit|: rounding, no more.
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -71,6 +74,7 @@ def load_causal_lm(
     *,
     field: str = "model",
     context_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> PreTrainedModel:
     """Load a model in eval mode, checked by :func:`self_check`. Attention is SDPA where the architecture has it.
 
@@ -80,11 +84,13 @@ def load_causal_lm(
         device: where to put it.
         field: the setting that named the directory, for error messages.
         context_length: the job's longest sequence, see :func:`read_configuration`.
+        vocabulary: V; rows of the output layer beyond it are padding, see :func:`set_vocabulary`. None: there are none.
 
     Raises:
         ConfigError: the directory is missing or incomplete, or the architecture is not supported.
     """
     model = read_causal_lm(model_dir, dtype, field=field, context_length=context_length)
+    set_vocabulary(model, vocabulary)
     model.to(torch.device(device))  # type: ignore[arg-type] # transformers decorates `to`
     self_check(model, field=field)
     return model
@@ -196,22 +202,44 @@ def hidden_states(
     return hidden
 
 
+def set_vocabulary(model: PreTrainedModel, vocabulary: int | None) -> None:
+    """Let the first ``vocabulary`` rows of the output layer be the token ids. The others are padding, which
+    :func:`output_head` leaves out: it has no probability and gets no gradient. None leaves all rows in."""
+    if vocabulary is not None:
+        setattr(model, VOCABULARY, vocabulary)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """V, the number of token ids that have a probability. Errors as :func:`output_head`."""
+    rows = _output_layer(model).weight.shape[0]
+    return min(rows, getattr(model, VOCABULARY, rows))
+
+
 def output_head(model: PreTrainedModel) -> OutputHead:
-    """The model's map from hidden states to logits.
+    """The model's map from hidden states to the logits of its vocabulary, without padding.
 
     Raises:
         ConfigError: the model has no linear output layer.
     """
-    layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(layer, nn.Linear):
-        raise ConfigError("model", architecture(model), "has no linear output layer", _OTHER_ARCHITECTURE)
+    layer = _output_layer(model)
     config = model.config
     scale = 1.0
     for name in _SCALE_FIELDS:
         scale *= getattr(config, name, None) or 1.0
     for name in _DIVISOR_FIELDS:
         scale /= getattr(config, name, None) or 1.0
-    return OutputHead(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+    weight: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
+    if (vocabulary := vocabulary_size(model)) < weight.shape[0]:
+        weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
+    return OutputHead(weight, bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def _output_layer(model: PreTrainedModel) -> nn.Linear:
+    layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(layer, nn.Linear):
+        raise ConfigError("model", architecture(model), "has no linear output layer", _OTHER_ARCHITECTURE)
+    return layer
 
 
 def architecture(model: PreTrainedModel) -> str:
@@ -246,11 +274,12 @@ def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
 
 def _reproduces_logits(model: PreTrainedModel) -> bool:
     generator = torch.Generator().manual_seed(0)
-    vocab_size = min(output_head(model).weight.shape[0], model.config.get_text_config().vocab_size)
-    ids = torch.randint(vocab_size, (2, 8), generator=generator).to(model.device)
+    vocabulary = vocabulary_size(model)
+    smaller = min(vocabulary, model.config.get_text_config().vocab_size)
+    ids = torch.randint(smaller, (2, 8), generator=generator).to(model.device)
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
-    expected = model(input_ids=ids[1:, :5], use_cache=False).logits[0].float()
+    expected = model(input_ids=ids[1:, :5], use_cache=False).logits[0, :, :vocabulary].float()
     # After a pass a sharded model's output layer has the compute dtype.
     bound = _CHECK_TOLERANCE[output_head(model).weight.dtype] * max(1.0, float(expected.abs().max()))
     for attention_mask in (mask, None):

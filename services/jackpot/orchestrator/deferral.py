@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
+from jackpot.compute.common_vocabulary import common_vocabulary
 from jackpot.compute.model_inputs import check_group
 from jackpot.config import JobSpec
-from jackpot.errors import ConfigError
 from jackpot.trajectory import Group, ScoredGroup, deferred
 
 
@@ -22,11 +20,11 @@ class Deferral:
         job: the job as resolved.
 
     Raises:
-        ConfigError: the policy's config.json does not state the vocabulary's size.
+        ConfigError: a model's config.json does not state the vocabulary's size.
     """
 
     def __init__(self, job: JobSpec) -> None:
-        self._vocabulary = _vocabulary(job.policy.model)
+        self._vocabulary = common_vocabulary(job)
         obrs = job.algorithm.correction.obrs
         self._with_topk = obrs is not None and obrs.needs_candidates
 
@@ -47,12 +45,3 @@ class Deferral:
 def _without_topk(group: Group) -> Group:
     trajectories = tuple(replace(t, topk_ids=None, topk_logprobs=None) for t in group.trajectories)
     return replace(group, trajectories=trajectories)
-
-
-def _vocabulary(model: str) -> int:
-    try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-        return int(config.get("text_config", config)["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"its config.json tells no vocab_size ({error})"
-        raise ConfigError("policy.model", model, problem, "Download or export the model again.") from None

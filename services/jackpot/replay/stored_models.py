@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from jackpot.compute.batching import ModelPass
+from jackpot.compute.common_vocabulary import common_vocabulary
 from jackpot.compute.model_weights import load_state
 from jackpot.compute.models import load_causal_lm, resolve_device
 from jackpot.config import JobSpec
@@ -36,7 +37,12 @@ class StoredModel:
         config = job.policy if role == "policy" else job.rollout_model
         device = resolve_device(job.scorer.device, field="scorer.device")
         self._model = load_causal_lm(
-            config.model, config.dtype, device, field=f"{role}.model", context_length=config.context_length
+            config.model,
+            config.dtype,
+            device,
+            field=f"{role}.model",
+            context_length=config.context_length,
+            vocabulary=common_vocabulary(job),
         )
         self._store = weight_store_of_run(run_dir, RunFiles(run_dir).scratch / f"weights-replay-{role}")
         self._role: Role = role

@@ -100,6 +100,7 @@ def _refuse_cheap_formats(job: JobSpec, environment: ServiceEnvironment, reason:
 
 
 def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> RolloutEngine:
+    from jackpot.compute.common_vocabulary import common_vocabulary
     from jackpot.compute.models import load_causal_lm, resolve_device, set_threads
     from jackpot.rollout.transformers.decode_check import check_decoding
     from jackpot.rollout.transformers.engine import TransformersEngine
@@ -107,7 +108,14 @@ def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metric
     config, field = _model_of(job, environment)
     set_threads(environment.threads)
     device = resolve_device(job.rollout.device, field="rollout.device")
-    model = load_causal_lm(config.model, config.dtype, device, field=field, context_length=config.context_length)
+    model = load_causal_lm(
+        config.model,
+        config.dtype,
+        device,
+        field=field,
+        context_length=config.context_length,
+        vocabulary=common_vocabulary(job),
+    )
     check_decoding(model, field=field)
     return TransformersEngine(
         model,
@@ -120,6 +128,7 @@ def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metric
 
 
 def _vllm(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> RolloutEngine:
+    from jackpot.compute.common_vocabulary import common_vocabulary
     from jackpot.rollout.vllm.launch import create_vllm_engine, is_cpu_build
 
     if job.weights.transport == "nccl" and is_cpu_build():
@@ -127,7 +136,12 @@ def _vllm(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> Ro
         raise ConfigError("weights.transport", "nccl", problem, "Use store.")
     config, field = _model_of(job, environment)
     return create_vllm_engine(
-        config, job.rollout, environment.threads, field=field, on_tokens=metrics.tokens_generated_total.inc
+        config,
+        job.rollout,
+        environment.threads,
+        field=field,
+        on_tokens=metrics.tokens_generated_total.inc,
+        vocabulary=common_vocabulary(job),
     )
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from jackpot.compute.common_vocabulary import common_vocabulary
 from jackpot.compute.models import resolve_device, set_threads
 from jackpot.compute.ranks.group import SOLO, Ranks, join_ranks
 from jackpot.compute.ranks.orders import Orders
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
-from jackpot.errors import ConfigError
 from jackpot.scorer.engine import Scorer
 from jackpot.scorer.rank_leader import Follower, LeadPolicy, LeadScorer
 from jackpot.scorer.target import POLICY_VERSIONS_HELD, ActorVersions, HeldPolicy, TargetPolicy
@@ -32,10 +32,10 @@ class RankedScorer:
         Raises:
             ConfigError: a model cannot be loaded or used.
         """
-        held = HeldPolicy(job.policy, job.scorer.device, self.ranks)
+        held = HeldPolicy(job.policy, job.scorer.device, self.ranks, common_vocabulary(job))
         policy = held if self.orders is None else LeadPolicy(held, self.ranks, self.orders)
         target = TargetPolicy(policy, store, initial_lambda(job), policy_versions_held(job))
-        scorer = GroupScorer(job, target, self._actors(job, store, target), self.ranks)
+        scorer = GroupScorer(job, target, self._actors(job, store), self.ranks)
         if self.orders is None:
             return target, scorer
         return target, LeadScorer(scorer, job.bus.max_payload_bytes, self.orders)
@@ -45,18 +45,17 @@ class RankedScorer:
         target, scorer = self.make_scorer(job, store)
         return Follower(job, target, scorer, self.ranks, policy_versions_held(job))
 
-    def _actors(self, job: JobSpec, store: WeightStore, target: TargetPolicy) -> ActorVersions | None:
+    def _actors(self, job: JobSpec, store: WeightStore) -> ActorVersions | None:
         if not needs_actor(job):
             return None
-        actors = ActorVersions(job.rollout_model, job.rollout_role, store, job.scorer.device, ranks=self.ranks)
-        if actors.vocabulary != target.vocabulary:
-            raise ConfigError(
-                "actor.model",
-                job.rollout_model.model,
-                f"has {actors.vocabulary} tokens and the policy {target.vocabulary}",
-                "Both must share one vocabulary.",
-            )
-        return actors
+        return ActorVersions(
+            job.rollout_model,
+            job.rollout_role,
+            store,
+            job.scorer.device,
+            ranks=self.ranks,
+            vocabulary=common_vocabulary(job),
+        )
 
 
 ALONE = RankedScorer()

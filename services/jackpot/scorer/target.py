@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jackpot.compute.models import load_causal_lm, output_head, resolve_device
+from jackpot.compute.models import load_causal_lm, resolve_device, vocabulary_size
 from jackpot.compute.ranks.group import SOLO, Ranks
 from jackpot.compute.ranks.held_tensors import HeldTensors
 from jackpot.compute.ranks.loading import load_on_ranks
@@ -73,10 +73,11 @@ class HeldPolicy:
         config: the policy's model; gives the architecture.
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
         ranks: the processes that the model is sharded over.
+        vocabulary: V, where the model's rows beyond it are padding.
     """
 
-    def __init__(self, config: ModelConfig, device: str, ranks: Ranks = SOLO) -> None:
-        self.model: PreTrainedModel = _load(config, device, ranks, field="policy.model")
+    def __init__(self, config: ModelConfig, device: str, ranks: Ranks = SOLO, vocabulary: int | None = None) -> None:
+        self.model: PreTrainedModel = _load(config, device, ranks, vocabulary, field="policy.model")
         self._held_tensors = HeldTensors(self.model)
 
     def read(self, directory: Path) -> State:
@@ -119,7 +120,7 @@ class TargetPolicy:
     @property
     def vocabulary(self) -> int:
         """V, the number of token ids."""
-        return len(output_head(self.model).weight)
+        return vocabulary_size(self.model)
 
     def read_newer(self) -> PendingWeights | None:
         """The newest version if it is newer than :attr:`newest`, read from the store.
@@ -203,6 +204,7 @@ class ActorVersions:
         device: ``auto``, ``cpu`` or ``cuda[:n]``.
         num_held: versions kept in memory; the least recently used gives way.
         ranks: the processes that the model is sharded over; all of them are to call :meth:`at` alike.
+        vocabulary: V, where the model's rows beyond it are padding.
     """
 
     def __init__(
@@ -213,8 +215,9 @@ class ActorVersions:
         device: str,
         num_held: int = ACTOR_VERSIONS_HELD,
         ranks: Ranks = SOLO,
+        vocabulary: int | None = None,
     ) -> None:
-        self._model = _load(config, device, ranks, field=f"{role}.model")
+        self._model = _load(config, device, ranks, vocabulary, field=f"{role}.model")
         self._held_tensors = HeldTensors(self._model)
         self._ranks = ranks
         self._role: Role = role
@@ -222,11 +225,6 @@ class ActorVersions:
         self._num_held = num_held
         self._states: OrderedDict[int, State] = OrderedDict()
         self._version: int | None = None
-
-    @property
-    def vocabulary(self) -> int:
-        """V, the number of token ids."""
-        return len(output_head(self._model).weight)
 
     def at(self, version: int) -> PreTrainedModel:
         """The actor with the weights of ``version``, until the next call.
@@ -279,13 +277,26 @@ class ActorVersions:
         raise kind(told["problem"])
 
 
-def _load(config: ModelConfig, device: str, ranks: Ranks, *, field: str) -> PreTrainedModel:
+def _load(config: ModelConfig, device: str, ranks: Ranks, vocabulary: int | None, *, field: str) -> PreTrainedModel:
     if ranks.mesh is None:
         resolved = resolve_device(device, field="scorer.device")
-        return load_causal_lm(config.model, config.dtype, resolved, field=field, context_length=config.context_length)
+        return load_causal_lm(
+            config.model,
+            config.dtype,
+            resolved,
+            field=field,
+            context_length=config.context_length,
+            vocabulary=vocabulary,
+        )
     assert ranks.device is not None
     model = load_on_ranks(
-        config.model, config.dtype, ranks, ranks.device, field=field, context_length=config.context_length
+        config.model,
+        config.dtype,
+        ranks,
+        ranks.device,
+        field=field,
+        context_length=config.context_length,
+        vocabulary=vocabulary,
     )
     model.requires_grad_(False)
     shard(model, ranks, None, field=field)

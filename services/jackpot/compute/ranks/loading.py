@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jackpot.compute.model_weights import is_finite, own_tensors, put_tensor, tie
-from jackpot.compute.models import quiet, read_causal_lm, read_configuration
+from jackpot.compute.models import quiet, read_causal_lm, read_configuration, set_vocabulary
 from jackpot.compute.ranks.group import Ranks
 from jackpot.compute.ranks.sharding import HELD, rows_of
 from jackpot.errors import ConfigError, JackpotError
@@ -43,6 +43,7 @@ def load_on_ranks(
     *,
     field: str,
     context_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> PreTrainedModel:
     """A model for :func:`jackpot.compute.ranks.sharding.shard`, in eval mode, not yet checked; a collective.
 
@@ -53,6 +54,7 @@ def load_on_ranks(
         device: where this rank's rows go as they are read.
         field: the setting that named the directory, for error messages.
         context_length: as for :func:`load_causal_lm`.
+        vocabulary: V, as of :func:`load_causal_lm`.
 
     Returns:
         The model with its parameters on the meta device, and this rank's rows of them as attribute ``HELD``.
@@ -66,6 +68,7 @@ def load_on_ranks(
     else:
         model, held = _take_up(Path(model_dir), ranks, device, context_length)
     setattr(model, HELD, held)
+    set_vocabulary(model, vocabulary)
     return model
 
 

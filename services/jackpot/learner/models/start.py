@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from jackpot.compute.common_vocabulary import common_vocabulary
 from jackpot.compute.models import load_causal_lm, resolve_device, set_threads
 from jackpot.compute.ranks.group import SOLO, Ranks, join_ranks
 from jackpot.compute.ranks.loading import load_on_ranks
@@ -46,11 +47,12 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
     ranks = join_ranks("learner", job.learner, device) if is_sharded(job) else SOLO
     # Offloaded parameters must not pass through GPU memory first.
     place = torch.device("cpu") if job.learner.cpu_offload else ranks.device or device
-    policy = _load_learning(job.policy, place, ranks, field="policy.model")
+    vocabulary = common_vocabulary(job)
+    policy = _load_learning(job.policy, place, ranks, vocabulary, field="policy.model")
     actor = None
     if not isinstance(job.actor, str) and job.actor.weights == "own":
         if job.actor.train:
-            actor = _load_learning(job.actor, place, ranks, field="actor.model")
+            actor = _load_learning(job.actor, place, ranks, vocabulary, field="actor.model")
         elif ranks.rank == 0:
             published_from = device if ranks.mesh is None else torch.device("cpu")
             actor = load_causal_lm(
@@ -59,6 +61,7 @@ def build_trainer(environment: ServiceEnvironment, job: JobSpec) -> tuple[Traine
                 published_from,
                 field="actor.model",
                 context_length=job.actor.context_length,
+                vocabulary=vocabulary,
             )
     profiler = StepProfiler(RunFiles(environment.run_dir).profile, job.learner.profile_steps, ranks.rank)
     return Trainer(job, policy, actor, ranks, profiler), ranks
@@ -76,7 +79,24 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def _load_learning(model: ModelConfig, device: torch.device, ranks: Ranks, *, field: str) -> PreTrainedModel:
+def _load_learning(
+    model: ModelConfig, device: torch.device, ranks: Ranks, vocabulary: int, *, field: str
+) -> PreTrainedModel:
     if ranks.mesh is None:
-        return load_causal_lm(model.model, "float32", device, field=field, context_length=model.context_length)
-    return load_on_ranks(model.model, "float32", ranks, device, field=field, context_length=model.context_length)
+        return load_causal_lm(
+            model.model,
+            "float32",
+            device,
+            field=field,
+            context_length=model.context_length,
+            vocabulary=vocabulary,
+        )
+    return load_on_ranks(
+        model.model,
+        "float32",
+        ranks,
+        device,
+        field=field,
+        context_length=model.context_length,
+        vocabulary=vocabulary,
+    )

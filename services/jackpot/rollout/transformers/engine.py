@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.compute.model_weights import apply_state, read_state
-from jackpot.compute.models import output_head
+from jackpot.compute.models import vocabulary_size
 from jackpot.errors import EngineError, QueueFullError
 from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits, check_request
 from jackpot.rollout.transformers.decode_batch import DecodeBatch, eos_token_ids
@@ -87,7 +87,7 @@ class TransformersEngine:
     ) -> None:
         self.version = NO_VERSION
         self.limits = ModelLimits(
-            vocab_size=output_head(model).weight.shape[0],
+            vocab_size=vocabulary_size(model),
             max_positions=max_positions
             or getattr(model.config.get_text_config(), "max_position_embeddings", None)
             or _UNLIMITED_POSITIONS,

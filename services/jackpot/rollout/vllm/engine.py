@@ -22,6 +22,7 @@ from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits, chec
 from jackpot.rollout.vllm.outputs import NO_VERSION, trajectory_from_output
 from jackpot.rollout.vllm.receiver import VllmReceiver
 from jackpot.rollout.vllm.stats import EngineCounts
+from jackpot.rollout.vllm.vocabulary import SETTING
 from jackpot.trajectory import GroupKey, Trajectory
 
 LOG = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ class VllmEngine:
     ) -> None:
         self.version = NO_VERSION
         model = llm.vllm_config.model_config
-        self.limits = ModelLimits(vocab_size=model.get_vocab_size(), max_positions=model.max_model_len)
+        additional: Any = llm.vllm_config.additional_config
+        vocabulary = min(model.get_vocab_size(), additional.get(SETTING, model.get_vocab_size()))
+        self.limits = ModelLimits(vocab_size=vocabulary, max_positions=model.max_model_len)
         self._llm = llm
         self._counts = counts
         self._tokens_before = counts.tokens_generated

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jackpot.compute.common_vocabulary import vocabulary_rows
 from jackpot.config import ActorConfig, ModelConfig, RolloutConfig
 from jackpot.errors import ConfigError, EngineError
 from jackpot.process.children import stop_with_parent
@@ -68,6 +69,7 @@ def create_vllm_engine(
     *,
     field: str,
     on_tokens: Callable[[int], object],
+    vocabulary: int | None = None,
 ) -> VllmEngine:
     """The engine, complete except for weights from the store.
 
@@ -77,6 +79,7 @@ def create_vllm_engine(
         threads: CPU threads of the CPU build.
         field: the setting that names the model, for error messages.
         on_tokens: receives the number of tokens sampled.
+        vocabulary: V, where the model's rows beyond it are padding.
 
     Raises:
         ConfigError: the model, the device or a setting cannot work.
@@ -93,7 +96,7 @@ def create_vllm_engine(
     from jackpot.rollout.vllm.stats import EngineCounts
 
     counts = EngineCounts(on_tokens)
-    llm = start_vllm(config, rollout, counts, on_cpu=on_cpu, field=field)
+    llm = start_vllm(config, rollout, counts, on_cpu=on_cpu, field=field, vocabulary=vocabulary)
     return VllmEngine(llm, counts, eos_ids=eos_token_ids(Path(config.model)), max_queue=rollout.max_queue)
 
 
@@ -105,6 +108,7 @@ def start_vllm(
     on_cpu: bool,
     extension: str | None = None,
     field: str = "actor.model",
+    vocabulary: int | None = None,
 ) -> AsyncLLM:
     """Start vLLM's engine process and load the model. Takes many seconds.
 
@@ -115,6 +119,7 @@ def start_vllm(
         on_cpu: whether this is the CPU build.
         extension: the worker extension; None is ours.
         field: the setting that names the model, for error messages.
+        vocabulary: V, where the model's rows beyond it are padding.
 
     Raises:
         ConfigError: vLLM refuses the model or a setting.
@@ -127,6 +132,10 @@ def start_vllm(
 
     started = time.monotonic()
     arguments = engine_arguments(config, rollout, on_cpu=on_cpu, field=field)
+    if vocabulary is not None and vocabulary < vocabulary_rows("model", config.model):
+        from jackpot.rollout.vllm.vocabulary import SETTING
+
+        arguments["additional_config"] = {SETTING: vocabulary}
     try:
         vllm_config = AsyncEngineArgs(**arguments, worker_extension_cls=extension or EXTENSION).create_engine_config()
     except (ValueError, TypeError, NotImplementedError, OSError) as error:

@@ -36,6 +36,7 @@ from vllm.platforms import current_platform
 from jackpot.compute.model_weights import WEIGHTS_FILE, check_layout, read_state
 from jackpot.errors import WeightCorruptError
 from jackpot.rollout.vllm.broadcast_staging import Layout, Wire, join_group
+from jackpot.rollout.vllm.vocabulary import cut_padding
 
 LOG = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
+        cut_padding(model, vllm_config.additional_config)
         self._readings: dict[str, _Reading] = {}  # by source: the store, or the learner
         self._wire: Wire | None = None
         self._layout: Any = None

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from jackpot.config import JobSpec, parse_job
-from jackpot.control_plane.sessions.model_directories import check_models, read_vocabulary
+from jackpot.control_plane.sessions.model_directories import check_models, read_vocabulary, report_vocabulary
 from jackpot.errors import ConfigError
 
 MakeModel = Callable[..., Path]
@@ -126,11 +126,11 @@ def _rename_added(model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda d: edit(d / "config.json", vocab_size=64), "64 ids instead of 49"),
+        (lambda d: edit(d / "config.json", vocab_size=40), "only 40 rows in common, and their tokenizer has 49 tokens"),
         (_swap_two_ids, "its tokens mean nothing to the policy"),
         (_rename_added, "id 1 is '<end>', there '</s>'"),
     ],
-    ids=["size", "ids", "added token"],
+    ids=["rows", "ids", "added token"],
 )
 def test_an_actor_of_another_vocabulary_is_refused(
     model: Path, make_model: MakeModel, change: Callable[[Path], None], problem: str
@@ -139,6 +139,18 @@ def test_an_actor_of_another_vocabulary_is_refused(
     with pytest.raises(ConfigError) as caught:
         check_models(job_of(make_model("qwen3", seed=1), model))
     assert caught.value.field == "actor.model" and problem in caught.value.problem
+
+
+def test_an_actor_that_is_padded_to_other_rows_is_taken_and_both_sizes_are_told(
+    model: Path, make_model: MakeModel
+) -> None:
+    policy = make_model("qwen3", seed=1)
+    assert report_vocabulary(job_of(policy, model)) == report_vocabulary(job_of(policy, "policy")) == []
+    edit(model / "config.json", vocab_size=152_064)
+    job = job_of(policy, model)
+    check_models(job)
+    (line,) = report_vocabulary(job)
+    assert "the policy has rows for 49 token ids and the actor for 152,064; the first 49 are used" in line
 
 
 def test_an_added_token_that_only_one_of_the_two_names_is_no_difference(model: Path, make_model: MakeModel) -> None:

@@ -1,0 +1,47 @@
+"""The token ids that policy and actor share. Reads only JSON; no torch: the control plane looks, too.
+
+Models of one family share a tokenizer, but may pad its vocabulary to different numbers of rows (151,936 and 152,064 in
+Qwen2.5). A row that one of the two lacks has probability 0 in that one, so that no id there can be sampled, accepted
+or learned from. The first rows that both have are therefore the vocabulary: everywhere, of both models, the softmax is
+over these.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jackpot.config import JobSpec
+from jackpot.errors import ConfigError
+
+
+def common_vocabulary(job: JobSpec) -> int:
+    """V, the number of token ids that policy and actor have both; the policy's where it samples for itself.
+
+    Args:
+        job: the job as resolved: models are directories.
+
+    Raises:
+        ConfigError: a config.json does not state vocab_size.
+    """
+    policy = vocabulary_rows("policy.model", job.policy.model)
+    return policy if isinstance(job.actor, str) else min(policy, vocabulary_rows("actor.model", job.actor.model))
+
+
+def vocabulary_rows(field: str, model: str) -> int:
+    """Rows of a model's output layer, padding included, by its config.json.
+
+    Args:
+        field: the setting that names the model, for the message.
+        model: its directory.
+
+    Raises:
+        ConfigError: its config.json cannot be read, or does not state vocab_size.
+    """
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        rows = int((config.get("text_config") or config)["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"its config.json does not state vocab_size ({error})"
+        raise ConfigError(field, model, problem, "Download or export the model again.") from None
+    return rows
