@@ -32,12 +32,19 @@ LOG = logging.getLogger(__name__)
 SHARDED_FORWARD = "sharded_forward"
 """Attribute of a sharded model: the callable to use in place of its trunk."""
 
+LONGEST = "longest_sequence"
+"""Attribute of a model: tokens of the longest sequence that the job uses it on."""
+
 VOCABULARY = "vocabulary_rows"
 """Attribute of a model whose output layer has padding: how many of its rows are token ids."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest |logit difference| accepted by the self-check, relative to the largest |logit|: rounding, no more.
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+# The same for log-probabilities of one sequence in two passes of one shape.
+_COMPANY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
+_COMPANY_TOKENS = 8
+_TRIAL_TOKENS = 192
 # Architectures' names for a factor on their logits, and for a divisor.
 _SCALE_FIELDS = ("logit_scale", "lm_head_multiplier")
 _DIVISOR_FIELDS = ("logits_scaling",)
@@ -91,8 +98,10 @@ def load_causal_lm(
     """
     model = read_causal_lm(model_dir, dtype, field=field, context_length=context_length)
     set_vocabulary(model, vocabulary)
+    set_longest(model, model_dir, field, context_length)
     model.to(torch.device(device))  # type: ignore[arg-type] # transformers decorates `to`
     self_check(model, field=field)
+    check_company(model, field=field)
     return model
 
 
@@ -209,6 +218,16 @@ def set_vocabulary(model: PreTrainedModel, vocabulary: int | None) -> None:
         setattr(model, VOCABULARY, vocabulary)
 
 
+def set_longest(
+    model: PreTrainedModel, model_dir: str | os.PathLike[str], field: str, context_length: int | None
+) -> None:
+    """Note how long the job's sequences may become, for the model's trials. Errors as :func:`read_configuration`."""
+    path = Path(model_dir)
+    positions = served_context(field, str(path), read_json(field, path / "config.json"), context_length).positions
+    if positions is not None:
+        setattr(model, LONGEST, positions)
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
     """V, the number of token ids that have a probability. Errors as :func:`output_head`."""
     rows = _output_layer(model).weight.shape[0]
@@ -289,6 +308,66 @@ def _reproduces_logits(model: PreTrainedModel) -> bool:
         if logits.shape != expected.shape or not float((logits - expected).abs().max()) <= bound:
             return False
     return True
+
+
+@torch.no_grad()
+def check_company(model: PreTrainedModel, *, field: str = "model", longest: int | None = None) -> None:
+    """Check that a sequence's log-probabilities do not depend on what else is in its pass, nor on the passes before.
+
+    Some architectures scale all rotary embeddings of a pass by its greatest position (dynamic NTK, longrope): a short
+    sequence then has other log-probabilities beside a long one, in engine, scorer and learner alike. A few tokens show
+    it, since positions alone matter: a sequence of the first positions is passed beside itself, beside one that ends at
+    the last position, and beside itself again. All passes have one shape, so that rounding is the same.
+
+    For a sharded model all ranks must call it.
+
+    Args:
+        model: a model that passes :func:`self_check`.
+        field: the setting that named the model.
+        longest: tokens of the job's longest sequence; None is :func:`max_positions`.
+
+    Raises:
+        ConfigError: they do, with the difference.
+    """
+    positions = longest or max_positions(model)
+    if positions is None or positions <= _COMPANY_TOKENS:
+        return
+    ids = torch.arange(_COMPANY_TOKENS, device=model.device) % vocabulary_size(model)
+    first = torch.arange(_COMPANY_TOKENS, device=model.device)
+    last = first + positions - _COMPANY_TOKENS
+    try:
+        logits = [_logits_beside(model, ids, first, other) for other in (first, last, first)]
+    except (TypeError, ValueError):  # its layers take no positions, so that none of the pass can matter
+        return
+    reference = torch.log_softmax(logits[0], -1)
+    difference = max(float((torch.log_softmax(other, -1) - reference).abs().max()) for other in logits[1:])
+    greatest = max(1.0, float(logits[0].abs().max()))
+    # Written so that NaN fails as well.
+    if not difference <= _COMPANY_TOLERANCE[output_head(model).weight.dtype] * greatest:
+        raise ConfigError(
+            field,
+            architecture(model),
+            f"the log-probabilities of a sequence of {_COMPANY_TOKENS} tokens change by {difference:.2g} nats when one "
+            f"of {positions} is in the same pass or in the one before it",
+            "Give its config.json rotary embeddings that do not depend on the length, or use another model.",
+        )
+
+
+def _logits_beside(model: PreTrainedModel, ids: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """Logits [L, V] of tokens at their ``own`` positions, in a pass with the same tokens at ``other`` positions."""
+    hidden = hidden_states(model, torch.stack([ids, ids]), position_ids=torch.stack([own, other]))
+    return output_head(model).logits(hidden)[0].float()
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest sequence that the job uses the model on; None if neither job nor model says."""
+    own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
+    return getattr(model, LONGEST, own)
+
+
+def trial_length(model: PreTrainedModel) -> int:
+    """Tokens of the longest sequence in a model's trials: as many as are cheap, and as the model has positions."""
+    return min(_TRIAL_TOKENS, max_positions(model) or _TRIAL_TOKENS)
 
 
 _OTHER_ARCHITECTURE = "Use another architecture, such as Qwen3 or Llama."

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from jackpot.compute.batching import AttentionCost
 from jackpot.compute.forward import completion_hidden
+from jackpot.compute.models import trial_length, vocabulary_size
 from jackpot.compute.ranks.group import SOLO, Ranks
 
 # Largest difference of hidden states accepted by the check, relative to the largest: rounding, no more.
@@ -65,9 +66,11 @@ def _attention_tokens(model: PreTrainedModel) -> float | None:
 def _shares_exactly(model: PreTrainedModel) -> bool:
     """Whether completions that share a row have the same hidden states as alone."""
     random = np.random.default_rng(0)
-    vocab_size = model.config.get_text_config().vocab_size
-    prompt = random.integers(0, vocab_size, _PROMPT_TOKENS)
-    sequences = [np.r_[prompt, random.integers(0, vocab_size, length)] for length in _COMPLETION_TOKENS]
+    vocabulary = vocabulary_size(model)
+    prompt = random.integers(0, vocabulary, _PROMPT_TOKENS)
+    # The last, in a row of its own, is as long as is cheap.
+    lengths = (*_COMPLETION_TOKENS, trial_length(model) - _PROMPT_TOKENS)
+    sequences = [np.r_[prompt, random.integers(0, vocabulary, length)] for length in lengths]
     prompts = [_PROMPT_TOKENS] * len(sequences)
     alone = completion_hidden(model, sequences, prompts)
     try:

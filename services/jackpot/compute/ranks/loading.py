@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jackpot.compute.model_weights import is_finite, own_tensors, put_tensor, tie
-from jackpot.compute.models import quiet, read_causal_lm, read_configuration, set_vocabulary
+from jackpot.compute.models import quiet, read_causal_lm, read_configuration, set_longest, set_vocabulary
 from jackpot.compute.ranks.group import Ranks
 from jackpot.compute.ranks.sharding import HELD, rows_of
 from jackpot.errors import ConfigError, JackpotError
@@ -69,6 +69,7 @@ def load_on_ranks(
         model, held = _take_up(Path(model_dir), ranks, device, context_length)
     setattr(model, HELD, held)
     set_vocabulary(model, vocabulary)
+    set_longest(model, model_dir, field, context_length)
     return model
 
 

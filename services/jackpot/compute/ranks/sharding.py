@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from jackpot.compute.model_weights import own_tensors, put_tensor, tie
-from jackpot.compute.models import SHARDED_FORWARD, architecture, self_check
+from jackpot.compute.models import SHARDED_FORWARD, architecture, check_company, self_check
 from jackpot.compute.ranks.group import Ranks
 from jackpot.errors import ConfigError
 
@@ -78,6 +78,7 @@ def shard(model: PreTrainedModel, ranks: Ranks, dtype: str | None, *, field: str
     setattr(model, SHARDED_FORWARD, model.base_model.forward)
     register_fsdp_forward_method(model, SHARDED_FORWARD)
     self_check(model, field=field)
+    check_company(model, field=field)
     release(model)
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from jackpot.algorithm.output_head import exact_logits
-from jackpot.compute.models import hidden_states, output_head
+from jackpot.compute.models import hidden_states, output_head, trial_length, vocabulary_size
 from jackpot.errors import ConfigError
 from jackpot.rollout.engine import GroupRequest, Sampling
 from jackpot.rollout.transformers.decode_batch import DecodeBatch
@@ -21,13 +21,14 @@ _NUM_TOKENS = 4
 
 @torch.inference_mode()
 def check_decoding(model: PreTrainedModel, *, field: str = "model") -> None:
-    """Decode two rows of different lengths, the second joining later, and compare with full forward passes.
+    """Decode rows of different lengths, which join one after the other, and compare with full forward passes of each
+    alone. The last is as long as is cheap, so that the others are tried in short and in long company.
 
     Raises:
         ConfigError: they differ: the architecture needs more than a cache of keys and values per position.
     """
     rng = np.random.default_rng(0)
-    vocab_size = output_head(model).weight.shape[0]
+    vocab_size = vocabulary_size(model)
     requests = [
         GroupRequest(
             group_id=f"check-{length}",
@@ -35,7 +36,7 @@ def check_decoding(model: PreTrainedModel, *, field: str = "model") -> None:
             num_trajectories=1,
             sampling=Sampling(temperature=1.0, max_tokens=_NUM_TOKENS),
         )
-        for length in (6, 2)
+        for length in (6, 2, trial_length(model) - _NUM_TOKENS)
     ]
     problem = "cannot be decoded with a cache of keys and values"
     remedy = "Use an architecture with attention in every layer, such as Qwen3 or Llama."
