@@ -92,7 +92,7 @@ def fall_ill(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
                 "time/step_seconds": 2.0,
             }
         )
-    metrics.observe_alarms({"low_acceptance": True})
+    metrics.observe_alarms({"low_acceptance": True, "canary": True})
     metrics.observe_replicas(ready=1, wanted=2)
     metrics.observe_newest_weights({"actor": 20})
     metrics.observe_weights("actor", 3, load_seconds=0.1)
@@ -115,7 +115,7 @@ def recover(metrics: Metrics) -> None:
             "staleness/max": 1.0,
         }
     )
-    metrics.observe_alarms({"low_acceptance": False})
+    metrics.observe_alarms({"low_acceptance": False, "canary": False})
     metrics.observe_replicas(ready=2, wanted=2)
     metrics.observe_weights("actor", 20, load_seconds=0.1)
     metrics.observe_bus_server(used_bytes=5, limit_bytes=100)

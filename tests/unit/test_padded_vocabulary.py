@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from job_world import jackpot_run, write_job
+from patience import TEST_SECONDS
 from safetensors import safe_open
 from tolerances import model_rounding
 from torch import Tensor
@@ -154,6 +155,7 @@ def test_fewer_common_rows_than_tokens_are_refused(make_model: MakeModel, tmp_pa
     check_models(job_of(make_model, (FEW, 49)))
 
 
+@pytest.mark.timeout(TEST_SECONDS)
 def test_a_job_on_differently_padded_models_is_valid_trains_and_exports_its_own_rows(
     tmp_path: Path, make_model: MakeModel
 ) -> None:
@@ -169,6 +171,8 @@ def test_a_job_on_differently_padded_models_is_valid_trains_and_exports_its_own_
         assert code == 0, stderr + run.output()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
+    # Through all services: with padding in one of the two softmaxes they would be off.
+    assert max(row["rollout/canary_max_difference"] for row in rows) < 1e-4
     for role, size in (("policy", FEW), ("actor", MANY)):
         with safe_open(tmp_path / "run" / "export" / role / "model.safetensors", framework="pt") as file:
             assert file.get_slice("model.embed_tokens.weight").get_shape()[0] == size

@@ -188,6 +188,14 @@ DRIFT = Row(
             low=None,
         ),
         curves(
+            "Canary",
+            "A few tokens of each weight version, passed again through that version: how far the engine's "
+            "log-probabilities are from it. A rise is a replica that samples with other weights than it says.",
+            gauge("jackpot_canary_difference_nats", "{{statistic}}"),
+            gauge("jackpot_canary_tokens", "tokens looked at"),
+            logarithmic=True,
+        ),
+        curves(
             "Quantiles of the target ratio",
             "p_target / p_inf over the batch's tokens.",
             gauge("jackpot_target_ratio", "{{quantile}}"),

@@ -92,6 +92,7 @@ def _print(plan: Plan, gpu: str, prompt_tokens: float, completion_tokens: float)
         table.add_row(service, f"{sum(parts.values()) / 1e9:.3g}", shown)
     console.print(table)
     for title, sizes in (
+        ("host memory of a learner's process", plan.host_bytes),
         ("bus, a step", plan.bus_bytes_per_step),
         ("weights, a version", plan.weight_bytes_per_version),
     ):

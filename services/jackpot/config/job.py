@@ -195,6 +195,13 @@ class JobSpec(Section):
         return "policy" if self.on_policy else "actor"
 
     @property
+    def samples_in_float32(self) -> bool:
+        """Whether engine and learner compute what samples alike but for rounding."""
+        model = self.rollout_model
+        cheap = isinstance(model, ActorConfig) and (model.quantization is not None or model.kv_cache_dtype != "auto")
+        return model.dtype == self.policy.dtype == "float32" and not cheap
+
+    @property
     def reference_age(self) -> int:
         """How many batches old the policy is that scores a batch."""
         if self.scorer.reference_age is not None:

@@ -26,6 +26,15 @@ class AlarmsConfig(Section):
     acceptance_bound: Fraction = 0.05
     """Smallest acceptance rate of a step; 0 is off. Below it nearly all sampled tokens are discarded, so that a step
     costs twenty times what it should."""
+    canary_sequences: NonNegativeInt = 8
+    """Of each weight version that sampled a batch, how many groups the canary looks at: a few tokens of each are passed
+    again through that version, and must have the log-probabilities that the engine recorded. 0 is off; a batch then
+    keeps no old versions in host memory."""
+    canary_bound: PositiveFloat | None = None
+    """Greatest difference, in nats, between a token's two log-probabilities in the canary; beyond it an engine samples
+    with other weights than it says. null: 0.001 where engine and learner compute in float32, which is ten times their
+    rounding. Other number formats differ by far more at single tokens: there the root mean square counts, and may grow
+    to three times that of the job's first three batches."""
     accuracy_drop: Fraction = 0.1
     """How far the policy's held-out accuracy may fall below its best while the actor's mean reward rises, in two
     evaluations in a row; 0 is off. Rewards are the actor's: they can rise while the policy falls apart."""

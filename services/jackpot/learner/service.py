@@ -113,7 +113,7 @@ async def _lead(
             checkpoints,
             ManifestLog(RunFiles(environment.run_dir).manifests),
             StepLog(environment.run_dir, metrics),
-            AlarmLog(job.alarms, environment.run_dir, metrics),
+            AlarmLog(job.alarms, environment.run_dir, metrics, exact=job.samples_in_float32),
             KeptTrajectories(environment.run_dir, job.bus.max_payload_bytes),
             activity,
         )

@@ -21,6 +21,7 @@ from jackpot.compute.ranks.group import SOLO, Ranks
 from jackpot.compute.ranks.partition import plan_passes
 from jackpot.compute.ranks.sharding import release
 from jackpot.config import JobSpec
+from jackpot.learner.canary import Canary
 from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, PendingCheckpoint, Progress
 from jackpot.learner.joint_loss import JointLoss, MicroBatch
 from jackpot.learner.kl_in_reward import InitialPass, kl_in_reward
@@ -90,6 +91,8 @@ class Trainer:
         self._loss = JointLoss(
             job, self.models, self.models.initial, self._states, self.lambda_control, self.models.device
         )
+        sampling = self.models.sampling
+        self._canary = None if sampling is None else Canary(job, sampling, self.models.layout, ranks)
         self.profiler = profiler or StepProfiler(Path(), steps=0)
         self.show_tokens: Callable[[Batch, TokenWeights], None] | None = None
         """Given each step's tokens and their weights before the gradients: for metrics, and to look at."""
@@ -119,6 +122,7 @@ class Trainer:
             return self._train_parts(batch, first_step)
 
     def _train_parts(self, batch: Batch, first_step: int) -> list[dict[str, float]]:
+        seen = {} if self._canary is None else self._canary.check(batch, first_step)
         parts = batch.split(self._job.learner.updates_per_batch)
         passes = [self._plan(part) for part in parts]
         if not self._job.scorer.reuse_reference:
@@ -128,10 +132,11 @@ class Trainer:
             self._actor_reference(part, part_passes) if len(parts) > 1 else None
             for part, part_passes in zip(parts, passes, strict=True)
         ]
-        return [
+        rows = [
             self._step(first_step + index, part, passes[index], weights[index], references[index])
             for index, part in enumerate(parts)
         ]
+        return [rows[0] | seen, *rows[1:]]
 
     def _reference_weights(self, batch: Batch, parts: Sequence[Batch]) -> Sequence[TokenWeights | None]:
         """κ and τ are calibrated over the whole batch, and only then is it split: more tokens, less noise."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jackpot.config import JobSpec
+from jackpot.config import ActorConfig, JobSpec
 from jackpot.planning.hardware import Gpu, Utilization
 from jackpot.planning.model_shape import BYTES, ModelShape
 
@@ -51,6 +51,7 @@ class Plan:
     flops_per_token: FlopsPerToken
     flops_per_step: FlopsPerToken
     memory_bytes: dict[str, dict[str, float]]  # by service, of one GPU
+    host_bytes: dict[str, float]  # of one process of the learner, beside what it computes with
     bus_bytes_per_step: dict[str, float]
     weight_bytes_per_version: dict[str, float]
     step_seconds: StepSeconds
@@ -76,6 +77,7 @@ def make_plan(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -
         flops_per_token=per_token,
         flops_per_step=FlopsPerToken(**{name: getattr(per_token, name) * tokens for name in per_token.__slots__}),
         memory_bytes=memory,
+        host_bytes=learner_host_bytes(job, policy, actor),
         bus_bytes_per_step=bus_bytes(job, tokens),
         weight_bytes_per_version=weight_bytes(job, policy, actor),
         step_seconds=seconds,
@@ -166,7 +168,7 @@ def memory_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load
     longest = load.prompt_tokens + job.sampling.max_tokens
     weight, kv = _rollout_bytes(job)
     tensor_parallel = job.rollout.vllm.tensor_parallel_size
-    slice_bytes = 4.0 * job.scorer.chunk_tokens * policy.vocabulary
+    slice_bytes = 4.0 * job.scorer.chunk_tokens * min(policy.vocabulary, actor.vocabulary)
     rollout = {
         "weights": actor.parameters * weight / tensor_parallel,
         "attention_cache": load.concurrency * longest * actor.kv_bytes(kv) / tensor_parallel,
@@ -176,6 +178,24 @@ def memory_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load
         return {"rollout": rollout, "learner": learner}
     scorer = _scorer_memory(job, policy, load) | {"vocabulary_slice": slice_bytes}
     return {"rollout": rollout, "scorer": scorer, "learner": learner}
+
+
+def learner_host_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape) -> dict[str, float]:
+    """Host memory of one process of the learner, for the canary: past versions of the model that samples, in the format
+    that computes, and its own weights while they give way to these. Those are float32 where they are shards."""
+    learns = (
+        job.on_policy or trains_actor(job) or (isinstance(job.actor, ActorConfig) and job.actor.weights == "policy")
+    )
+    versions = job.orchestrator.max_staleness // job.learner.updates_per_batch
+    if not (learns and job.alarms.canary_sequences and versions):
+        return {"past_versions": 0.0, "own_weights": 0.0}
+    shape, number = (actor, _actor_bytes(job)) if trains_actor(job) else (policy, BYTES[job.policy.dtype])
+    processes = _learner_processes(job)
+    own = 4 if processes > 1 or job.learner.cpu_offload else number
+    return {
+        "past_versions": float(versions * shape.parameters * number) / processes,
+        "own_weights": float(shape.parameters * own) / processes,
+    }
 
 
 def _scorer_memory(job: JobSpec, policy: ModelShape, load: Load) -> dict[str, float]:

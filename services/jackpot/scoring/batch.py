@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jackpot.compute.batching import AttentionCost, Siblings
 from jackpot.config import AdvantageConfig
-from jackpot.trajectory import DEFERRED, EXACT_KL, Group, ScoredGroup, TokenScores
+from jackpot.trajectory import DEFERRED, EXACT_KL, Group, ScoredGroup, TokenScores, VersionSpan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,6 +148,7 @@ class Batch:
     truncated: NDArray[np.bool_]  # [sequences]
     oldest_versions: NDArray[np.int64]  # [groups]
     reference_versions: NDArray[np.int64]  # [groups], version of the policy that scored; −1 where the learner scores
+    version_spans: tuple[tuple[VersionSpan, ...], ...]  # [sequences], who sampled
     temperature: float
     exact_kl: NDArray[np.float64] | None  # [groups, 2], KL before and after OBRS summed over each group's tokens
     num_cut_tokens: int = 0  # sampled tokens beyond learner.max_sequence_tokens
@@ -186,6 +187,7 @@ class Batch:
             reference_versions=self.reference_versions[first:last],
             temperature=self.temperature,
             exact_kl=None if self.exact_kl is None else self.exact_kl[first:last],
+            version_spans=self.version_spans[bounds[first] : bounds[last]],
             num_cut_tokens=self.num_cut_tokens,
         )
 
@@ -227,6 +229,7 @@ def build_batch(
         reference_versions=np.array([_reference_version(scored) for scored in groups], dtype=np.int64),
         temperature=groups[0].group.temperature,
         exact_kl=_exact_kl(groups),
+        version_spans=tuple(t.version_spans for t in trajectories),
         num_cut_tokens=num_sampled - sum(scored.group.num_tokens for scored in groups),
     )
 

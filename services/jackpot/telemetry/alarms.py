@@ -14,9 +14,16 @@ KL_TOO_LARGE = "kl_too_large"
 ACCURACY_FALLS = "accuracy_falls"
 LOW_ACCEPTANCE = "low_acceptance"
 NOT_FINITE = "not_finite"
-ALARM_NAMES = (EQUAL_REWARDS, ZERO_GRADIENT, KL_TOO_LARGE, ACCURACY_FALLS, LOW_ACCEPTANCE, NOT_FINITE)
+CANARY = "canary"
+ALARM_NAMES = (EQUAL_REWARDS, ZERO_GRADIENT, KL_TOO_LARGE, ACCURACY_FALLS, LOW_ACCEPTANCE, NOT_FINITE, CANARY)
 
 _EVALUATIONS_IN_A_ROW = 2
+EXACT_CANARY_BOUND = 1e-3
+"""Nats between two computations of one model in float32, at most. Rounding makes up to 1e-4 of a log-probability of
+−30; other weights differ by more at the first update."""
+CANARY_GROWTH = 3.0
+"""How far the canary's root mean square may grow where engine and learner compute in different formats."""
+_CANARY_BATCHES = 3  # that tell what is usual
 _REWARD_MEMORY = 0.9  # weight of the past in the smoothed reward
 
 
@@ -34,10 +41,13 @@ class AlarmWatch:
 
     Args:
         config: what counts as an alarm.
+        exact: whether engine and learner both compute in float32, so that the canary's difference is rounding alone.
     """
 
-    def __init__(self, config: AlarmsConfig) -> None:
+    def __init__(self, config: AlarmsConfig, *, exact: bool = True) -> None:
         self._config = config
+        self._exact = exact
+        self._canary_usual: list[float] = []  # root mean squares of the first batches
         self._active: set[str] = set()
         self._equal_steps = 0
         self._zero_steps = 0
@@ -62,6 +72,7 @@ class AlarmWatch:
         alarms = [
             *self._collapses(step, row, reward),
             *self._mismatches(step, row),
+            self._canary(step, row),
         ]
         return [alarm for alarm in alarms if alarm is not None]
 
@@ -112,6 +123,29 @@ class AlarmWatch:
                 "distil more.",
             ),
         ]
+
+    def _canary(self, step: int, row: Mapping[str, float]) -> Alarm | None:
+        """Signs that an engine samples with other weights than it says."""
+        if "rollout/canary_max_difference" not in row:
+            return None  # not the first step of a batch
+        greatest, typical = row["rollout/canary_max_difference"], row["rollout/canary_rms_difference"]
+        found, bound = greatest, self._config.canary_bound
+        if bound is None and self._exact:
+            bound = EXACT_CANARY_BOUND
+        elif bound is None:
+            if len(self._canary_usual) < _CANARY_BATCHES:
+                self._canary_usual.append(typical)
+            usual = sum(self._canary_usual) / len(self._canary_usual)
+            found, bound = typical, max(CANARY_GROWTH * usual, EXACT_CANARY_BOUND)
+        return self._turn(
+            CANARY,
+            step,
+            not found <= bound,
+            f"sampled tokens are {found:.3g} nats, more than {bound:.3g}, from the version that sampled them (greatest "
+            f"difference {greatest:.3g}, root mean square {typical:.3g}): a rollout replica does not hold the weights "
+            "that it says, or computes them in another way. Look for refused versions in the replicas' logs, and "
+            "restart them.",
+        )
 
     def observe_evaluation(self, step: int, accuracy: float) -> list[Alarm]:
         """The alarms that begin with an evaluation of weight version ``step``."""

@@ -53,6 +53,7 @@ LABELS: Mapping[str, str] = {
     "role": "whose weights: `policy` or `actor`",
     "route": "a route's pattern, such as `/v1/jobs/{job_id}`; never a requested path",
     "state": "see the metric",
+    "statistic": "`max`, or `rms`: the root mean square",
     "status": "an HTTP status",
     "stream": "`rollouts` (to be scored) or `scored` (to be trained on)",
     "version": "version of Jackpot; one per process",

@@ -30,6 +30,7 @@ def _kl(obrs: str, method: str) -> Mapping[str, str]:
 
 
 _TARGET_KL = "KL(p_target || sampled from) per token, before OBRS and of the tokens that it accepts"
+_CANARY = "Difference of a token's log-probability from the engine to that of its version, passed again"
 _LOSS = "Loss of the last optimizer step"
 _GRAD_NORM = "Gradient norm before clipping"
 _LR = "Learning rate"
@@ -61,6 +62,17 @@ STEP_COLUMNS: Mapping[str, StepColumn] = {
     "actor/distill_weight": StepColumn("jackpot_distill_weight", "Weight of distillation in the actor's loss"),
     "actor/grad_norm": StepColumn("jackpot_grad_norm", _GRAD_NORM, _of("actor")),
     "actor/lr": StepColumn("jackpot_learning_rate", _LR, _of("actor")),
+    "rollout/canary_max_difference": StepColumn(
+        "jackpot_canary_difference_nats",
+        _CANARY,
+        {"statistic": "max"},
+    ),
+    "rollout/canary_rms_difference": StepColumn(
+        "jackpot_canary_difference_nats",
+        _CANARY,
+        {"statistic": "rms"},
+    ),
+    "rollout/canary_tokens": StepColumn("jackpot_canary_tokens", "Tokens of the batch that were passed again"),
     "rollout_corr/kl": StepColumn(
         "jackpot_rollout_kl_nats", "E[log p_inf - log p_ref] at sampled tokens: drift of sampling from scoring"
     ),

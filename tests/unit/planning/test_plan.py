@@ -16,7 +16,14 @@ from jackpot.config import JobSpec, parse_job
 from jackpot.errors import ConfigError
 from jackpot.planning.hardware import Gpu, Utilization, gpu_named
 from jackpot.planning.model_shape import KNOWN, ModelShape, read_shape
-from jackpot.planning.plan import Load, decode_seconds_per_token, expected_gain, flops_per_token, make_plan
+from jackpot.planning.plan import (
+    Load,
+    decode_seconds_per_token,
+    expected_gain,
+    flops_per_token,
+    learner_host_bytes,
+    make_plan,
+)
 
 POLICY, ACTOR = KNOWN["qwen3-8b"], KNOWN["qwen3-1.7b"]
 SMALL = ModelShape(8, 2, 2, 1, 4, 16, 100, tied=True)
@@ -219,3 +226,17 @@ def _kept(shape: ModelShape, num_tokens: int) -> int:
         states = model.base_model(input_ids=torch.zeros(1, num_tokens, dtype=torch.int64), use_cache=False)
     assert states.last_hidden_state.requires_grad
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in parameters)
+
+
+def test_past_versions_that_the_canary_keeps_in_host_memory() -> None:
+    def kept(*overrides: str) -> tuple[float, float]:
+        found = learner_host_bytes(make_job(*overrides), POLICY, ACTOR)
+        return found["past_versions"], found["own_weights"]
+
+    # In the format that computes; its own weights are float32 where they are shards.
+    assert kept() == (ACTOR.parameters * 2, ACTOR.parameters * 2)
+    assert kept("orchestrator.max_staleness=3") == (3 * ACTOR.parameters * 2, ACTOR.parameters * 2)
+    assert kept("learner.processes=4") == (ACTOR.parameters * 2 / 4, ACTOR.parameters * 4 / 4)
+    assert kept("actor=policy") == (POLICY.parameters * 2, POLICY.parameters * 2)
+    for nothing in ("orchestrator.max_staleness=0", "actor.train=false", "alarms.canary_sequences=0"):
+        assert kept(nothing) == (0, 0)

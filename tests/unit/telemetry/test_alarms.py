@@ -95,3 +95,25 @@ def test_every_alarm_but_that_of_broken_numbers_can_be_switched_off() -> None:
         bad = row(step, reward__std=0, policy__grad_norm=0, kl__policy_actor=99, rollout_corr__obrs_acceptance_rate=0)
         assert watched.observe_step(bad) == []
         assert watched.observe_evaluation(step, 1 - step / 30) == []
+
+
+def canary(largest: float, typical: float) -> dict[str, float]:
+    return {"rollout/canary_max_difference": largest, "rollout/canary_rms_difference": typical}
+
+
+def test_a_canary_beyond_rounding_and_one_that_was_not_looked_at() -> None:
+    watched = watch()
+    figures = [canary(9e-4, 1e-4), canary(2e-3, 1e-4), {}, canary(3e-3, 1e-3), canary(1e-5, 1e-6), canary(1, 1)]
+    found = [names(watched.observe_step(row(step) | seen)) for step, seen in enumerate(figures, 1)]
+    # A step without the column neither ends the alarm nor begins it.
+    assert found == [[], [("canary", 2)], [], [], [], [("canary", 6)]]
+    assert names(watch(canary_bound=0.5).observe_step(row(1) | canary(0.6, 0.1))) == [("canary", 1)]
+    assert watch(canary_bound=0.5).observe_step(row(1) | canary(0.4, 0.4)) == []
+    assert "canary" in dict(names(watch().observe_step(row(1) | canary(float("nan"), float("nan")))))
+
+
+def test_in_other_formats_the_canary_is_held_against_the_first_batches() -> None:
+    watched = AlarmWatch(AlarmsConfig(), exact=False)
+    figures = [canary(0.5, 0.02), canary(0.9, 0.03), canary(0.7, 0.04), canary(2.0, 0.089), canary(0.5, 0.091)]
+    found = [names(watched.observe_step(row(step) | seen)) for step, seen in enumerate(figures, 1)]
+    assert found == [[], [], [], [], [("canary", 5)]]  # beyond three times 0.03

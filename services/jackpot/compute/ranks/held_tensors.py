@@ -53,12 +53,35 @@ class HeldTensors:
         """
         return read_tensors(weights_dir, self._shapes, self._aliases, self._rows)
 
+    def copied(self, shards: torch.dtype | None = None) -> dict[str, Tensor]:
+        """A copy of what this process holds in CPU memory, for :meth:`apply`: the same weights to the bit.
+
+        Args:
+            shards: number format of a sharded model's slices: that in which FSDP computes gives the same passes. None
+                is their own.
+        """
+        copies = {}
+        for name, tensor in self._local.items():
+            cast = shards is not None and name in self._rows and tensor.is_floating_point()
+            copies[name] = begin_copy(tensor.detach(), shards if cast and shards else tensor.dtype)
+        for device in {tensor.device for tensor in self._local.values() if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return copies
+
     @torch.no_grad()
     def apply(self, state: Mapping[str, Tensor]) -> None:
         """Copy tensors of :meth:`read` into the model, in place, cast to its number format. No pass may be running,
         and a sharded model must have released its gathered parameters."""
         for name, tensor in self._local.items():
             tensor.copy_(state[name])
+
+
+def begin_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy on the CPU. For a tensor on a GPU it is valid only after a synchronization: it lies in page-locked memory,
+    which the GPU writes by itself at several times the speed, and which torch reuses for the next copy."""
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", dtype, copy=True)
+    return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _own_rows(name: str, tensor: DTensor) -> slice:

@@ -17,6 +17,8 @@ export const CHARTS = [
     Z: "rollout_corr/obrs_normalizer", "κ or τ": "rollout_corr/obrs_bias_correction", "top-k mass": "rollout_corr/obrs_topk_mass" }],
   ["Effective sample size", "optimizer step", { "of all tokens": "rollout_corr/rollout_is_eff_sample_size" }],
   ["Staleness, steps", "optimizer step", { mean: "staleness/mean", greatest: "staleness/max", reference: "reference/age" }],
+  ["Canary, nats between engine and version", "optimizer step", {
+    greatest: "rollout/canary_max_difference", "root mean square": "rollout/canary_rms_difference" }],
   ["Throughput, tokens per second", "seconds", {
     rollout: "throughput/rollout_tokens_per_second",
     scorer: "throughput/scorer_tokens_per_second",

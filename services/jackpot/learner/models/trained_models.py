@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from jackpot.compute.pass_layout import layout_of
 from jackpot.compute.ranks.group import SOLO, Ranks
+from jackpot.compute.ranks.held_tensors import begin_copy
 from jackpot.compute.ranks.sharding import DTYPES, release, shard, whole_tensors
 from jackpot.config import JobSpec
 from jackpot.learner.checkpoints.checkpoint_store import CheckpointStore, PendingCheckpoint, Progress
@@ -89,6 +90,15 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
     def __len__(self) -> int:
         return len(self._by_role)
 
+    @property
+    def sampling(self) -> PreTrainedModel | None:
+        """The model whose weights the rollout service samples with, as it computes here: ω, or θ where that samples.
+        None where it does not learn, so that all versions are the same."""
+        actor = self._job.actor
+        if isinstance(actor, str) or actor.weights == "policy":
+            return self._by_role["policy"]
+        return self._by_role["actor"] if self.actor_learns else None
+
     def _passing(self) -> list[tuple[Role, PreTrainedModel]]:
         """The models of the passes, by role: the trained models, and the initial policy."""
         learning = [(role, self._by_role[role]) for role in self.peak_lr]
@@ -124,7 +134,7 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
         for name, tensor in whole_tensors(self._by_role[role]):
             if self._ranks.rank == 0:
                 dtype = DTYPES.get(self._dtypes[role]) if tensor.is_floating_point() and role in self.peak_lr else None
-                copied[name] = _begin_copy(tensor, dtype or tensor.dtype)
+                copied[name] = begin_copy(tensor, dtype or tensor.dtype)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return copied
@@ -139,14 +149,6 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
         for role in self._copies:
             self.refresh(role)
         return progress
-
-
-def _begin_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy on the CPU. For a tensor on a GPU it is valid only after a synchronization: it lies in page-locked memory,
-    which the GPU writes by itself at several times the speed, and which torch reuses for the next copy."""
-    if tensor.device.type != "cuda":
-        return tensor.to("cpu", dtype, copy=True)
-    return torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _attend_alike(model: PreTrainedModel, other: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jackpot.compute.ranks.partition import batch_shares, filler_row
 from jackpot.scoring.batch import Batch, SequenceSlice, TokenArrays, cut_group, token_arrays
-from jackpot.trajectory import ScoredGroup
+from jackpot.trajectory import ScoredGroup, VersionSpan
 
 _HEAD = struct.Struct("<Q")  # size of the JSON part
 # Of these every rank has all: they are in the manifest, by sequence.
@@ -127,6 +127,7 @@ def _pack(batch: Batch, tensors: Mapping[str, Tensor | None]) -> bytes:
         "group_starts": list(batch.group_starts),
         "temperature": batch.temperature,
         "num_cut_tokens": batch.num_cut_tokens,
+        "version_spans": [[[s.version, s.start, s.end] for s in spans] for spans in batch.version_spans],
     }
     arrays: dict[str, Any] = {
         "slices": np.array([[len(s.input_ids), s.prompt_length, s.start, s.end] for s in batch.sequences]),
@@ -166,6 +167,7 @@ def _batch(
         reference_versions=tensors["reference_versions"].numpy(),
         temperature=named["temperature"],
         exact_kl=tensors["exact_kl"].numpy() if "exact_kl" in tensors else None,
+        version_spans=tuple(tuple(VersionSpan(*span) for span in spans) for spans in named["version_spans"]),
         num_cut_tokens=named["num_cut_tokens"],
     )
 

@@ -26,11 +26,12 @@ class AlarmLog:
         config: the job's alarms.
         run_dir: the run directory.
         metrics: counts alarms.
+        exact: as of :class:`AlarmWatch`.
     """
 
-    def __init__(self, config: AlarmsConfig, run_dir: Path, metrics: Metrics) -> None:
+    def __init__(self, config: AlarmsConfig, run_dir: Path, metrics: Metrics, *, exact: bool = True) -> None:
         self._config = config
-        self._watch = AlarmWatch(config)
+        self._watch = AlarmWatch(config, exact=exact)
         self._metrics = metrics
         files = RunFiles(run_dir)
         self._writer = JsonLinesWriter(files.alarms)

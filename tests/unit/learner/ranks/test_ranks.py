@@ -99,6 +99,10 @@ def test_two_ranks_train_as_one_process_does_and_one_process_goes_on_from_their_
     assert [len(found) for found in own] == [2, 2, 1], "half of each batch, but for what is gone"
     assert_same_weights(tmp_path / "ranks", trainer, rows)
     assert_same_figures(tmp_path / "ranks", trainer, rows, batches[0])
+    # Version 0 sampled all: the second step has it in shards beside those that learn, the third has it no more.
+    steps = json.loads((tmp_path / "ranks" / "metrics.json").read_text())
+    seen = [row.get("rollout/canary_max_difference") for row in steps]
+    assert seen[0] < 1e-4 and seen[1] < 1e-4 and seen[2] is None
 
     store = CheckpointStore(tmp_path / "ranks" / "checkpoints", keep=2)
     path = store.latest()
