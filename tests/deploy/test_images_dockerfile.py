@@ -58,6 +58,8 @@ def test_an_image_runs_without_privileges_and_says_how_it_is(target: str) -> Non
     assert found["HEALTHCHECK"].endswith('CMD ["python", "-m", "jackpot.rpc.probe"]')
     module = ["jackpot"] if PORTS[target] == "8700" else ["python", "-m", f"jackpot.{target}"]
     assert json.loads(found["ENTRYPOINT"]) == module
+    # Jobs' processes have one hash seed; who takes requests of strangers has one that these cannot know.
+    assert ("PYTHONHASHSEED=0" in found["ENV"].split()) == (PORTS[target] != "8700")
     asked = re.search(r"JACKPOT_PROBE_URL=\w+://[\d.]+:(\d+)/", found["ENV"])
     assert asked and asked[1] in PORTS[target].split()
     for variable, port in re.findall(r"JACKPOT_(METRICS_ADDRESS|HEALTH_LISTEN)=0.0.0.0:(\d+)", found["ENV"]):

@@ -15,7 +15,7 @@ from typing import IO, Any
 from jackpot.demo.recipe import models_directory
 from jackpot.errors import JackpotError
 from jackpot.experiment.grid import Run
-from jackpot.process.children import ending_with_us
+from jackpot.process.children import HASH_SEED, ending_with_us
 
 Report = Callable[[Run, Mapping[str, Any]], None]
 
@@ -103,7 +103,7 @@ def _start(directory: Path) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=HASH_SEED | os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,  # a Ctrl-C reaches it through us
     )
 

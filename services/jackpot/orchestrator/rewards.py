@@ -18,6 +18,7 @@ from typing import Any
 from jackpot.config import TaskConfig
 from jackpot.errors import DeadlineError, JackpotError, RewardError
 from jackpot.orchestrator.tasks import Item
+from jackpot.process.children import HASH_SEED
 from jackpot.storage.json_files import JsonLinesWriter
 from jackpot.telemetry import Metrics
 from jackpot.trajectory import Trajectory
@@ -194,7 +195,7 @@ class _Worker:
             *(sys.executable, "-m", "jackpot.orchestrator.reward_worker"),
             stdin=PIPE,
             stdout=PIPE,
-            env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ},
+            env=HASH_SEED | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | os.environ,
         )
         first = {"task": self._task.model_dump(mode="json"), "seed": self._seed}
         try:

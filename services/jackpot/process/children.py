@@ -15,6 +15,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
+HASH_SEED = {"PYTHONHASHSEED": "0"}
+"""For the environment of every process of a job, unless the user sets it. Some tasks go through sets of strings, whose
+order Python draws for each process: their prompts would differ between two runs of a seed. Not for the control plane,
+which takes requests of strangers: the drawn order protects its dictionaries."""
+
 _PR_SET_PDEATHSIG = 1
 _CANNOT_EXECUTE = 127  # as in shells
 

@@ -17,6 +17,7 @@ from jackpot.errors import ConfigError
 from jackpot.orchestrator.tasks import TaskItem, UnreadableAnswer, build_task, prompt_key, validate_task
 from jackpot.orchestrator.tasks.answers import exact_match, final_answer, tagged_answer
 from jackpot.orchestrator.tasks.procedural import entry_from_json, entry_to_json
+from jackpot.process.children import HASH_SEED
 
 
 def config(name: str, **params: object) -> TaskConfig:
@@ -371,6 +372,24 @@ class TestReasoningGym:
             right, wrong = json.loads(python("grade", hash_seed, drawn))
             assert right == [1.0] * 10
             assert max(wrong) < 0.5
+
+    @pytest.mark.parametrize("name", ["polynomial_multiplication", "isomorphic_strings"])
+    def test_prompts_that_follow_the_order_of_sets_are_the_same_in_every_service(self, name):
+        code = (
+            "import sys\n"
+            "from jackpot.config import TaskConfig\n"
+            "from jackpot.orchestrator.tasks import build_task\n"
+            "task = build_task(TaskConfig(name=sys.argv[1], params={'size': 100}), 5)\n"
+            "print([task.train_prompt(index).prompt for index in range(10)])\n"
+        )
+
+        def prompts(variables: dict[str, str]) -> str:
+            unset = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
+            command = [sys.executable, "-c", code, f"reasoning_gym:{name}"]
+            return subprocess.run(command, env=unset | variables, capture_output=True, text=True, check=True).stdout
+
+        assert prompts(HASH_SEED) == prompts(HASH_SEED)
+        assert prompts({"PYTHONHASHSEED": "1"}) != prompts({"PYTHONHASHSEED": "2"})
 
     def test_what_a_grader_raises_is_a_wrong_answer_with_its_reason(self):
         task = build_task(config("reasoning_gym:prime_factorization"), seed=3)

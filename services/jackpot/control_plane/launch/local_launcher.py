@@ -21,7 +21,7 @@ from jackpot.control_plane.launch.operator_settings import VARIABLES, OperatorSe
 from jackpot.control_plane.launch.socket_directory import close_socket_directory, open_socket_directory
 from jackpot.control_plane.launch.supervision import Deaths, told
 from jackpot.errors import ConfigError, JackpotError
-from jackpot.process.children import ending_with_us
+from jackpot.process.children import HASH_SEED, ending_with_us
 from jackpot.process.scaling import forget_rollouts, withdraw_rollout
 from jackpot.process.service_process import EVALUATOR
 from jackpot.storage.job_storage import payload_place
@@ -164,7 +164,7 @@ class LocalLauncher:
 
     def _spawn(self, process: LocalProcess) -> None:
         threads = str(process.environment.threads)
-        variables = {name: text for name, text in os.environ.items() if name not in VARIABLES}
+        variables = HASH_SEED | {name: text for name, text in os.environ.items() if name not in VARIABLES}
         variables |= process.environment.to_env()
         variables |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         with self._run.log(process.name).open("ab") as log:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from jackpot.errors import JackpotError
+from jackpot.process.children import HASH_SEED
 from jackpot.storage.json_files import read_record_if_whole, replace_json
 from jackpot.storage.run_directory import LAUNCHER, RunFiles
 
@@ -82,7 +83,7 @@ class Session:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     pass_fds=[lock],
-                    env=os.environ | variables,
+                    env={**HASH_SEED, **os.environ, **variables},
                     start_new_session=True,
                 )
         except OSError as error:

@@ -62,6 +62,29 @@ async def test_a_process_that_cannot_work_ends_the_job_with_its_own_words(tmp_pa
     assert {path.stem for path in (run.path / "logs").iterdir()} == names
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "0"), ("7", "7"), ("random", "random")])
+async def test_every_service_has_one_hash_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    noted = tmp_path / "noted"
+    noted.mkdir()
+    note = "import os; open(os.path.join({!r}, str(os.getpid())), 'w').write(os.environ['PYTHONHASHSEED'])"
+    (tmp_path / "sitecustomize.py").write_text(note.format(str(noted)))  # Python runs it as it starts
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    if given is None:
+        monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONHASHSEED", given)
+    job = job_of()
+    launcher = LocalLauncher(run_without_a_job(tmp_path / "run", job), job)
+    try:
+        await launcher.start()
+        await check_until(launcher, lambda _: len([path for path in noted.iterdir() if path.read_text()]) == 5)
+    finally:
+        await launcher.stop()
+    assert {path.read_text() for path in noted.iterdir()} == {expected}
+
+
 def test_no_scorer_is_planned_where_the_learner_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
 

@@ -14,6 +14,7 @@ from jackpot.control_plane.launch.kubernetes.settings import (
     ClusterSettings,
     RoleSettings,
 )
+from jackpot.process.children import HASH_SEED
 
 Manifest = dict[str, Any]
 
@@ -140,7 +141,7 @@ def _environment(
         "XDG_CACHE_HOME": "/tmp/cache",
         "HF_HOME": f"{DATA_DIR}/models" if cluster.model_claim else "/tmp/hf",
         "HF_HUB_OFFLINE": "1",
-    }
+    } | HASH_SEED
     objects = cluster.object_store.env if cluster.object_store is not None else {}
     if cluster.hf_token_secret is not None:
         del fixed["HF_HUB_OFFLINE"]
