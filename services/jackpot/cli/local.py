@@ -60,11 +60,12 @@ def validate(
 ) -> None:
     """Check a job file and everything that it names, without starting anything."""
     from jackpot.control_plane.sessions.model_directories import report_vocabulary
-    from jackpot.control_plane.sessions.preparation import prepare_job
+    from jackpot.control_plane.sessions.preparation import prepare_models
+    from jackpot.orchestrator.preflight import validate_job
     from jackpot.orchestrator.task_report import report_task
 
-    job = prepare_job(load_job(job_file, overrides or []))
-    for line in [*report_vocabulary(job), *report_task(job)]:
+    job = prepare_models(load_job(job_file, overrides or []))
+    for line in [*report_vocabulary(job), *report_task(job, validate_job(job))]:
         typer.echo(line)
     typer.echo(f"{job_file} is a valid job")
 

@@ -19,11 +19,31 @@ SURVEY_SECONDS = 2.0  # some tasks need a second per prompt
 SURVEYED_HELD_OUT = 8
 
 
-def validate_job(job: JobSpec) -> None:
+@dataclass(frozen=True, slots=True)
+class PromptSurvey:
+    """The training prompts that were checked."""
+
+    num_prompts: int
+    unusable: Sequence[str]  # why, for each prompt that no engine accepts
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedTask:
+    """A job's task that passed the checks, with what they built and found."""
+
+    task: Task
+    encoder: PromptEncoder
+    survey: PromptSurvey
+
+
+def validate_job(job: JobSpec) -> CheckedTask:
     """Check what the job's orchestrator will depend on, by using it.
 
     Args:
         job: the job, its models resolved to directories.
+
+    Returns:
+        The task that was built for it.
 
     Raises:
         ConfigError: naming field, value and remedy.
@@ -32,7 +52,7 @@ def validate_job(job: JobSpec) -> None:
     tokenizer = PromptTokenizer.of_job(job)
     tokenizer.stop_token_ids(job.sampling.stop)
     encoder = PromptEncoder.of_job(job, tokenizer)
-    survey_prompts(task, encoder)
+    survey = survey_prompts(task, encoder)
     try:
         held_out(task.eval_items(min(job.evaluation.prompts, SURVEYED_HELD_OUT)), encoder)
     except ConfigError:
@@ -46,14 +66,7 @@ def validate_job(job: JobSpec) -> None:
             f"one group may take {needed} bytes",
             "Raise it, or lower sampling.max_tokens, sampling.group_size or rollout.top_logprobs.",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class PromptSurvey:
-    """The training prompts that were checked."""
-
-    num_prompts: int
-    unusable: Sequence[str]  # why, for each prompt that no engine accepts
+    return CheckedTask(task, encoder, survey)
 
 
 def survey_prompts(task: Task, encoder: PromptEncoder) -> PromptSurvey:

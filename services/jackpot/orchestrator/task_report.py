@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from jackpot.config import JobSpec
-from jackpot.orchestrator.preflight import survey_prompts
-from jackpot.orchestrator.prompts import PromptEncoder, held_out
-from jackpot.orchestrator.tasks import Item, Task, build_task, finite_reward, prompt_key
+from jackpot.orchestrator.preflight import CheckedTask
+from jackpot.orchestrator.prompts import held_out
+from jackpot.orchestrator.tasks import Item, Task, finite_reward, prompt_key
 from jackpot.orchestrator.tasks.answers import final_answer
 from jackpot.orchestrator.tasks.validation import within
-from jackpot.orchestrator.tokenizer import PromptTokenizer
 
 GRADED_PROMPTS = 8
 COMPARED_PROMPTS = 2000  # training prompts to search for held-out ones
+COMPARING_SECONDS = 2.0  # some tasks need a second per prompt
 NAMED = 3
 RIGHT = 1 - 1e-6
 
@@ -52,29 +53,30 @@ class Grades:
         return f"{self.kind:<24} {mean}, {right} of {num} earn 1{failed}"
 
 
-def report_task(job: JobSpec) -> list[str]:
-    """Lines about the prompts and the reward of a job that :func:`validate_job` has accepted.
+def report_task(job: JobSpec, checked: CheckedTask) -> list[str]:
+    """Lines about the prompts and the reward of a job.
 
     Args:
         job: the job, its models resolved to directories.
+        checked: what :func:`validate_job` found of it.
     """
-    task = build_task(job.task, job.seed)
-    encoder = PromptEncoder.of_job(job, PromptTokenizer.of_job(job))
-    return [*_prompt_lines(job, task, encoder), *_reward_lines(job, task)]
+    return [*_prompt_lines(job, checked), *_reward_lines(job, checked.task)]
 
 
-def _prompt_lines(job: JobSpec, task: Task, encoder: PromptEncoder) -> list[str]:
-    survey = survey_prompts(task, encoder)
+def _prompt_lines(job: JobSpec, checked: CheckedTask) -> list[str]:
+    task, survey = checked.task, checked.survey
     of_all = "" if survey.num_prompts == task.num_prompts else f" looked at, from all over the {task.num_prompts},"
     used = survey.num_prompts - len(survey.unusable)
     lines = [f"training prompts         {used} of {survey.num_prompts}{of_all} can be used"]
     lines += _left_out(survey.unusable)
     items = task.eval_items(job.evaluation.prompts)
-    asked = held_out(items, encoder)
+    asked = held_out(items, checked.encoder)
     lines.append(f"held-out prompts         {len(asked.items)} of {len(items)} are asked")
     lines += _left_out(asked.left_out)
-    if shared := _trained_on(task, asked.items):
-        lines.append(f"warning: {shared} held-out prompts are training prompts, too: the accuracy flatters")
+    shared, compared = _trained_on(task, asked.items)
+    if shared:
+        among = "" if compared == task.num_prompts else f" (of the first {compared})"
+        lines.append(f"warning: {shared} held-out prompts are training prompts{among}, too: the accuracy flatters")
     return lines
 
 
@@ -83,16 +85,15 @@ def _left_out(reasons: Sequence[str]) -> list[str]:
     return [*shown, f"  and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else shown
 
 
-def _trained_on(task: Task, held: Sequence[Item]) -> int:
+def _trained_on(task: Task, held: Sequence[Item]) -> tuple[int, int]:
+    """How many held-out prompts are training prompts, and of how many of these."""
     keys = {prompt_key(item.prompt) for item in held}
     trained_keys: set[str] = set()
-
-    def look() -> None:
-        for index in range(min(task.num_prompts, COMPARED_PROMPTS)):
-            trained_keys.update({prompt_key(task.train_prompt(index).prompt)} & keys)
-
-    within(2.0, look)  # some tasks need a second per prompt
-    return len(trained_keys)
+    count, compared, began = min(task.num_prompts, COMPARED_PROMPTS), 0, time.monotonic()
+    while compared < count and time.monotonic() - began < COMPARING_SECONDS:
+        trained_keys.update({prompt_key(task.train_prompt(compared).prompt)} & keys)
+        compared += 1
+    return len(trained_keys), compared
 
 
 def _reward_lines(job: JobSpec, task: Task) -> list[str]:

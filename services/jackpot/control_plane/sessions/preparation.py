@@ -29,13 +29,24 @@ def prepare_job(job: JobSpec) -> JobSpec:
         ConfigError: naming field, value and remedy.
         JackpotError: the built-in models could not be made.
     """
+    resolved = prepare_models(job)
+    validate_job(resolved)
+    return resolved
+
+
+def prepare_models(job: JobSpec) -> JobSpec:
+    """As :func:`prepare_job`, but the task is left to :func:`validate_job`.
+
+    Raises:
+        ConfigError: naming field, value and remedy.
+        JackpotError: the built-in models could not be made.
+    """
     require_trackers(job)
     check_bus_url(job)  # first, because it is quick: models take half a minute to make
     check_weight_store(job)
     make_builtin_models(job)
     resolved = resolve_models(job)
     check_models(resolved)
-    validate_job(resolved)
     return resolved
 
 
