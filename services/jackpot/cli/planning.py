@@ -92,12 +92,14 @@ def _print(plan: Plan, gpu: str, prompt_tokens: float, completion_tokens: float)
         table.add_row(service, f"{sum(parts.values()) / 1e9:.3g}", shown)
     console.print(table)
     for title, sizes in (
-        ("host memory of a learner's process", plan.host_bytes),
+        ("host memory of a learner's process", plan.learner_host_bytes),
+        ("host memory of a scorer", plan.scorer_host_bytes),
         ("bus, a step", plan.bus_bytes_per_step),
         ("weights, a version", plan.weight_bytes_per_version),
     ):
         shown = ", ".join(f"{name.replace('_', ' ')} {_bytes(size)}" for name, size in sizes.items())
-        line(f"{title}: {shown}")
+        if sizes:
+            line(f"{title}: {shown}")
     seconds = ", ".join(f"{name} {value:.3g} s" for name, value in asdict(plan.step_seconds).items())
     line(f"time of a step: {seconds}; the bottleneck is the {plan.bottleneck}")
     line(

@@ -229,6 +229,25 @@ class JobSpec(Section):
         return 0 if self.scorer.reuse_reference else self.scorer.replicas
 
     @property
+    def scorer_runs_actor(self) -> bool:
+        """Whether the normalizer needs the actor's own forward pass in the scorer. With ``target: policy`` it does not:
+        the learner makes the scores that count, and has no such pass either."""
+        obrs = self.algorithm.correction.obrs
+        return obrs is not None and obrs.target != "policy" and obrs.needs_actor_forward
+
+    @property
+    def policy_versions_held(self) -> int:
+        """Versions of the policy that a scorer keeps in host memory so that none is read twice: from the reference of a
+        batch to the newest, and two at least, since groups of two batches may come mixed."""
+        return max(2, self.reference_age + 1)
+
+    @property
+    def actor_versions_held(self) -> int:
+        """Versions of the actor that a scorer keeps in host memory: three where it runs it, since with updates in
+        flight a trajectory mixes a few."""
+        return 3 if self.scorer_runs_actor else 0
+
+    @property
     def evaluation_temperature(self) -> float:
         """What evaluations sample at: the temperature of training unless they have their own."""
         temperature = self.evaluation.temperature

@@ -51,7 +51,8 @@ class Plan:
     flops_per_token: FlopsPerToken
     flops_per_step: FlopsPerToken
     memory_bytes: dict[str, dict[str, float]]  # by service, of one GPU
-    host_bytes: dict[str, float]  # of one process of the learner, beside what it computes with
+    learner_host_bytes: dict[str, float]  # of one process of the learner, beside what it computes with
+    scorer_host_bytes: dict[str, float]  # of one scorer, all of its processes together; empty if none runs
     bus_bytes_per_step: dict[str, float]
     weight_bytes_per_version: dict[str, float]
     step_seconds: StepSeconds
@@ -77,7 +78,8 @@ def make_plan(job: JobSpec, policy: ModelShape, actor: ModelShape, load: Load) -
         flops_per_token=per_token,
         flops_per_step=FlopsPerToken(**{name: getattr(per_token, name) * tokens for name in per_token.__slots__}),
         memory_bytes=memory,
-        host_bytes=learner_host_bytes(job, policy, actor),
+        learner_host_bytes=learner_host_bytes(job, policy, actor),
+        scorer_host_bytes=scorer_host_bytes(job, policy, actor),
         bus_bytes_per_step=bus_bytes(job, tokens),
         weight_bytes_per_version=weight_bytes(job, policy, actor),
         step_seconds=seconds,
@@ -196,6 +198,17 @@ def learner_host_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape) -> d
         "past_versions": float(versions * shape.parameters * number) / processes,
         "own_weights": float(shape.parameters * own) / processes,
     }
+
+
+def scorer_host_bytes(job: JobSpec, policy: ModelShape, actor: ModelShape) -> dict[str, float]:
+    """Weight versions that a scorer holds in host memory beside the models that compute: those it keeps, and one that
+    is being read."""
+    if not job.scorer_replicas:
+        return {}
+    versions = {"policy_versions": (job.policy_versions_held + 1.0) * policy.parameters * BYTES[job.policy.dtype]}
+    if job.scorer_runs_actor:
+        versions["actor_versions"] = (job.actor_versions_held + 1.0) * actor.parameters * _actor_bytes(job)
+    return versions
 
 
 def _scorer_memory(job: JobSpec, policy: ModelShape, load: Load) -> dict[str, float]:

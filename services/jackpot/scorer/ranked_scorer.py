@@ -14,8 +14,8 @@ from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.scorer.engine import Scorer
 from jackpot.scorer.rank_leader import Follower, LeadPolicy, LeadScorer
-from jackpot.scorer.target import POLICY_VERSIONS_HELD, ActorVersions, HeldPolicy, TargetPolicy
-from jackpot.scoring.group_scorer import GroupScorer, needs_actor
+from jackpot.scorer.target import ActorVersions, HeldPolicy, TargetPolicy
+from jackpot.scoring.group_scorer import GroupScorer
 from jackpot.storage.weights import WeightStore
 
 
@@ -34,7 +34,7 @@ class RankedScorer:
         """
         held = HeldPolicy(job.policy, job.scorer.device, self.ranks, common_vocabulary(job))
         policy = held if self.orders is None else LeadPolicy(held, self.ranks, self.orders)
-        target = TargetPolicy(policy, store, initial_lambda(job), policy_versions_held(job))
+        target = TargetPolicy(policy, store, initial_lambda(job), job.policy_versions_held)
         scorer = GroupScorer(job, target, self._actors(job, store), self.ranks)
         if self.orders is None:
             return target, scorer
@@ -43,16 +43,17 @@ class RankedScorer:
     def make_follower(self, job: JobSpec, store: WeightStore) -> Follower:
         """The work of a rank other than 0. Errors as :meth:`make_scorer`."""
         target, scorer = self.make_scorer(job, store)
-        return Follower(job, target, scorer, self.ranks, policy_versions_held(job))
+        return Follower(job, target, scorer, self.ranks, job.policy_versions_held)
 
     def _actors(self, job: JobSpec, store: WeightStore) -> ActorVersions | None:
-        if not needs_actor(job):
+        if not job.scorer_runs_actor:
             return None
         return ActorVersions(
             job.rollout_model,
             job.rollout_role,
             store,
             job.scorer.device,
+            num_held=job.actor_versions_held,
             ranks=self.ranks,
             vocabulary=common_vocabulary(job),
         )
@@ -76,11 +77,6 @@ def join_ranked_scorer(environment: ServiceEnvironment, job: JobSpec) -> RankedS
     if ranks.device is not None and ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     return RankedScorer(ranks, Orders(ranks, config.collective_timeout_seconds) if ranks.rank == 0 else None)
-
-
-def policy_versions_held(job: JobSpec) -> int:
-    """How many policy versions a scorer must keep in memory so that none is read twice."""
-    return max(POLICY_VERSIONS_HELD, job.reference_age + 1)
 
 
 def initial_lambda(job: JobSpec) -> float:

@@ -31,12 +31,6 @@ LOG = logging.getLogger(__name__)
 # hashing the whole file, so not at every poll.
 RETRY_SECONDS = 1.0
 
-# Of the policy in host memory beside the model's own weights, at least: groups of two batches may come mixed.
-POLICY_VERSIONS_HELD = 2
-
-# With updates in flight a trajectory mixes a few versions; this many are kept in host memory.
-ACTOR_VERSIONS_HELD = 3
-
 State = Mapping[str, Tensor]
 
 
@@ -100,9 +94,7 @@ class TargetPolicy:
         num_held: versions that stay in memory; the least recently used gives way.
     """
 
-    def __init__(
-        self, policy: PolicyModel, store: WeightStore, obrs_lambda: float, num_held: int = POLICY_VERSIONS_HELD
-    ) -> None:
+    def __init__(self, policy: PolicyModel, store: WeightStore, obrs_lambda: float, num_held: int = 2) -> None:
         self.model = policy.model
         self._policy = policy
         self.version: int | None = None  # in the model
@@ -213,7 +205,7 @@ class ActorVersions:
         role: Role,
         store: WeightStore,
         device: str,
-        num_held: int = ACTOR_VERSIONS_HELD,
+        num_held: int = 3,
         ranks: Ranks = SOLO,
         vocabulary: int | None = None,
     ) -> None:

@@ -30,15 +30,6 @@ NO_NORMALIZER = "none"
 """Stamped on groups where the correction has no Z."""
 
 
-def needs_actor(job: JobSpec) -> bool:
-    """Whether the job's normalizer needs the actor's forward pass in the scorer.
-
-    With target = policy it does not: the learner computes the scores that count, and has no such pass either.
-    """
-    obrs = job.algorithm.correction.obrs
-    return obrs is not None and obrs.target != "policy" and obrs.needs_actor_forward
-
-
 class Target(Protocol):
     """The target policy in its present version: :class:`jackpot.scorer.target.TargetPolicy` in the service."""
 
@@ -80,7 +71,7 @@ class GroupScorer:
     Args:
         job: the job as resolved.
         target: the target policy.
-        actors: the actor at the versions that sampled; required where :func:`needs_actor`.
+        actors: the actor at the versions that sampled; required where ``job.scorer_runs_actor``.
         ranks: the processes that score together, over which the models are sharded. Each runs its share of the
             trajectories. All must be called with the same groups at the same time, and all receive all scores.
         has_varlen: whether torch has the variable-length attention kernel. The target's model then uses it, unless the
@@ -101,7 +92,7 @@ class GroupScorer:
         self._keeps_topk = self._obrs is not None and (self._obrs.target == "policy" or job.scorer.reuse_reference)
         self._job = job
         self._target = target
-        self._actors = actors if needs_actor(job) else None
+        self._actors = actors if job.scorer_runs_actor else None
         self._ranks = ranks
         device, models = ranks.device or target.model.device, [(target.model, target.model.dtype)]
         self._layout = layout_of(job.scorer.packing, models, device, ranks, has_varlen)

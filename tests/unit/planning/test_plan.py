@@ -145,6 +145,19 @@ def test_bytes_and_times_of_a_job() -> None:
     assert any("the learner needs" in warning for warning in plan.warnings)
 
 
+def test_a_scorer_holds_versions_in_host_memory() -> None:
+    def host(*overrides: str) -> dict[str, float]:
+        return make_plan(make_job(*overrides), POLICY, ACTOR, make_load()).scorer_host_bytes
+
+    kept_and_arriving = {"policy_versions": (2 + 1) * 2 * POLICY.parameters}
+    assert host() == host("scorer.reference_age=0") == host("scorer.processes=4") == kept_and_arriving
+    older = host("orchestrator.max_staleness=3", "scorer.reference_age=3", "policy.dtype=float32")
+    assert older == {"policy_versions": (4 + 1) * 4 * POLICY.parameters}
+    with_actor = host("algorithm.correction.normalizer=union_tail")
+    assert with_actor == kept_and_arriving | {"actor_versions": (3 + 1) * 2 * ACTOR.parameters}
+    assert host("scorer.reuse_reference=true") == {}
+
+
 def test_without_scorers_nothing_is_planned_for_them() -> None:
     job = make_job("scorer.reuse_reference=true", "sampling.max_tokens=1000")
     load = make_load(prompt_tokens=200, completion_tokens=800)

@@ -21,7 +21,7 @@ from jackpot.learner.reports.step_metrics import mismatch_figures
 from jackpot.replay.replay import LAMBDAS, replay
 from jackpot.scorer.target import ActorVersions, HeldPolicy, TargetPolicy
 from jackpot.scoring.batch import build_batch
-from jackpot.scoring.group_scorer import GroupScorer, needs_actor
+from jackpot.scoring.group_scorer import GroupScorer
 from jackpot.scoring.token_weights import token_weights
 from jackpot.trajectory import ScoredGroup
 
@@ -50,7 +50,7 @@ def scored(world: World, job: JobSpec) -> list[ScoredGroup]:
     pending = target.read_newer()
     assert pending is not None
     target.apply(replace(pending, version=0))
-    actors = ActorVersions(job.rollout_model, "actor", world.store, "cpu") if needs_actor(job) else None
+    actors = ActorVersions(job.rollout_model, "actor", world.store, "cpu") if job.scorer_runs_actor else None
     groups = [sample_group(world, slot=slot, lengths=(9, 4), versions=(0, 1), top_k=TOP_K) for slot in range(3)]
     return GroupScorer(job, target, actors).score_groups(groups)
 

@@ -24,7 +24,7 @@ from jackpot.algorithm.obrs import acceptance_uniforms
 from jackpot.compute.varlen import attends_by_lengths
 from jackpot.errors import PayloadError, ScoringError, WeightMissingError
 from jackpot.scorer.target import ActorVersions, HeldPolicy, TargetPolicy
-from jackpot.scoring.group_scorer import GroupScorer, needs_actor
+from jackpot.scoring.group_scorer import GroupScorer
 from jackpot.trajectory import EXACT_KL, Group, ScoredGroup
 
 NORMALIZERS = ("tail", "union_tail", "union_kappa", "full")
@@ -44,7 +44,7 @@ def scorer_for(world: World, correction: dict | str, **scorer: int) -> GroupScor
     pending = target.read_newer()
     assert pending is not None
     target.apply(pending)
-    actors = ActorVersions(job.rollout_model, job.rollout_role, world.store, "cpu") if needs_actor(job) else None
+    actors = ActorVersions(job.rollout_model, job.rollout_role, world.store, "cpu") if job.scorer_runs_actor else None
     return GroupScorer(job, target, actors)
 
 
@@ -230,7 +230,7 @@ def test_packed_completions_score_as_in_rows_of_their_own(world: World, normaliz
     pending = target.read_newer()
     assert pending is not None
     target.apply(pending)
-    actors = ActorVersions(job.rollout_model, job.rollout_role, world.store, "cpu") if needs_actor(job) else None
+    actors = ActorVersions(job.rollout_model, job.rollout_role, world.store, "cpu") if job.scorer_runs_actor else None
     scorer = GroupScorer(job, target, actors, has_varlen=lambda _device, _dtype: True)
     assert attends_by_lengths(target.model)
     for attention in (scorer._layout.attention, None):
