@@ -63,10 +63,11 @@ class RunConfig(Section):
     """How many of the last batches the learner keeps in ``trajectories/`` for `jackpot replay`; 0 keeps none. Two are
     enough to choose λ, take few MB, and their weights are still kept."""
     deterministic: bool | None = None
-    """Whether a seed gives the same trajectories, masks and steps to the bit, on one machine with one number of
-    threads. Other rows of a forward pass change the last bits of a row, so each group is then sampled and scored in
-    separate passes, which takes several times as long. Needs ``orchestrator.max_staleness: 0``, since with staleness
-    timing decides which version samples, and the transformers engine. null turns it on wherever possible."""
+    """Whether a seed gives the same trajectories, masks, steps and evaluations to the bit, on one machine with one
+    number of threads. Other rows of a forward pass change the last bits of a row, so each group is then sampled and
+    scored in separate passes, which takes several times as long; and training waits for each evaluation. Needs
+    ``orchestrator.max_staleness: 0``, since with staleness timing decides which version samples, and the transformers
+    engine. null turns it on wherever possible."""
     threads_per_process: NonNegativeInt = 0
     """CPU threads per process for torch; 0 divides the cores among processes."""
     startup_timeout_seconds: PositiveFloat = 180.0

@@ -130,18 +130,20 @@ class Dispatcher:
         self._in_flight = 0
         self._failures_in_a_row = 0
         self._held_since: float | None = None  # set while the bus's budget blocks dispatch
-        self._baseline_done = False
+        self._next_evaluation: int | None = 0  # this step is evaluated before training goes beyond it; None: no wait
 
     def slots_changed(self) -> None:
         """Look for due slots again, because a group ended."""
         self._wake.set()
 
-    def baseline_done(self) -> None:
-        """Record that the untrained policy has been evaluated: training may now begin.
+    def evaluated(self, next_step: int) -> None:
+        """Record that what was due has been evaluated: training may go on. The next evaluation is of ``next_step``.
 
-        Until then the last slot of the first batch is held back, and everything else can proceed.
+        Until the untrained policy is evaluated, the last slot of the first batch is held back, and everything else can
+        proceed. A deterministic job waits in the same way for every evaluation; in other jobs timing decides which
+        versions are evaluated.
         """
-        self._baseline_done = True
+        self._next_evaluation = next_step if self._job.deterministic else None
         self._wake.set()
 
     async def run(self, again: Iterable[GroupKey] = ()) -> None:
@@ -182,7 +184,8 @@ class Dispatcher:
         return keys
 
     def _take_next(self) -> GroupKey | None:
-        end = None if self._baseline_done else self._job.learner.groups_per_batch - 1
+        step = self._next_evaluation
+        end = None if step is None else self._book.pacing.first_slot(step) + self._job.learner.groups_per_batch - 1
         return self._book.take_next(self._current_version, end)
 
     @property

@@ -108,11 +108,12 @@ class PolicyEvaluation:
         self._slots = asyncio.Semaphore(PROMPTS_AT_ONCE)
         log_left_out(questions.left_out)
 
-    async def run(self, baseline_done: Callable[[], None]) -> None:
+    async def run(self, evaluated: Callable[[int], None]) -> None:
         """Run evaluations up to the last step.
 
         Args:
-            baseline_done: called once step 0 is evaluated, or at once if it was before a restart.
+            evaluated: called with the step that is evaluated next, each time what was due is done: first once step 0
+                is evaluated, or at once if it was before a restart.
 
         Raises:
             DeadlineError: the first or the last evaluation did not succeed within ``evaluation.timeout_seconds``.
@@ -125,12 +126,14 @@ class PolicyEvaluation:
             else:
                 LOG.warning("the untrained policy is gone; step 0 cannot be evaluated any more")
             last = 0
-        baseline_done()
-        while last < self._job.learner.steps:
-            due = next_evaluation(last, self._job.evaluation.every, self._job.learner.steps)
-            newest = await self._versions.wait("policy", due)
-            last = last_due(newest, self._job.evaluation.every, self._job.learner.steps)
+        every, steps = self._job.evaluation.every, self._job.learner.steps
+        due = next_evaluation(last, every, steps)
+        evaluated(due)
+        while last < steps:
+            last = last_due(await self._versions.wait("policy", due), every, steps)
             await self._evaluate_at(last)
+            due = next_evaluation(last, every, steps)
+            evaluated(due)
 
     async def _evaluate_at(self, step: int) -> None:
         required = step in (0, self._job.learner.steps)

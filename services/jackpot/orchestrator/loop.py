@@ -166,7 +166,7 @@ class Orchestrator:
                 ]
                 announce_ready()
                 await self._versions.wait(self._job.rollout_role, 0, startup)
-                await self._evaluation.run(self._dispatcher.baseline_done)
+                await self._evaluation.run(self._dispatcher.evaluated)
                 await self._wait_until_all_trained()
                 for task in background:
                     task.cancel()

@@ -43,6 +43,10 @@ class Pacing:
         """The step at which training on the slot's batch starts."""
         return slot // self.groups_per_batch * self.updates_per_batch
 
+    def first_slot(self, step: int) -> int:
+        """The first slot whose batch starts to train at ``step`` or later."""
+        return -(-step // self.updates_per_batch) * self.groups_per_batch
+
     def min_version(self, slot: int) -> int:
         """The oldest version that may sample for the slot; the slot is due once that version exists."""
         return max(0, self.start_step(slot) - self.max_staleness)

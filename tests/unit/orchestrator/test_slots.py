@@ -26,6 +26,7 @@ def test_a_slot_is_due_once_the_oldest_allowed_version_is_there():
     pacing = Pacing(groups_per_batch=16, updates_per_batch=4, max_staleness=6)
     assert [pacing.start_step(slot) for slot in (0, 15, 16, 47)] == [0, 0, 4, 8]
     assert [pacing.min_version(slot) for slot in (0, 16, 32, 48)] == [0, 0, 2, 6]
+    assert [pacing.first_slot(step) for step in (0, 1, 4, 5, 8)] == [0, 16, 16, 32, 32]
 
 
 def test_synchronous_dispatch_waits_for_each_batch():
