@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -390,6 +391,16 @@ class TestReasoningGym:
 
         assert prompts(HASH_SEED) == prompts(HASH_SEED)
         assert prompts({"PYTHONHASHSEED": "1"}) != prompts({"PYTHONHASHSEED": "2"})
+
+    def test_prompts_do_not_depend_on_what_was_drawn_before(self):
+        """list_functions draws from Python's global generator, too."""
+        forwards, backwards = (build_task(config("reasoning_gym:list_functions", size=30), seed=5) for _ in range(2))
+        random.seed(1)
+        expected = [forwards.train_prompt(index).prompt for index in range(30)]
+        random.seed(2)
+        state = random.getstate()
+        assert [backwards.train_prompt(index).prompt for index in reversed(range(30))] == expected[::-1]
+        assert random.getstate() == state
 
     def test_what_a_grader_raises_is_a_wrong_answer_with_its_reason(self):
         task = build_task(config("reasoning_gym:prime_factorization"), seed=3)

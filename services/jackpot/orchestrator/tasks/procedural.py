@@ -7,6 +7,7 @@ import difflib
 import functools
 import hashlib
 import itertools
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -137,7 +138,12 @@ class _Source:
         self.entry = functools.lru_cache(maxsize=4096)(self._generate)
 
     def _generate(self, offset: int, index: int) -> dict[str, Any]:
-        entry: dict[str, Any] = self.dataset(offset)[index]
+        dataset, before = self.dataset(offset), random.getstate()
+        random.seed(f"{self._seed + offset} {index}")  # a few datasets draw from the generator that all share
+        try:
+            entry: dict[str, Any] = dataset[index]
+        finally:
+            random.setstate(before)
         return entry
 
     def dataset(self, offset: int) -> Any:
