@@ -8,11 +8,11 @@ over these.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from jackpot.config import JobSpec
 from jackpot.errors import ConfigError
+from jackpot.storage.model_files import COMPLETE, read_json
 
 
 def common_vocabulary(job: JobSpec) -> int:
@@ -36,12 +36,13 @@ def vocabulary_rows(field: str, model: str) -> int:
         model: its directory.
 
     Raises:
-        ConfigError: its config.json cannot be read, or does not state vocab_size.
+        ConfigError: it is no directory, or its config.json cannot be read or does not state vocab_size.
     """
+    directory = Path(model)
+    if not directory.is_dir():
+        raise ConfigError(field, model, "is not a directory", "Give a directory in Hugging Face format.")
+    config = read_json(field, directory / "config.json")
     try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-        rows = int((config.get("text_config") or config)["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"its config.json does not state vocab_size ({error})"
-        raise ConfigError(field, model, problem, "Download or export the model again.") from None
-    return rows
+        return int((config.get("text_config") or config)["vocab_size"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(field, model, "its config.json does not state vocab_size", COMPLETE) from None

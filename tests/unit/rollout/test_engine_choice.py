@@ -82,6 +82,9 @@ def test_an_on_policy_job_has_no_actor_to_serve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("role", "field"), [("actor", "actor.model"), ("policy", "policy.model")])
 def test_each_role_serves_its_own_model(tmp_path: Path, role: str, field: str) -> None:
     models = {"policy": {"model": str(tmp_path / "policy")}, "actor": {"model": str(tmp_path / "actor")}}
+    other = tmp_path / ("policy" if role == "actor" else "actor")
+    other.mkdir()
+    (other / "config.json").write_text('{"vocab_size": 8}')
     job = parse_job({**models, "task": {"name": "complement"}})
     environment = ServiceEnvironment.model_validate({"run_dir": tmp_path, "job_id": "job", "role": role})
     with pytest.raises(ConfigError, match=f"^{field} = '{tmp_path}/{role}': is not a directory"):
