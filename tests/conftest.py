@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from architectures import write_random_model
 
 # Whoever imports Triton first decides whether its interpreter takes the compiler's place: here, before anybody does.
 # Not beside vLLM, which has programs of its own.
@@ -38,7 +39,8 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """Directories in Hugging Face format with a random tiny model and a character tokenizer; each is made once.
 
-    ``make_model("qwen3", seed=1, num_hidden_layers=2)``; architectures: qwen3 (tied embeddings) and llama.
+    ``make_model("qwen3", seed=1, num_hidden_layers=2)``; architectures: those of
+    architectures.py, such as qwen3 (tied embeddings) and llama (untied).
     Token ids: 0 <s>, 1 </s> (end of sequence), 2 <pad>, then one per character.
     """
     made: dict[str, Path] = {}
@@ -54,30 +56,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 
 
 def _write_model(directory: Path, architecture: str, seed: int, settings: dict[str, int]) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    sizes = {
-        "vocab_size": 3 + len(CHARACTERS),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        # Large enough that next-token distributions are far from uniform and differ between seeds.
-        "initializer_range": 0.4,
-    }
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    if architecture == "qwen3":
-        config = Qwen3Config(**{"head_dim": 8, **sizes, **settings}, **special, tie_word_embeddings=True)
-    else:
-        config = LlamaConfig(**{**sizes, **settings}, **special, tie_word_embeddings=False)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    write_random_model(directory, architecture, 3 + len(CHARACTERS), seed, **settings)
     _write_tokenizer(directory)
 
 

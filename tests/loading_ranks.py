@@ -29,12 +29,25 @@ def load_on(directory: Path, models: Sequence[tuple[Path, str, int | None]], siz
     return [json.loads((directory / f"report-{rank}.json").read_text()) for rank in range(size)]
 
 
+def _read_back(held: Any, model_dir: Path) -> bool:
+    """Whether the directory's file, read as a weight version, gives what this rank holds already."""
+    import torch
+
+    from jackpot.errors import WeightCorruptError
+
+    try:
+        read = held.read(model_dir)
+    except (WeightCorruptError, FileNotFoundError):
+        return False
+    return all(torch.equal(read[name], tensor) for name, tensor in held._local.items())
+
+
 def main(directory: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
     from jackpot.compute.forward import completion_hidden
-    from jackpot.compute.model_weights import own_tensors
+    from jackpot.compute.model_weights import hub_format, own_tensors
     from jackpot.compute.models import output_head
     from jackpot.compute.ranks.group import join_ranks
     from jackpot.compute.ranks.held_tensors import HeldTensors
@@ -65,7 +78,8 @@ def main(directory: Path) -> None:
             hidden = completion_hidden(model, [[5, 6, 7, 8]], [1])
             logits = output_head(model).logits(hidden).float()
         release(model)
-        report.append({"meta": meta, "aliases": own_tensors(model)[1], "logits": logits.tolist()})
+        seen = {"meta": meta, "aliases": own_tensors(model)[1], "logits": logits.tolist()}
+        report.append(seen | {"layout": hub_format(model).layout, "read_back": _read_back(held, Path(path))})
     (directory / f"report-{ranks.rank}.json").write_text(json.dumps(report))
     ranks.broadcast()
 

@@ -127,6 +127,8 @@ def read_causal_lm(
         except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
             raise _cannot_be_loaded(field, path, error) from None
     model: PreTrainedModel = loaded[0]
+    # From a directory with transformers' own names nothing was converted, and versions would repeat those names.
+    loaded[0]._weight_conversions = loaded[0]._weight_conversions or None
     report: Mapping[str, set[str]] = loaded[1]
     if report["missing_keys"]:
         names = ", ".join(sorted(report["missing_keys"])[:5])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from jackpot.compute.model_weights import own_tensors, read_tensors
+from jackpot.compute.model_weights import hub_format, own_tensors, read_tensors
 from jackpot.compute.ranks.sharding import rows_of
 from jackpot.errors import JackpotError
 
@@ -25,8 +25,8 @@ class HeldTensors:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        tensors, self._aliases = own_tensors(model)
-        self._shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        tensors, _ = own_tensors(model)
+        self._names = hub_format(model)
         self._local: dict[str, Tensor] = {}
         self._rows: dict[str, slice] = {}
         for name, tensor in tensors.items():
@@ -51,7 +51,7 @@ class HeldTensors:
             WeightCorruptError: the file cannot be read, or its names or shapes are not the model's.
             FileNotFoundError: there is no such file (the version was pruned).
         """
-        return read_tensors(weights_dir, self._shapes, self._aliases, self._rows)
+        return read_tensors(weights_dir, self._names, self._rows)
 
     def copied(self, shards: torch.dtype | None = None) -> dict[str, Tensor]:
         """A copy of what this process holds in CPU memory, for :meth:`apply`: the same weights to the bit.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from jackpot.compute.model_weights import write_state
+from jackpot.compute.hub_format import HubFormat
+from jackpot.compute.model_weights import hub_format, write_state
 from jackpot.config import JobSpec, ModelConfig
 from jackpot.learner.trainer import BatchTrainer
 from jackpot.storage.model_configuration import export_factors
@@ -41,6 +42,7 @@ class Snapshot:
 
     version: int
     states: Mapping[Role, State]
+    """Of every model, by the model's own names."""
     metadata: Mapping[str, float]
 
 
@@ -69,11 +71,13 @@ class WeightPublisher:
         self._broadcast = broadcast
         self._export_dir = RunFiles(run_dir).export
         self._checkpointed = checkpointed
+        self._names: dict[Role, HubFormat] = {}
 
     def snapshot(self, trainer: BatchTrainer, version: int) -> Snapshot:
         """A copy of every role's current weights, for :meth:`publish` concurrently with the next step; a collective."""
-        copies: dict[Role, State] = {role: trainer.weights(role) for role in trainer.models}
-        states = {role: copies[source] for role, source in self._sources(trainer).items()}
+        for role in trainer.models.keys() - self._names.keys():
+            self._names[role] = hub_format(trainer.models[role])
+        states: dict[Role, State] = {role: trainer.weights(role) for role in trainer.models}
         return Snapshot(version, states, {"obrs_lambda": trainer.lambda_control.obrs_lambda})
 
     def publish(self, snapshot: Snapshot) -> None:
@@ -86,9 +90,11 @@ class WeightPublisher:
             OSError: the disk is full or gone.
             ObjectStoreError: an object store refuses, or is out of reach for too long.
         """
+        published = {role: self._names[role].to_hub(state) for role, state in snapshot.states.items()}
+        states = {role: published[source] for role, source in self._sources(published).items()}
         if self._broadcast is not None:
-            self._broadcast(snapshot.version, snapshot.states[self._job.rollout_role])
-        for role, state in snapshot.states.items():
+            self._broadcast(snapshot.version, states[self._job.rollout_role])
+        for role, state in states.items():
 
             def write(directory: Path, state: State = state) -> None:
                 write_state(state, directory)
@@ -99,7 +105,7 @@ class WeightPublisher:
     def export(self, trainer: BatchTrainer) -> None:
         """Write both models as Hugging Face directories under ``export/``, atomically each."""
         models: dict[Role, ModelConfig] = {"policy": self._job.policy, "actor": self._job.rollout_model}
-        for role, source in self._sources(trainer).items():
+        for role, source in self._sources(trainer.models).items():
             aside = self._export_dir / f".{role}.{os.getpid()}"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -108,14 +114,14 @@ class WeightPublisher:
                 if file.exists():
                     shutil.copyfile(file, aside / name)
             export_factors(aside, models[role].context_length)
-            write_state(trainer.weights(source), aside)
+            write_state(hub_format(trainer.models[source]).to_hub(trainer.weights(source)), aside)
             final = self._export_dir / role
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
 
-    def _sources(self, trainer: BatchTrainer) -> dict[Role, Role]:
+    def _sources(self, trained: Iterable[Role]) -> dict[Role, Role]:
         """The source of each role's weights: itself, or the policy if the actor is the policy in a cheaper format."""
-        sources: dict[Role, Role] = {role: role for role in trainer.models}
+        sources: dict[Role, Role] = {role: role for role in trained}
         if not isinstance(self._job.actor, str) and self._job.actor.weights == "policy":
             sources["actor"] = "policy"
         return sources

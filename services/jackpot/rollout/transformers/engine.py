@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jackpot.compute.model_weights import apply_state, read_state
+from jackpot.compute.model_weights import apply_state, hub_format, read_tensors
 from jackpot.compute.models import vocabulary_size
 from jackpot.errors import EngineError, QueueFullError
 from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits, check_request
@@ -93,6 +93,7 @@ class TransformersEngine:
             or _UNLIMITED_POSITIONS,
         )
         self._model = model
+        self._names = hub_format(model)
         self._batch = DecodeBatch(model, eos_token_ids(model))
         self._max_batch_size = max_batch_size
         self._max_queue = max_queue
@@ -140,7 +141,7 @@ class TransformersEngine:
         if version <= self.version:
             return
         # Read and checked while sampling continues; only the copy happens between two tokens.
-        state = await asyncio.to_thread(read_state, self._model, directory)
+        state = await asyncio.to_thread(read_tensors, directory, self._names)
         swap = _Swap(version, state, _uncancellable())
         with self._wake:
             self._require_running()

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -33,7 +34,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from jackpot.compute.model_weights import WEIGHTS_FILE, check_layout, read_state
+from jackpot.compute.hub_format import HubFormat
+from jackpot.compute.model_weights import WEIGHTS_FILE, check_layout, hub_format, read_hub_tensors
 from jackpot.errors import WeightCorruptError
 from jackpot.rollout.vllm.broadcast_staging import Layout, Wire, join_group
 from jackpot.rollout.vllm.vocabulary import cut_padding
@@ -80,7 +82,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         cut_padding(model, vllm_config.additional_config)
         self._readings: dict[str, _Reading] = {}  # by source: the store, or the learner
         self._wire: Wire | None = None
-        self._layout: Any = None
+        self._names: HubFormat | None = None
         # Open files outlive their names: the version held can be read again even after the store has pruned it.
         files = sorted(Path(self.model_config.model).glob("*.safetensors"))
         self._held: list[BinaryIO] = [path.open("rb") for path in files]
@@ -138,7 +140,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
     def check(self, layout: Layout) -> tuple[str, str]:
         """Whether these names and shapes match the model: ``ready``, or ``corrupt`` with the reason."""
         try:
-            check_layout(self._expected(), {name: shape for name, _, shape in layout})
+            check_layout(self._expected(), {name: shape for name, _, shape in layout}, "the broadcast: ")
         except WeightCorruptError as error:
             return "corrupt", str(error)
         return "ready", ""
@@ -191,16 +193,17 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 
     def _read(self, reading: _Reading) -> None:
         reading.files = [(Path(reading.source) / WEIGHTS_FILE).open("rb")]
-        reading.state = read_state(self._expected(), Path(reading.source))
+        reading.state = read_hub_tensors(Path(reading.source), self._expected())
 
-    def _expected(self) -> Any:
-        """Names and shapes of the trainer's model (vLLM fuses and packs its own), without allocating it."""
-        if self._layout is None:
+    def _expected(self) -> HubFormat:
+        """Names and shapes of a version's tensors (vLLM fuses and packs its own), without allocating them."""
+        if self._names is None:
             auto: Any = AutoModelForCausalLM
             config = AutoConfig.from_pretrained(self.model_config.model, local_files_only=True)
-            with torch.device("meta"):
-                self._layout = auto.from_config(config)
-        return self._layout
+            # vLLM has put its own layers into the models of its transformers backend, and they look for its settings.
+            with torch.device("meta"), set_current_vllm_config(self.vllm_config):
+                self._names = hub_format(auto.from_config(config))
+        return self._names
 
     def _apply(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         wanted = {name for name, _ in self.model.named_parameters()}
@@ -303,9 +306,11 @@ def _prepare_process() -> None:
     # It warns at each update about layers without weights of their own; we check by name that every tensor was loaded.
     logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
     if current_platform.is_cpu():
+        from jackpot.rollout.vllm.expert_packing import pack_experts_at_each_update
         from jackpot.rollout.vllm.head_sizes import pad_head_sizes
 
         pad_head_sizes()
+        pack_experts_at_each_update()
 
 
 _prepare_process()

@@ -167,6 +167,12 @@ def test_every_rank_holds_its_rows_of_what_one_process_loads(
         whole = load_causal_lm(path, dtype, "cpu", context_length=longest.get(index))
         for rank in range(SIZE):
             check_rank(whole, reports[rank][index], load_file(tmp_path / f"{index}-{rank}.safetensors"), rank)
+    for index in (0, 1, 8):  # one file, with the hub's names
+        stored = load_file(models[index][0] / "model.safetensors")
+        for rank in range(SIZE):
+            layout = reports[rank][index]["layout"]
+            assert layout == {name: list(tensor.shape) for name, tensor in stored.items()}
+            assert reports[rank][index]["read_back"]
 
 
 def check_rank(whole: PreTrainedModel, report: dict[str, Any], held: Tensors, rank: int) -> None:
