@@ -125,6 +125,8 @@ def carry_out(directory: Path, trainer: Any, store: Any) -> list[dict[str, float
                 step = trainer.restore(store, store.latest()).step
     for role in trainer.models:
         save_file(trainer.weights(role), directory / f"{role}.safetensors")
+    probes = {role: trainer.probe(role).as_json() for role in trainer.models}
+    (directory / "probes.json").write_text(json.dumps(probes))
     return rows
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jackpot.rollout.vllm.worker import WeightReading
 
 
 class FailingWeightReading(WeightReading):
-    """Ours, with a fault to inject."""
+    """Ours, with faults to inject."""
 
     def fail_next_update(self) -> None:
         """Have the next update break off after three tensors."""
@@ -30,3 +31,16 @@ class FailingWeightReading(WeightReading):
             return original(cut())
 
         model.load_weights = load_weights
+
+    def spoil_next_roll_back(self) -> None:
+        """Have the next rollback leave one tensor wrong, without an error."""
+        engine: Any = self.weight_transfer_engine
+        original = engine.roll_back
+
+        def roll_back() -> None:
+            engine.roll_back = original
+            original()
+            with torch.no_grad():
+                next(iter(engine.model.parameters())).mul_(-1)
+
+        engine.roll_back = roll_back

@@ -14,6 +14,7 @@ from patience import PATIENCE_SECONDS
 
 from jackpot.config import ModelConfig, RolloutConfig
 from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits
+from jackpot.storage.weight_probe import WeightProbe
 from jackpot.trajectory import Trajectory
 
 Result = TypeVar("Result")
@@ -123,8 +124,8 @@ class EngineElsewhere:
     async def generate(self, request: GroupRequest) -> list[Trajectory]:
         return await self._there(self.engine.generate(request))
 
-    async def load_weights(self, version: int, directory: Path) -> None:
-        await self._there(self.engine.load_weights(version, directory))
+    async def load_weights(self, version: int, directory: Path, probe: WeightProbe | None = None) -> None:
+        await self._there(self.engine.load_weights(version, directory, probe))
 
     def status(self) -> EngineStatus:
         status: EngineStatus = self.engine.status()

@@ -65,7 +65,7 @@ async def test_versions_arrive_by_nccl(
     try:
         for version in (1, 2, 3):
             model = load_causal_lm(world.model_dir(version), "float32", "cpu")
-            assert await asyncio.to_thread(broadcaster.send, version, copy_state(model)) == "sent"
+            assert await asyncio.to_thread(broadcaster.send, version, copy_state(model), None) == "sent"
             status = await stub.GetStatus(rollout_pb2.RolloutServiceGetStatusRequest(), timeout=PATIENCE_SECONDS)
             assert status.version == version
             request = generate_request(version, max_tokens=20, temperature=1.0)

@@ -51,7 +51,7 @@ class Fleet:
 
     async def send(self, version: int, **changes: torch.Tensor) -> Outcome:
         state = copy_state(load_causal_lm(self.world.model_dir(version), "float32", "cpu")) | changes
-        return await asyncio.to_thread(self.broadcaster.send, version, state)
+        return await asyncio.to_thread(self.broadcaster.send, version, state, None)
 
     async def status(self, name: str) -> Any:
         return await self.stubs[name].GetStatus(rollout_pb2.RolloutServiceGetStatusRequest(), timeout=PATIENCE_SECONDS)

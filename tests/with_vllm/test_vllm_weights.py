@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from probe_world import probe_by_hand
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from vllm_world import EngineElsewhere, EngineThread, SharedVllm
 
 from jackpot.config import ActorConfig, ModelConfig, RolloutConfig
-from jackpot.errors import ConfigError, WeightCorruptError
+from jackpot.errors import ConfigError, EngineError, WeightCorruptError
 from jackpot.rollout.engine import GroupRequest
 from jackpot.trajectory import Trajectory
 
@@ -173,6 +174,26 @@ async def test_a_failure_halfway_is_rolled_back_while_paused(
     await engine.close()
 
 
+async def test_weights_that_were_not_restored_end_the_replica(
+    engine_thread: EngineThread, make_model: MakeModel, load: Load, weights: Weights, ask: Ask
+) -> None:
+    config = ModelConfig(model=str(make_model("qwen3")))
+    rollout = RolloutConfig(max_batch_size=8)
+    vllm = engine_thread.start(config, rollout, extension="vllm_failing_worker.FailingWeightReading")
+    engine = vllm.engine()
+    probes = [probe_by_hand(load(version), load(0)) for version in range(3)]
+    await engine.load_weights(1, weights(1), probes[1])
+    await engine._there(vllm.llm.collective_rpc("fail_next_update"))
+    await engine._there(vllm.llm.collective_rpc("spoil_next_roll_back"))
+    with pytest.raises(EngineError, match=r"version 2 could not be applied .*out of luck.* nor the previous one"):
+        await engine.load_weights(2, weights(2), probes[2])
+    with pytest.raises(EngineError, match="the restored weights give other log-probabilities"):
+        await engine.wait_failed()
+    with pytest.raises(EngineError, match="has stopped"):
+        await engine.generate(ask())
+    vllm.close()
+
+
 @pytest.mark.parametrize(
     ("formats", "largest"),
     [
@@ -200,7 +221,10 @@ async def test_cheap_formats_stay_near_the_exact_model_after_an_update(
         vllm = engine_thread.start(config, RolloutConfig(max_batch_size=8))
         engine = vllm.engine()
         if update is not None:
-            await engine.load_weights(1, weights(update))
+            probe = probe_by_hand(load(update), load(start))
+            await engine.load_weights(1, weights(update), probe)
+            with pytest.raises(WeightCorruptError, match="version 2 does not give"):
+                await engine.load_weights(2, weights(2), probe)  # another version's
         found.append([t for request in requests for t in await engine.generate(request)])
         vllm.close()
     updated, fresh = found

@@ -84,7 +84,7 @@ class HubFormat:
             return {name: sources[wanted.names[0][0]]}
         converter = deepcopy(wanted.converter)
         for source, pattern in wanted.names:
-            converter.add_tensor(name, source, pattern, sources[source])
+            converter.add_tensor(name, source, pattern, sources[source])  # type: ignore[arg-type] # annotated for loading
         made = converter.convert(name, model=self._model, config=self._model.config)
         return {made_name: part[0] if isinstance(part, list) else part for made_name, part in made.items()}
 

@@ -35,6 +35,7 @@ from jackpot.scoring.batch import Batch
 from jackpot.scoring.passes import ModelPasses, model_inputs, token_places
 from jackpot.scoring.step_scores import learner_scores, score_step
 from jackpot.scoring.token_weights import TokenWeights, token_weights
+from jackpot.storage.weight_probe import WeightProbe
 from jackpot.trajectory import Role
 
 LOG = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ class BatchTrainer(Protocol):
 
     def weights(self, role: Role) -> dict[str, Tensor]:
         """As :meth:`TrainedModels.weights`."""
+
+    def probe(self, role: Role) -> WeightProbe:
+        """As :meth:`TrainedModels.probe`."""
 
     def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
         """As :meth:`TrainedModels.begin_checkpoint`."""
@@ -105,6 +109,10 @@ class Trainer:
     def weights(self, role: Role) -> dict[str, Tensor]:
         """As :meth:`TrainedModels.weights`."""
         return self.models.weights(role)
+
+    def probe(self, role: Role) -> WeightProbe:
+        """As :meth:`TrainedModels.probe`."""
+        return self.models.probe(role)
 
     def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
         """As :meth:`TrainedModels.begin_checkpoint`."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jackpot.errors import ConfigError
+from jackpot.storage.weight_probe import WeightProbe
 from jackpot.trajectory import Trajectory
 
 
@@ -97,12 +98,17 @@ class WeightReceiver(Protocol):
             EngineError: the broadcast broke off.
         """
 
-    async def finish(self, session: str, version: int) -> int:
+    async def finish(self, session: str, version: int, probe: WeightProbe | None = None) -> int:
         """Use the received version from the next token on, unless it is older; returns the version held now.
+
+        Args:
+            session: the group's name.
+            version: the announced version.
+            probe: see :meth:`RolloutEngine.load_weights`.
 
         Raises:
             WeightMissingError: the engine is not in this group, or the version was not announced.
-            WeightCorruptError: it could not be applied; the engine keeps the version it has.
+            WeightCorruptError: it could not be applied, or does not give its probe; the engine keeps its version.
         """
 
 
@@ -141,14 +147,21 @@ class RolloutEngine(Protocol):
             EngineError: the engine failed; the request may be retried elsewhere.
         """
 
-    async def load_weights(self, version: int, directory: Path) -> None:
+    async def load_weights(self, version: int, directory: Path, probe: WeightProbe | None = None) -> None:
         """Use the weights in ``directory`` from the next token on, unless a version as new is held already.
 
         Running requests continue: their next tokens have the new weights' log-probabilities, given all their tokens.
 
+        Args:
+            version: its number.
+            directory: its files.
+            probe: log-probabilities that the engine must give with these weights; None checks nothing.
+
         Raises:
-            WeightCorruptError: they do not fit the model, which keeps the version it has.
+            WeightCorruptError: they do not fit the model, or do not give the probe; the engine keeps the version it
+                has.
             FileNotFoundError: the directory is gone.
+            EngineError: the previous weights could not be restored: the engine has failed.
         """
 
     def status(self) -> EngineStatus:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jackpot.errors import ConfigError
 from jackpot.rollout.engine import GroupRequest, RolloutEngine, Sampling, WeightReceiver
 from jackpot.rollout.weight_follower import WeightFollower
-from jackpot.rpc.proto import ids_from_bytes, trajectory_to_proto
+from jackpot.rpc.proto import ids_from_bytes, probe_from_proto, trajectory_to_proto
 from jackpot.telemetry.activity import Activity
 from jackpot.trajectory import Role
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc, weights_pb2
@@ -96,7 +96,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             await receiver.update(request.session, request.version, _seconds_left(context))
         elif stage == "finish":
             started, before = time.monotonic(), self._engine.version
-            if await receiver.finish(request.session, request.version) > before:
+            if await receiver.finish(request.session, request.version, probe_from_proto(request.finish)) > before:
                 await self._follower.took(self._engine.version, time.monotonic() - started)
         else:
             raise ConfigError("stage", None, "is none of start, update, finish", "Send one.")

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from jackpot.errors import DeadlineError, WeightError, WeightMissingError
 from jackpot.rollout.engine import RolloutEngine
+from jackpot.storage.weight_probe import WeightProbe
 from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import Role
 
@@ -133,8 +134,9 @@ class WeightFollower:
         if started < self._refused_until.get(version, 0.0):
             return False
         try:
+            manifest = await asyncio.to_thread(self._store.manifest, self._role, version)
             directory = await asyncio.to_thread(self._store.open, self._role, version)
-            await self._engine.load_weights(version, directory)
+            await self._engine.load_weights(version, directory, WeightProbe.from_metadata(manifest.metadata))
         except (WeightMissingError, FileNotFoundError):
             LOG.info("version %d was pruned before it was loaded", version)
             return False

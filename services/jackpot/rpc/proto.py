@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from jackpot.errors import PayloadError
+from jackpot.storage.weight_probe import METADATA_KEY, WeightProbe
 from jackpot.trajectory import FinishReason, Group, GroupKey, ScoredGroup, TokenScores, Trajectory, VersionSpan
-from jackpot.v1 import scoring_pb2, trajectory_pb2
+from jackpot.v1 import rollout_pb2, scoring_pb2, trajectory_pb2
 
 _FINISH_TO_PROTO: dict[FinishReason, trajectory_pb2.FinishReason] = {
     "stop": trajectory_pb2.FINISH_REASON_STOP,
@@ -220,3 +221,23 @@ def _from_bytes(data: bytes, dtype: DTypeLike, shape: tuple[int, ...], where: st
         raise PayloadError(f"{where}: {len(data)} bytes where shape {shape} of {np.dtype(dtype)} takes {expected}.")
     # A copy: arrays over another object's bytes are read-only, which torch warns about.
     return np.frombuffer(data, dtype=little_endian).reshape(shape).astype(dtype)
+
+
+def probe_to_proto(probe: WeightProbe | None) -> rollout_pb2.TransferFinish:
+    """The last stage of a broadcast, with the version's probe."""
+    if probe is None:
+        return rollout_pb2.TransferFinish()
+    return rollout_pb2.TransferFinish(probe=rollout_pb2.WeightProbe(**probe.as_json()))
+
+
+def probe_from_proto(finish: rollout_pb2.TransferFinish) -> WeightProbe | None:
+    """The reverse of :func:`probe_to_proto`.
+
+    Raises:
+        WeightCorruptError: a probe that cannot be used.
+    """
+    if not finish.HasField("probe"):
+        return None
+    probe = finish.probe
+    content = WeightProbe(list(probe.token_ids), list(probe.logprobs), list(probe.initial_logprobs), probe.dtype)
+    return WeightProbe.from_metadata({METADATA_KEY: content.as_json()})

@@ -127,11 +127,20 @@ class ScoringEngine:
     def _score(self, groups: Sequence[Group], pending: PendingWeights | None) -> list[ScoredGroup]:
         if pending is not None:
             with self.activity.doing("load_weights"):
-                self._target.apply(pending)
+                self._take_up(pending)
         with self.activity.doing("score"):
             if self._groups_apart:
                 return [scored for group in groups for scored in self._scorer.score_groups([group])]
             return self._scorer.score_groups(groups)
+
+    def _take_up(self, pending: PendingWeights) -> None:
+        try:
+            self._target.apply(pending)
+        except WeightCorruptError as error:
+            self._metrics.count_weights_refused("policy")
+            if self._target.version is None:
+                raise
+            LOG.error("version %s scores in place of version %s: %s", self._target.version, pending.version, error)
 
     async def refresh(self) -> None:
         """Read the newest policy version if there is a newer one. Scoring continues meanwhile."""

@@ -64,6 +64,11 @@ class LeadPolicy:
         with self._orders.give("apply", version=pending.version, obrs_lambda=pending.obrs_lambda, path=path):
             self._part.apply(pending)
 
+    def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """As :meth:`PolicyModel.probe`, a pass of all ranks."""
+        with self._orders.give("probe", token_ids=list(token_ids)):
+            return self._part.probe(token_ids)
+
 
 class LeadScorer:
     """Rank 0's scorer: has the other ranks score, and scores this rank's part.
@@ -143,6 +148,8 @@ class Follower:
                 directory = Path(order.details["path"])
                 self._states.move_to_end(directory)
                 self._target.apply(PendingWeights(version, obrs_lambda, directory, self._states[directory], 0.0))
+            case "probe":
+                self._target.probe(order.details["token_ids"])
             case _:
                 raise order.refuse()
 

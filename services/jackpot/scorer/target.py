@@ -7,21 +7,23 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.compute.models import load_causal_lm, resolve_device, vocabulary_size
+from jackpot.compute.probe_pass import probe_logprobs
 from jackpot.compute.ranks.group import SOLO, Ranks
 from jackpot.compute.ranks.held_tensors import HeldTensors
 from jackpot.compute.ranks.loading import load_on_ranks
 from jackpot.compute.ranks.sharding import release, shard
 from jackpot.config import ModelConfig
 from jackpot.errors import WeightCorruptError, WeightError, WeightMissingError
+from jackpot.storage.weight_probe import ProbeCheck, WeightProbe
 from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import Role
 
@@ -43,6 +45,7 @@ class PendingWeights:
     directory: Path  # it was read from here
     state: State  # this process's part of the weights
     read_seconds: float
+    probe: WeightProbe | None = None
 
 
 class PolicyModel(Protocol):
@@ -58,6 +61,9 @@ class PolicyModel(Protocol):
 
     def apply(self, pending: PendingWeights) -> None:
         """Swap a version in. The model must not be in use."""
+
+    def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """As :func:`jackpot.compute.probe_pass.probe_logprobs`, with the weights swapped in."""
 
 
 class HeldPolicy:
@@ -83,6 +89,10 @@ class HeldPolicy:
         release(self.model)
         self._held_tensors.apply(pending.state)
 
+    def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """As :meth:`PolicyModel.probe`."""
+        return probe_logprobs(self.model, token_ids)
+
 
 class TargetPolicy:
     """Reads the versions of the policy's weights, and says which one its model holds.
@@ -107,6 +117,7 @@ class TargetPolicy:
         self._held: OrderedDict[int, PendingWeights] = OrderedDict()
         self._default_lambda = obrs_lambda
         self._store = store
+        self._probe_check = ProbeCheck(str(self.model.dtype).removeprefix("torch."))
         self._retry_at = 0.0  # monotonic
 
     @property
@@ -162,8 +173,10 @@ class TargetPolicy:
         manifest = self._store.manifest("policy", version)
         obrs_lambda = float(manifest.metadata.get("obrs_lambda", self._default_lambda))
         directory = self._store.open("policy", version)
+        probe = WeightProbe.from_metadata(manifest.metadata)
         state = self._policy.read(directory)
-        self._held[version] = PendingWeights(version, obrs_lambda, directory, state, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._held[version] = PendingWeights(version, obrs_lambda, directory, state, seconds, probe)
         if len(self._held) > self._num_held:
             self._held.popitem(last=False)
         return self._held[version]
@@ -178,10 +191,35 @@ class TargetPolicy:
         return self.newest is not None and (version <= self.newest or version in self._damaged)
 
     def apply(self, pending: PendingWeights) -> None:
-        """As :meth:`PolicyModel.apply`."""
+        """As :meth:`PolicyModel.apply`, and hold the model to the version's probe.
+
+        Raises:
+            WeightCorruptError: it does not give it. The version is no longer the newest; the newest of those in memory
+                is in use, if there is one.
+        """
         self._policy.apply(pending)
+        try:
+            if pending.probe is not None:
+                self._probe_check.check(pending.probe, self._policy.probe(pending.probe.token_ids), pending.version)
+        except WeightCorruptError:
+            self._refuse(pending)
+            raise
         self.version = pending.version
         self.obrs_lambda = pending.obrs_lambda
+
+    def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """As :meth:`PolicyModel.probe`."""
+        return self._policy.probe(token_ids)
+
+    def _refuse(self, pending: PendingWeights) -> None:
+        self.num_refused += 1
+        self._damaged.add(pending.version)
+        self._held.pop(pending.version, None)
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+        self.version, self.newest = None, max(list(self._held), default=None)
+        if self.newest is not None:
+            self.newest_lambda = self._held[self.newest].obrs_lambda
+            self.apply(self._held[self.newest])
 
 
 class ActorVersions:
@@ -216,6 +254,8 @@ class ActorVersions:
         self._store = store
         self._num_held = num_held
         self._states: OrderedDict[int, State] = OrderedDict()
+        self._probes: dict[int, WeightProbe | None] = {}
+        self._probe_check = ProbeCheck(str(self._model.dtype).removeprefix("torch."))
         self._version: int | None = None
 
     def at(self, version: int) -> PreTrainedModel:
@@ -223,22 +263,41 @@ class ActorVersions:
 
         Raises:
             WeightMissingError: the store does not hold that version any more.
-            WeightCorruptError: its bytes are damaged.
+            WeightCorruptError: its bytes are damaged, or the model does not give its probe with them.
         """
         if version not in self._states:
             self._states[version] = self._read(version)
             if len(self._states) > self._num_held:
-                self._states.popitem(last=False)
+                oldest, _ = self._states.popitem(last=False)
+                del self._probes[oldest]
         self._states.move_to_end(version)
         if self._version != version:
             release(self._model)
             self._held_tensors.apply(self._states[version])
+            self._version = None
+            self._require_probe(version)
             self._version = version
         return self._model
 
+    def _require_probe(self, version: int) -> None:
+        """Hold the model to the version's probe, on all ranks alike.
+
+        Raises:
+            WeightCorruptError: it does not give it.
+        """
+        probe = self._probes[version]
+        if probe is None:
+            return
+        found = probe_logprobs(self._model, probe.token_ids)
+        try:
+            self._probe_check.check(probe, found, version)
+        except WeightCorruptError:
+            del self._states[version], self._probes[version]
+            raise
+
     def _read(self, version: int) -> State:
         """Read a version on all ranks; if one fails, all raise the same error."""
-        directory = self._directory(version)
+        directory, probe = self._directory(version)
         state: State = {}
         problem: Exception | None = None
         try:
@@ -252,19 +311,22 @@ class ActorVersions:
             raise WeightMissingError(
                 f"version {version} of the {self._role}'s weights was pruned meanwhile. Raise weights.keep_versions."
             )
+        self._probes[version] = probe
         return state
 
-    def _directory(self, version: int) -> Path:
-        """A version's directory, verified once by rank 0 for all ranks."""
-        told: dict[str, str] = {}
+    def _directory(self, version: int) -> tuple[Path, WeightProbe | None]:
+        """A version's directory and probe, verified once by rank 0 for all ranks."""
+        told: dict[str, Any] = {}
         if self._ranks.rank == 0:
             try:
-                told = {"path": str(self._store.open(self._role, version))}
+                metadata = self._store.manifest(self._role, version).metadata
+                told = {"path": str(self._store.open(self._role, version)), "metadata": metadata}
+                WeightProbe.from_metadata(metadata)
             except WeightError as error:
                 told = {"problem": str(error), "kind": type(error).__name__}
         told = json.loads(self._ranks.broadcast(json.dumps(told).encode()))
         if "path" in told:
-            return Path(told["path"])
+            return Path(told["path"]), WeightProbe.from_metadata(told["metadata"])
         kind = WeightCorruptError if told["kind"] == WeightCorruptError.__name__ else WeightMissingError
         raise kind(told["problem"])
 

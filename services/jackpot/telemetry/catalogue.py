@@ -217,7 +217,7 @@ _SPECS = (
     MetricSpec(
         "jackpot_weights_refused",
         "counter",
-        "Weight versions refused as damaged or not fitting",
+        "Weight versions refused: damaged, not fitting, or not giving their probe",
         ("role",),
         (ROLLOUT, SCORER),
     ),

@@ -121,9 +121,23 @@ class TransferUpdate(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class WeightProbe(_message.Message):
+    __slots__ = ("token_ids", "logprobs", "initial_logprobs", "dtype")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    initial_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    dtype: str
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., initial_logprobs: _Optional[_Iterable[float]] = ..., dtype: _Optional[str] = ...) -> None: ...
+
 class TransferFinish(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("probe",)
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    probe: WeightProbe
+    def __init__(self, probe: _Optional[_Union[WeightProbe, _Mapping]] = ...) -> None: ...
 
 class TransferWeightsRequest(_message.Message):
     __slots__ = ("session", "version", "start", "update", "finish")

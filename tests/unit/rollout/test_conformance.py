@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from probe_world import flip_bits, probe_by_hand
 from safetensors.torch import load_file, save_file
 from tolerances import model_rounding, unit_roundoff
 from transformers import PreTrainedModel
@@ -244,6 +245,38 @@ async def test_weights_that_do_not_fit_leave_the_engine_as_it_was(
         await engine.load_weights(2, tmp_path / "pruned")
     assert engine.version == 1
     assert_same(before, (await engine.generate(ask()))[0], load(1))
+
+
+async def test_weights_that_do_not_give_their_probe_are_refused_and_the_old_ones_go_on(
+    start_engine: StartEngine, load: Load, weights: Weights, ask: Ask, full_logprobs: FullLogprobs, until: Until
+) -> None:
+    """Two versions whose bytes changed after their hash was taken: the very first, and one under load."""
+    engine = start_engine(endless=True)
+    models = [load(version) for version in range(3)]
+    probes = [probe_by_hand(model, models[0]) for model in models]
+    flip_bits(weights(1), "model.layers.0.self_attn.q_proj.weight")
+    with pytest.raises(WeightCorruptError, match="version 1 does not give the log-probabilities"):
+        await engine.load_weights(1, weights(1), probes[1])
+    assert engine.version == -1
+    await engine.load_weights(2, weights(2), probes[2])
+    running = await run_slowly(engine, ask(0, n=2, max_tokens=100), until)
+    with pytest.raises(WeightCorruptError, match="version 3 does not give the log-probabilities"):
+        await engine.load_weights(3, weights(1), probes[1])
+    assert engine.version == 2
+    try:
+        groups = [(ask(0), await running)]
+    except EngineError:  # it may have sampled from what was refused: the caller sends it again
+        groups = []
+    groups.append((ask(1), await engine.generate(ask(1, n=2, max_tokens=30))))
+    for request, group in groups:
+        for trajectory in group:
+            assert [span.version for span in trajectory.version_spans] == [2]
+            expected = full_logprobs(models[2], request, trajectory.token_ids)
+            ids = torch.from_numpy(trajectory.token_ids.astype(np.int64))[:, None]
+            error = model_rounding(models[2].config, engine.limits.max_positions, expected)
+            np.testing.assert_allclose(trajectory.actor_logprobs, expected.gather(1, ids)[:, 0], atol=error, rtol=0)
+    await engine.load_weights(4, weights(0), probes[0])
+    assert engine.version == 4
 
 
 async def test_weights_that_are_not_finite_are_refused_and_the_version_at_hand_stays(

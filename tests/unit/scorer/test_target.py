@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from scoring_world import World, make_world
+from probe_world import probe_by_hand
+from scoring_world import World, make_actor, make_policy, make_world
 
+from jackpot.compute.model_weights import save_weights
 from jackpot.errors import WeightCorruptError, WeightMissingError
 from jackpot.scorer.target import RETRY_SECONDS, ActorVersions, HeldPolicy, TargetPolicy
 
@@ -73,6 +76,35 @@ def test_a_damaged_version_is_refused_until_it_is_repaired(world: World, monkeyp
     assert not refresh(target) and target.num_refused == 2
     world.publish_policy(1)  # a damaged version is replaced
     assert refresh(target) and target.version == 1 and same_weights(target.model, world.policies[1])
+
+
+def test_a_version_that_does_not_give_its_probe_is_refused_for_the_newest_in_memory(world: World) -> None:
+    probes = {version: probe_by_hand(make_policy(100 + version), world.policies[0]) for version in (1, 2)}
+    target = target_of(world)
+    refresh(target)
+    world.publish_policy(1, probe=probes[1].as_json())
+    assert refresh(target) and target.version == 1 and same_weights(target.model, world.policies[1])
+    world.publish_policy(2, probe=probes[1].as_json(), obrs_lambda=0.5)  # another version's
+    pending = target.read_newer()
+    assert pending is not None and target.newest == 2
+    with pytest.raises(WeightCorruptError, match="version 2 does not give the log-probabilities"):
+        target.apply(pending)
+    assert (target.version, target.newest, target.newest_lambda, target.num_refused) == (1, 1, 1.5, 1)
+    assert same_weights(target.model, world.policies[1])
+    assert target.serves(2), "another version stands in for it"
+
+
+def test_an_actor_version_that_does_not_give_its_probe_is_an_error(world: World) -> None:
+    probe = probe_by_hand(world.actors[0], world.actors[0]).as_json()
+    for version in (0, 1):
+        world.store.discard("actor", version)
+        actor = make_actor(200 + version)
+        world.store.publish("actor", version, partial(save_weights, actor), {"probe": probe})
+    actors = ActorVersions(world.job().rollout_model, "actor", world.store, "cpu")
+    assert same_weights(actors.at(0), world.actors[0])
+    with pytest.raises(WeightCorruptError, match="version 1 does not give the log-probabilities"):
+        actors.at(1)
+    assert same_weights(actors.at(0), world.actors[0])
 
 
 def test_the_last_few_actor_versions_stay_in_memory(world: World) -> None:

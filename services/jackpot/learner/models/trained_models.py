@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from jackpot.compute.pass_layout import layout_of
+from jackpot.compute.probe_pass import probe_logprobs, tokens_for
 from jackpot.compute.ranks.group import SOLO, Ranks
 from jackpot.compute.ranks.held_tensors import begin_copy
 from jackpot.compute.ranks.sharding import DTYPES, release, shard, whole_tensors
@@ -21,6 +22,7 @@ from jackpot.learner.checkpoints.checkpoint_tensors import Learnable
 from jackpot.learner.models.compile_and_checkpoint import compile_and_checkpoint
 from jackpot.learner.models.mixed_precision import MixedPrecisionCopy, in_dtype
 from jackpot.learner.models.optimizer import build_optimizer
+from jackpot.storage.weight_probe import WeightProbe
 from jackpot.trajectory import Role
 
 
@@ -71,6 +73,8 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
         self.layout = layout_of(job.learner.packing, learning, self.device, ranks)
         if self.initial is not None:
             _attend_alike(self.initial, policy)
+        self._probe_tokens = {role: tokens_for(model, job.seed) for role, model in self._by_role.items()}
+        self._initial_logprobs = {role: self._probe_logprobs(role) for role in self._by_role}
         # After the trials of the layout, which would otherwise be compiled, too.
         for _, model in self._passing():
             release(model)
@@ -138,6 +142,14 @@ class TrainedModels(Mapping[Role, PreTrainedModel]):
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return copied
+
+    def probe(self, role: Role) -> WeightProbe:
+        """What a role's weights, in the dtype of publishing, give for the probe's tokens; a collective."""
+        logprobs, initial = self._probe_logprobs(role), self._initial_logprobs[role]
+        return WeightProbe(self._probe_tokens[role], logprobs, initial, self._dtypes[role])
+
+    def _probe_logprobs(self, role: Role) -> list[float]:
+        return probe_logprobs(self._by_role[role], self._probe_tokens[role])
 
     def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
         """Start writing a checkpoint of the current state; a collective. Errors as ``store.begin``."""

@@ -27,6 +27,7 @@ from jackpot.config.environment import ServiceEnvironment
 from jackpot.errors import ConfigError, DeadlineError, JackpotError
 from jackpot.learner.publishing.replica_client import ReplicaClient
 from jackpot.rpc.channel import call, open_channel
+from jackpot.storage.weight_probe import WeightProbe
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
 
 LOG = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ LONGEST_PAUSE = 64
 class Sender(Protocol):
     """The learner's end of one broadcast group."""
 
-    def send(self, version: int, state: Mapping[str, Tensor]) -> None:
+    def send(self, version: int, state: Mapping[str, Tensor], probe: WeightProbe | None) -> None:
         """Send a version to every replica of the group; raises if one does not hold it afterwards."""
 
     def close(self) -> None:
@@ -89,9 +90,9 @@ class WeightBroadcaster:
         self._failures = 0
         self._pause = 0  # versions to leave to the store
 
-    def send(self, version: int, state: Mapping[str, Tensor]) -> Outcome:
+    def send(self, version: int, state: Mapping[str, Tensor], probe: WeightProbe | None) -> Outcome:
         """Broadcast a version to every replica that answers; returns the outcome. Never raises, never hangs."""
-        outcome = self._send(version, state)
+        outcome = self._send(version, state, probe)
         self._count(outcome)
         return outcome
 
@@ -101,7 +102,7 @@ class WeightBroadcaster:
         for channel in self._channels.values():
             await channel.close()
 
-    def _send(self, version: int, state: Mapping[str, Tensor]) -> Outcome:
+    def _send(self, version: int, state: Mapping[str, Tensor], probe: WeightProbe | None) -> Outcome:
         if self._pause:
             self._pause -= 1
             return "skipped"
@@ -114,7 +115,9 @@ class WeightBroadcaster:
         # A join and a broadcast may each use up their own deadline; NCCL has none.
         seconds = 2 * self._timeout_seconds + STATUS_SECONDS
         try:
-            _within(seconds, lambda: self._to_all(sessions, version, state), f"the broadcast of version {version}")
+            _within(
+                seconds, lambda: self._to_all(sessions, version, state, probe), f"the broadcast of version {version}"
+            )
         except (JackpotError, RuntimeError, OSError, ValueError, TimeoutError) as error:
             self._leave()
             self._failures += 1
@@ -126,13 +129,15 @@ class WeightBroadcaster:
         LOG.info("weights broadcast", extra={"version": version, "seconds": seconds, "replicas": len(sessions)})
         return "sent"
 
-    def _to_all(self, sessions: Mapping[str, str], version: int, state: Mapping[str, Tensor]) -> None:
+    def _to_all(
+        self, sessions: Mapping[str, str], version: int, state: Mapping[str, Tensor], probe: WeightProbe | None
+    ) -> None:
         client, sender = self._client, self._sender
         members = {} if client is None else dict.fromkeys(client.addresses, client.session)
         if sender is None or members != sessions:
             self._leave()
             sender = self._join(sessions)
-        sender.send(version, state)
+        sender.send(version, state, probe)
 
     def _join(self, addresses: Collection[str]) -> Sender:
         """Form a group of these replicas."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +19,11 @@ from jackpot.config import JobSpec, ModelConfig
 from jackpot.learner.trainer import BatchTrainer
 from jackpot.storage.model_configuration import export_factors
 from jackpot.storage.run_directory import RunFiles
+from jackpot.storage.weight_probe import METADATA_KEY, WeightProbe
 from jackpot.storage.weights import WeightStore
 from jackpot.trajectory import Role
+
+LOG = logging.getLogger(__name__)
 
 # Files that make a weights file a Hugging Face directory; those that the initial model has are copied.
 MODEL_FILES: Sequence[str] = (
@@ -43,7 +49,8 @@ class Snapshot:
     version: int
     states: Mapping[Role, State]
     """Of every model, by the model's own names."""
-    metadata: Mapping[str, float]
+    probes: Mapping[Role, WeightProbe]
+    obrs_lambda: float
 
 
 class WeightPublisher:
@@ -64,7 +71,7 @@ class WeightPublisher:
         store: WeightStore,
         run_dir: Path,
         checkpointed: Callable[[], Collection[int]],
-        broadcast: Callable[[int, State], object] | None = None,
+        broadcast: Callable[[int, State, WeightProbe | None], object] | None = None,
     ) -> None:
         self._job = job
         self._store = store
@@ -78,7 +85,8 @@ class WeightPublisher:
         for role in trainer.models.keys() - self._names.keys():
             self._names[role] = hub_format(trainer.models[role])
         states: dict[Role, State] = {role: trainer.weights(role) for role in trainer.models}
-        return Snapshot(version, states, {"obrs_lambda": trainer.lambda_control.obrs_lambda})
+        probes = {role: trainer.probe(role) for role in trainer.models}
+        return Snapshot(version, states, probes, trainer.lambda_control.obrs_lambda)
 
     def publish(self, snapshot: Snapshot) -> None:
         """Write a snapshot as a version of every role; a no-op for an intact version that exists already.
@@ -91,15 +99,19 @@ class WeightPublisher:
             ObjectStoreError: an object store refuses, or is out of reach for too long.
         """
         published = {role: self._names[role].to_hub(state) for role, state in snapshot.states.items()}
-        states = {role: published[source] for role, source in self._sources(published).items()}
+        sources = self._sources(published)
         if self._broadcast is not None:
-            self._broadcast(snapshot.version, states[self._job.rollout_role])
-        for role, state in states.items():
+            source = sources[self._job.rollout_role]
+            self._broadcast(snapshot.version, published[source], _finite(snapshot.probes[source]))
+        for role, source in sources.items():
 
-            def write(directory: Path, state: State = state) -> None:
+            def write(directory: Path, state: State = published[source]) -> None:
                 write_state(state, directory)
 
-            self._store.publish(role, snapshot.version, write, snapshot.metadata)
+            metadata: dict[str, Any] = {"obrs_lambda": snapshot.obrs_lambda}
+            if (probe := _finite(snapshot.probes[source])) is not None:
+                metadata[METADATA_KEY] = probe.as_json()
+            self._store.publish(role, snapshot.version, write, metadata)
             self._store.prune(role, self._job.weights.keep_versions, self._checkpointed())
 
     def export(self, trainer: BatchTrainer) -> None:
@@ -125,3 +137,11 @@ class WeightPublisher:
         if not isinstance(self._job.actor, str) and self._job.actor.weights == "policy":
             sources["actor"] = "policy"
         return sources
+
+
+def _finite(probe: WeightProbe) -> WeightProbe | None:
+    """The probe; None of weights that give no finite log-probabilities. They say so themselves when they sample."""
+    if all(map(math.isfinite, probe.logprobs)):
+        return probe
+    LOG.error("the weights give log-probabilities that are not finite")
+    return None

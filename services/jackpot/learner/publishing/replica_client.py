@@ -12,6 +12,8 @@ from typing import Any
 
 from jackpot.errors import EngineError, JackpotError
 from jackpot.rpc.channel import call
+from jackpot.rpc.proto import probe_to_proto
+from jackpot.storage.weight_probe import WeightProbe
 from jackpot.v1 import rollout_pb2
 
 # Name, torch's name of the dtype, shape; in sending order.
@@ -52,15 +54,16 @@ class ReplicaClient:
         self._timeout_seconds = timeout_seconds
         self._version = -1
         self._layout: Layout = ()
+        self._probe: WeightProbe | None = None
 
     @property
     def world_size(self) -> int:
         """The learner and all workers."""
         return 1 + self._workers * len(self._stubs)
 
-    def announce(self, version: int, layout: Layout) -> None:
+    def announce(self, version: int, layout: Layout, probe: WeightProbe | None) -> None:
         """Set the next update."""
-        self._version, self._layout = version, layout
+        self._version, self._layout, self._probe = version, layout, probe
 
     def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
         """Have every replica join the group; returns once all have.
@@ -107,7 +110,7 @@ class ReplicaClient:
         Raises:
             JackpotError: a replica could not.
         """
-        self._stage(finish=rollout_pb2.TransferFinish())
+        self._stage(finish=probe_to_proto(self._probe))
 
     def _stage(self, **stage: Any) -> None:
         request = rollout_pb2.TransferWeightsRequest(session=self.session, version=self._version, **stage)

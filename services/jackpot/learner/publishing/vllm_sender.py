@@ -28,6 +28,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (  # noqa: E402
 
 from jackpot.compute.ranks.gloo_group import GlooGroup  # noqa: E402
 from jackpot.learner.publishing.replica_client import Layout, ReplicaClient  # noqa: E402
+from jackpot.storage.weight_probe import WeightProbe  # noqa: E402
 
 # Two such buffers on each GPU; larger ones are no faster.
 BUFFER_BYTES = 256 << 20
@@ -131,7 +132,7 @@ class VllmSender:
             )
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
 
-    def send(self, version: int, state: Mapping[str, Tensor]) -> None:
+    def send(self, version: int, state: Mapping[str, Tensor], probe: WeightProbe | None) -> None:
         """Send a version to every replica of the group.
 
         Raises:
@@ -143,7 +144,7 @@ class VllmSender:
         layout: Layout = [
             (meta.name, str(meta.dtype).removeprefix("torch."), list(meta.shape)) for meta in self._source.metadata()
         ]
-        self._client.announce(version, layout)
+        self._client.announce(version, layout, probe)
         try:
             self._engine.send_weights()
         finally:

@@ -18,6 +18,7 @@ from jackpot.learner.models.trained_models import TrainedModels
 from jackpot.learner.ranks.batch_broadcast import StepManifest, batch_from_bytes, batch_to_bytes, manifest_to_bytes
 from jackpot.learner.trainer import Trainer
 from jackpot.scoring.batch import Batch
+from jackpot.storage.weight_probe import WeightProbe
 from jackpot.trajectory import Role, ScoredGroup
 
 LOG = logging.getLogger(__name__)
@@ -62,6 +63,13 @@ class LeadTrainer:
         with self._orders.give("weights", role=role):
             return self._part.weights(role)
 
+    def probe(self, role: Role) -> WeightProbe:
+        """As :meth:`Trainer.probe`."""
+        if role not in self.models.learnables:
+            return self._part.probe(role)  # frozen: this rank's model is whole
+        with self._orders.give("probe", role=role):
+            return self._part.probe(role)
+
     def begin_checkpoint(self, store: CheckpointStore, progress: Progress) -> PendingCheckpoint:
         """As :meth:`Trainer.begin_checkpoint`, on all ranks."""
         with self._orders.give("checkpoint", step=progress.step):
@@ -104,6 +112,8 @@ def follow(trainer: Trainer, store: CheckpointStore, ranks: Ranks, source: Group
                     trainer.train_batch(batch, order.details["first_step"])
                 case "weights":
                     trainer.weights(order.details["role"])
+                case "probe":
+                    trainer.probe(order.details["role"])
                 case "checkpoint":
                     if pending is not None:
                         pending.finish()

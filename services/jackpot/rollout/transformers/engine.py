@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jackpot.compute.model_weights import apply_state, hub_format, read_tensors
+from jackpot.compute.model_weights import apply_state, hub_format, own_tensors, read_tensors
 from jackpot.compute.models import vocabulary_size
-from jackpot.errors import EngineError, QueueFullError
+from jackpot.compute.probe_pass import probe_logprobs
+from jackpot.errors import EngineError, QueueFullError, WeightCorruptError
 from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits, check_request
 from jackpot.rollout.transformers.decode_batch import DecodeBatch, eos_token_ids
 from jackpot.rollout.transformers.rows import Row
+from jackpot.storage.weight_probe import ProbeCheck, WeightProbe
 from jackpot.trajectory import Trajectory
 
 LOG = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class _Pending:
 class _Swap:
     version: int
     state: Mapping[str, Tensor]
+    probe: WeightProbe | None
     done: Future[None]
 
 
@@ -94,6 +97,7 @@ class TransformersEngine:
         )
         self._model = model
         self._names = hub_format(model)
+        self._probe_check = ProbeCheck(str(model.dtype).removeprefix("torch."))
         self._batch = DecodeBatch(model, eos_token_ids(model))
         self._max_batch_size = max_batch_size
         self._max_queue = max_queue
@@ -136,13 +140,13 @@ class TransformersEngine:
                     self._any_cancelled = True
                     self._wake.notify()
 
-    async def load_weights(self, version: int, directory: Path) -> None:
+    async def load_weights(self, version: int, directory: Path, probe: WeightProbe | None = None) -> None:
         """See :class:`RolloutEngine`."""
         if version <= self.version:
             return
         # Read and checked while sampling continues; only the copy happens between two tokens.
         state = await asyncio.to_thread(read_tensors, directory, self._names)
-        swap = _Swap(version, state, _uncancellable())
+        swap = _Swap(version, state, probe, _uncancellable())
         with self._wake:
             self._require_running()
             self._swaps.append(swap)
@@ -229,12 +233,35 @@ class TransformersEngine:
         with self._wake:
             swaps, self._swaps = list(self._swaps), deque()
         newest = max(swaps, key=lambda swap: swap.version, default=None)
-        if newest is not None and newest.version > self.version:
-            apply_state(self._model, newest.state)
-            self.version = newest.version
-            self._attempt(lambda: self._batch.change_version(self.version))
+        try:
+            if newest is not None and newest.version > self.version:
+                self._take_up(newest)
+        except WeightCorruptError as error:
+            for swap in swaps:
+                swap.done.set_exception(error)
+            return
         for swap in swaps:
             swap.done.set_result(None)
+
+    def _take_up(self, swap: _Swap) -> None:
+        """Use new weights; on a WeightCorruptError the model has its old ones."""
+        if swap.probe is None:
+            apply_state(self._model, swap.state)
+        else:
+            self._apply_checked(swap, swap.probe)
+        self.version = swap.version
+        self._attempt(lambda: self._batch.change_version(self.version))
+
+    def _apply_checked(self, swap: _Swap, probe: WeightProbe) -> None:
+        if self.version == NO_VERSION and self._probe_check.compares_initial(probe):
+            self._probe_check.measure_initial(probe, probe_logprobs(self._model, probe.token_ids))
+        before = {name: tensor.clone() for name, tensor in own_tensors(self._model)[0].items()}
+        apply_state(self._model, swap.state)
+        try:
+            self._probe_check.check(probe, probe_logprobs(self._model, probe.token_ids), swap.version)
+        except WeightCorruptError:
+            apply_state(self._model, before)
+            raise
 
     def _forget_cancelled(self) -> None:
         with self._wake:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm import SamplingParams
-from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -23,6 +22,8 @@ from jackpot.rollout.vllm.outputs import NO_VERSION, trajectory_from_output
 from jackpot.rollout.vllm.receiver import VllmReceiver
 from jackpot.rollout.vllm.stats import EngineCounts
 from jackpot.rollout.vllm.vocabulary import SETTING
+from jackpot.rollout.vllm.weight_swap import WeightSwap
+from jackpot.storage.weight_probe import WeightProbe
 from jackpot.trajectory import GroupKey, Trajectory
 
 LOG = logging.getLogger(__name__)
@@ -66,8 +67,9 @@ class VllmEngine:
         self._running: set[asyncio.Task[Any]] = set()
         self._request_numbers = itertools.count()
         self._swapping = asyncio.Lock()
+        self._dropped: set[asyncio.Task[Any]] = set()
+        self._weights = WeightSwap(llm, self._drop_running)
         self.receiver = VllmReceiver(llm, self._swapping, self._swap, lambda: self.version)
-        self._failure: EngineError | None = None
         self._closed = False
 
     def check(self, request: GroupRequest) -> None:
@@ -92,6 +94,8 @@ class VllmEngine:
             work.cancel()
             if self._closed:
                 raise EngineError(_STOPPED) from None
+            if work in self._dropped:
+                raise EngineError("the weights it was sampled with were refused. Send the request again.") from None
             raise
         except EngineDeadError as error:
             raise EngineError(f"vLLM's engine process has died ({error}).") from error
@@ -99,9 +103,10 @@ class VllmEngine:
             raise EngineError(f"vLLM failed ({error.__cause__!r}).") from error
         finally:
             self._running.discard(work)
+            self._dropped.discard(work)
             self._num_open -= request.num_trajectories
 
-    async def load_weights(self, version: int, directory: Path) -> None:
+    async def load_weights(self, version: int, directory: Path, probe: WeightProbe | None = None) -> None:
         """See :class:`RolloutEngine`."""
         async with self._swapping:
             if version <= self.version:
@@ -110,7 +115,7 @@ class VllmEngine:
             try:
                 await self._read(str(directory))
                 # The engine must not stay paused when the caller goes away.
-                await asyncio.shield(asyncio.create_task(self._swap(version, str(directory))))
+                await asyncio.shield(asyncio.create_task(self._swap(version, str(directory), probe)))
             except EngineDeadError as error:
                 raise EngineError(f"vLLM's engine process has died ({error}).") from error
 
@@ -123,8 +128,8 @@ class VllmEngine:
     async def wait_failed(self) -> None:
         """See :class:`RolloutEngine`."""
         while not self._closed:
-            if self._failure is not None:
-                raise self._failure
+            if self._weights.failure is not None:
+                raise self._weights.failure
             if self._llm.errored:
                 raise EngineError("vLLM's engine process has died. Its last lines are in this process's log.")
             await asyncio.sleep(_HEALTH_SECONDS)
@@ -143,7 +148,7 @@ class VllmEngine:
             await asyncio.to_thread(self._llm.shutdown)
 
     def _require_running(self) -> None:
-        if self._closed or self._failure is not None or self._llm.errored:
+        if self._closed or self._weights.failure is not None or self._llm.errored:
             raise EngineError(_STOPPED)
 
     async def _sample(self, request: GroupRequest) -> list[Trajectory]:
@@ -155,6 +160,7 @@ class VllmEngine:
         final = None
         async for output in self._llm.generate(prompt, params, request_id, priority=_priority(request.group_id)):
             final = output
+        await self._weights.settled.wait()
         assert final is not None
         return [
             trajectory_from_output(request, index, final.outputs[0 if greedy else index])
@@ -195,35 +201,14 @@ class VllmEngine:
             raise WeightCorruptError(message)
         raise EngineError(f"a worker could not read {directory}: {message}")
 
-    async def _swap(self, version: int, source: str) -> None:
-        # `keep` and a cleared cache: running requests continue, and their keys and values are recomputed.
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
-        try:
-            await self._apply(version, source)
-            self.version = version
-        finally:
-            await self._llm.resume_generation()
+    async def _swap(self, version: int, source: str, probe: WeightProbe | None) -> None:
+        await self._weights.swap(self.version, version, source, probe)
+        self.version = version
 
-    async def _apply(self, version: int, source: str) -> None:
-        try:
-            await self._llm.start_weight_update()
-            await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"source": source}))
-            await self._llm.finish_weight_update(weight_version=str(version))
-        except EngineDeadError:
-            raise
-        except Exception as error:  # a worker's error arrives as a bare Exception
-            LOG.exception("version %d could not be applied; version %d is restored", version, self.version)
-            await self._roll_back(version, error)
-
-    async def _roll_back(self, version: int, cause: Exception) -> None:
-        try:
-            await self._llm.collective_rpc("roll_back_weights")
-        except Exception as error:  # the same
-            self._failure = EngineError(
-                f"version {version} could not be applied ({cause}), nor the previous one restored ({error})."
-            )
-            raise self._failure from error
-        raise WeightCorruptError(f"version {version} could not be applied: {cause}") from cause
+    def _drop_running(self) -> None:
+        self._dropped |= self._running
+        for work in self._running:
+            work.cancel()
 
 
 def _priority(group_id: str) -> int:

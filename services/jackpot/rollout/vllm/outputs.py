@@ -50,5 +50,10 @@ def _columns(flat: Any, num_tokens: int) -> tuple[Any, Any]:
     )
 
 
+def version_label(version: int) -> str:
+    """vLLM's name for the weights of a version."""
+    return _FIRST_WEIGHTS if version == NO_VERSION else str(version)
+
+
 def _version(label: str) -> int:
     return NO_VERSION if label == _FIRST_WEIGHTS else int(label)

@@ -16,6 +16,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from jackpot.errors import DeadlineError, EngineError, WeightCorruptError, WeightMissingError
 from jackpot.rollout.engine import TensorLayout
+from jackpot.storage.weight_probe import WeightProbe
 
 LOG = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class VllmReceiver:
     Args:
         llm: the engine.
         swapping: held while weights change.
-        take_up: applies a version that every worker has in memory, given its number and source.
+        take_up: applies a version that every worker has in memory, given its number, source and probe.
         held: the version held.
     """
 
@@ -36,7 +37,7 @@ class VllmReceiver:
         self,
         llm: AsyncLLM,
         swapping: asyncio.Lock,
-        take_up: Callable[[int, str], Awaitable[None]],
+        take_up: Callable[[int, str, WeightProbe | None], Awaitable[None]],
         held: Callable[[], int],
     ) -> None:
         self.session = ""
@@ -81,7 +82,7 @@ class VllmReceiver:
                 if self._pauses:
                     await self._llm.resume_generation()
 
-    async def finish(self, session: str, version: int) -> int:
+    async def finish(self, session: str, version: int, probe: WeightProbe | None = None) -> int:
         """See :class:`WeightReceiver`."""
         self._require_announced(session, version)
         self._announced = None
@@ -89,7 +90,8 @@ class VllmReceiver:
             if version > self._held():
                 try:
                     # The engine must not stay paused when the caller goes away.
-                    await asyncio.shield(asyncio.ensure_future(self._take_up(version, _source(session, version))))
+                    work = self._take_up(version, _source(session, version), probe)
+                    await asyncio.shield(asyncio.ensure_future(work))
                 except EngineDeadError as error:
                     raise EngineError(f"vLLM's engine process has died ({error}).") from error
         return self._held()

@@ -88,6 +88,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         self._held: list[BinaryIO] = [path.open("rb") for path in files]
         self._held_state: Mapping[str, Tensor] | None = None  # instead of files, for a version that was broadcast
         self._touched = False
+        self._applied: _Reading | None = None  # in the model, and not yet found right
 
     def init_transfer_engine(self, init_info: StoreInitInfo) -> None:
         """Nothing to do."""
@@ -161,11 +162,17 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         if reading.state is None:
             raise RuntimeError(reading.outcome[1])
         self._touched = True
+        self._applied = reading
         self._apply(reading.state.items())
-        self._touched = False
+
+    def keep(self) -> None:
+        """The weights applied last are right: they are what later failures roll back to."""
+        if self._applied is None:
+            return
         self._close_files()
-        self._held = reading.files
-        self._held_state = None if reading.files else reading.state
+        self._held = self._applied.files
+        self._held_state = None if self._applied.files else self._applied.state
+        self._touched, self._applied = False, None
 
     def roll_back(self) -> None:
         """Restore the previous weights from their source."""
@@ -178,7 +185,7 @@ class StoreTransferEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
             for file in self._held:
                 file.seek(0)
             self._apply(pair for file in self._held for pair in safetensors.torch.load(file.read()).items())
-        self._touched = False
+        self._touched, self._applied = False, None
         LOG.warning("the previous weights were restored")
 
     def _begin(self, origin: str, source: str, work: Callable[[_Reading], None]) -> None:
@@ -278,6 +285,10 @@ class WeightReading:
     def leave_group(self) -> None:
         """Leave the broadcast group, even in the middle of a broadcast."""
         self.weight_transfer_engine.leave()
+
+    def keep_weights(self) -> None:
+        """See :meth:`StoreTransferEngine.keep`."""
+        self.weight_transfer_engine.keep()
 
     def roll_back_weights(self) -> None:
         """Undo an update that failed."""

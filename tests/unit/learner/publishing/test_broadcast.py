@@ -19,11 +19,14 @@ from jackpot.errors import ConfigError, WeightCorruptError
 from jackpot.learner.publishing.broadcast import Outcome, WeightBroadcaster, connect_broadcaster, own_host
 from jackpot.learner.publishing.replica_client import ReplicaClient
 from jackpot.rpc.channel import open_channel
+from jackpot.rpc.proto import probe_from_proto
 from jackpot.rpc.server import RpcServer, create_server
+from jackpot.storage.weight_probe import WeightProbe
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc
 
 STATE = {"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}
 LAYOUT = [("a", "float32", [2, 3]), ("b", "bfloat16", [4])]
+PROBE = WeightProbe([3, 4, 5], [-0.1, -2.3], [-0.2, -2.5], "bfloat16")
 PATIENCE = 10.0
 
 
@@ -36,6 +39,7 @@ class ScriptedReplica(rollout_pb2_grpc.RolloutServiceServicer):
         self.version = -1
         self.ranks: list[tuple[int, int]] = []
         self.layout: list[Any] = []
+        self.probe: WeightProbe | None = None
         self.refuse = ""
         self.broadcast = threading.Event()
 
@@ -61,6 +65,7 @@ class ScriptedReplica(rollout_pb2_grpc.RolloutServiceServicer):
             self.events.append("received")
         else:
             self.version = request.version
+            self.probe = probe_from_proto(request.finish)
         return rollout_pb2.TransferWeightsResponse(version=self.version)
 
 
@@ -73,8 +78,8 @@ class ScriptedSender:
         info = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": client.world_size}
         client.init_weight_transfer_engine(info | {"packed": True, "packed_buffer_size_bytes": 1 << 20})
 
-    def send(self, version: int, state: Mapping[str, torch.Tensor]) -> None:
-        self.client.announce(version, LAYOUT)
+    def send(self, version: int, state: Mapping[str, torch.Tensor], probe: WeightProbe | None) -> None:
+        self.client.announce(version, LAYOUT, probe)
         self.client.start_weight_update()
         names, dtypes, shapes = ([row[i] for row in LAYOUT] for i in range(3))
         update = {"names": names, "dtype_names": dtypes, "shapes": shapes}
@@ -143,7 +148,7 @@ class World:
     async def send(self, broadcaster: WeightBroadcaster, version: int) -> Outcome:
         for replica in self.replicas:
             replica.broadcast.clear()
-        return await asyncio.to_thread(broadcaster.send, version, STATE)
+        return await asyncio.to_thread(broadcaster.send, version, STATE, PROBE)
 
 
 @pytest.fixture
@@ -166,6 +171,7 @@ async def test_replicas_receive_while_the_learner_broadcasts_and_join_once(world
         assert events.count("broadcast") == 2
         assert events.index("start") < events.index("broadcast") < events.index("received")
         assert replica.layout == LAYOUT
+        assert replica.probe == PROBE
         assert replica.version == 8
     # Two workers each, after the learner's rank 0.
     assert [replica.ranks for replica in world.replicas] == [[(1, 5)], [(3, 5)]]

@@ -103,6 +103,13 @@ def test_two_ranks_train_as_one_process_does_and_one_process_goes_on_from_their_
     steps = json.loads((tmp_path / "ranks" / "metrics.json").read_text())
     seen = [row.get("rollout/canary_max_difference") for row in steps]
     assert seen[0] < 1e-4 and seen[1] < 1e-4 and seen[2] is None
+    probes = json.loads((tmp_path / "ranks" / "probes.json").read_text())
+    for role in trainer.models:
+        expected_probe = trainer.probe(role)
+        assert probes[role]["token_ids"] == expected_probe.token_ids
+        for name in ("logprobs", "initial_logprobs"):
+            # The weights differ by as much as assert_same_weights allows.
+            assert probes[role][name] == pytest.approx(getattr(expected_probe, name), rel=1e-3, abs=1e-4)
 
     store = CheckpointStore(tmp_path / "ranks" / "checkpoints", keep=2)
     path = store.latest()
