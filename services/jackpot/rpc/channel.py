@@ -128,6 +128,11 @@ async def call(
 def _from_status(error: grpc.aio.AioRpcError, timeout_seconds: float, awaited: str) -> JackpotError:
     code = error.code()
     message = f"{awaited}: {error.details() or code.name}"
+    if code is grpc.StatusCode.CANCELLED:
+        # Not by this side, which would see asyncio's own error.
+        message = (
+            f"{awaited}: cancelled by the server or on the way ({error.details() or 'no details'}). Send it again."
+        )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         for key, value in error.trailing_metadata() or ():
             if key == RETRY_AFTER:

@@ -3,6 +3,7 @@ status codes, counts and times."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -101,6 +102,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except JackpotError as error:
                 code = status_of(error)
                 await _abort(context, code, error)
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                code = grpc.StatusCode.UNAVAILABLE
+                LOG.warning("%s/%s was cancelled from inside", service, method)
+                await context.abort(code, f"{method} was cancelled inside the server. Send the request again.")
             except Exception as error:
                 code = grpc.StatusCode.INTERNAL
                 LOG.exception("%s/%s failed", service, method)
@@ -117,6 +124,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             LOG.warning("refused %s to a client whose certificate carries %s", method, shown)
             problem = f"only certificates that carry {self._peer_name} may call; yours carries {shown}"
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, problem)
+
+
+def _is_cancelled() -> bool:
+    """Whether gRPC cancels this call: its caller is gone, or the server stops. Otherwise something that the handler
+    awaits was cancelled, and gRPC would let the caller wait until its deadline."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _require_deadline(context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:

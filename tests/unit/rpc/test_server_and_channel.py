@@ -56,6 +56,12 @@ class Scoring(scoring_pb2_grpc.ScoringServiceServicer):
             raise ERRORS[group_id]
         if group_id == "abort":
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such group")
+        if group_id == "cancelled inside":
+            inner = asyncio.create_task(asyncio.sleep(600))
+            inner.cancel()
+            await inner
+        if group_id == "cancelled":
+            await context.abort(grpc.StatusCode.CANCELLED)
         if group_id == "hang":
             await asyncio.sleep(600)
         return scoring_pb2.ScoreResponse(
@@ -142,6 +148,14 @@ async def test_a_call_without_a_deadline_is_refused_with_the_remedy(stub: scorin
         ("own", "INTERNAL", EngineError, "no idea"),
         ("bug", "INTERNAL", EngineError, "ZeroDivisionError in Score; the traceback is in the server's log"),
         ("abort", "NOT_FOUND", EngineError, "no such group"),
+        # gRPC itself would not answer at all until the deadline.
+        (
+            "cancelled inside",
+            "UNAVAILABLE",
+            EngineError,
+            "Score was cancelled inside the server. Send the request again",
+        ),
+        ("cancelled", "CANCELLED", EngineError, "cancelled by the server or on the way (no details). Send it again."),
     ],
 )
 async def test_errors_travel_as_status_codes_and_come_back_as_errors(
