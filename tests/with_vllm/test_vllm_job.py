@@ -6,7 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from job_world import assert_ledger_adds_up, assert_mirror_agrees, jackpot_run, write_job
+
+from jackpot.process.processor import attends_in_8_bits
 
 NUM_STEPS = 40
 
@@ -45,7 +48,9 @@ def test_an_actor_that_is_the_policy_in_eight_bits_stays_close_to_it(
     job_file = write_job(tmp_path, make_model, steps=6)
     directory = tmp_path / "run"
     model = make_model("qwen3", seed=1)
-    formats = ["dtype=bfloat16", "quantization=fp8_per_channel", "kv_cache_dtype=fp8", "weights=policy", "train=false"]
+    cache = "fp8" if attends_in_8_bits() else "auto"
+    formats = ["dtype=bfloat16", "quantization=fp8_per_channel", f"kv_cache_dtype={cache}", "weights=policy"]
+    formats.append("train=false")
     overrides = [f"actor.{setting}" for setting in (f"model={model}", *formats)]
     arguments = [str(job_file), "rollout.engine=vllm", "orchestrator.max_staleness=0", *overrides]
     with jackpot_run(*arguments, "--run-dir", str(directory), directory=directory) as run:
@@ -58,6 +63,30 @@ def test_an_actor_that_is_the_policy_in_eight_bits_stays_close_to_it(
     assert (directory / "export" / "actor" / "model.safetensors").read_bytes() == (
         directory / "export" / "policy" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_neox"])
+def test_a_policy_that_samples_for_itself_accepts_its_own_tokens(
+    tmp_path: Path, make_model: Callable[..., Path], architecture: str
+) -> None:
+    """Of a mixture of experts, and of a model that vLLM runs on its transformers backend."""
+    steps = 4
+    job_file = write_job(tmp_path, make_model, steps=steps)
+    directory = tmp_path / "run"
+    settings = ["actor=policy", "rollout.engine=vllm", "orchestrator.max_staleness=0", "evaluation.every=1000"]
+    arguments = [str(job_file), f"policy.model={make_model(architecture, seed=1)}", *settings]
+    with jackpot_run(*arguments, "--run-dir", str(directory), directory=directory) as run:
+        code, _, stderr = run.finish()
+    assert code == 0, stderr
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["staleness/max"] for row in rows] == [0.0] * steps
+    # min(1, p/p_inf), of log-probabilities that two kernels compute in float32.
+    assert [row["rollout_corr/obrs_acceptance_rate"] for row in rows] == pytest.approx([1.0] * steps, abs=1e-4)
+    assert "refused" not in (directory / "logs" / "rollout-0.log").read_text()
+    held = [
+        line for line in (directory / "logs" / "rollout-0.log").read_text().splitlines() if "weights loaded" in line
+    ]
+    assert held[-1].split("version=")[1].split()[0] >= str(steps - 1)
 
 
 def test_a_job_whose_weights_are_broadcast(tmp_path: Path, make_model: Callable[..., Path]) -> None:

@@ -17,6 +17,7 @@ from vllm_world import EngineElsewhere, EngineThread, SharedVllm
 
 from jackpot.config import ActorConfig, ModelConfig, RolloutConfig
 from jackpot.errors import ConfigError, EngineError, WeightCorruptError
+from jackpot.process.processor import attends_in_8_bits
 from jackpot.rollout.engine import GroupRequest
 from jackpot.trajectory import Trajectory
 
@@ -28,6 +29,7 @@ FullLogprobs = Callable[..., torch.Tensor]
 StartEngine = Callable[..., EngineElsewhere]
 
 NUM_UPDATES = 20
+needs_8_bit_attention = pytest.mark.skipif(not attends_in_8_bits(), reason="no AVX-512 or AMX: such a job is refused")
 
 
 def sampled_logprobs(expected: torch.Tensor, trajectory: Trajectory) -> np.ndarray:
@@ -198,7 +200,7 @@ async def test_weights_that_were_not_restored_end_the_replica(
     ("formats", "largest"),
     [
         ({"dtype": "bfloat16"}, 0.5),
-        ({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, 1.0),
+        pytest.param({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, 1.0, marks=needs_8_bit_attention),
         ({"dtype": "bfloat16", "quantization": "fp8_per_channel"}, 1.0),
     ],
     ids=["bf16", "bf16-fp8-cache", "fp8-weights"],
@@ -245,3 +247,6 @@ async def test_cheap_formats_stay_near_the_exact_model_after_an_update(
 async def test_temperatures_that_vllm_would_change_are_refused(start_engine: StartEngine, ask: Ask) -> None:
     with pytest.raises(ConfigError, match=r"sampling\.temperature = 0\.005: vLLM samples at no temperature between"):
         await start_engine().generate(ask(temperature=0.005))
+    with pytest.raises(ConfigError, match=r"sampling\.temperature = 2\.1: vLLM samples at no temperature above 2"):
+        await start_engine().generate(ask(temperature=2.1))
+    assert len(await start_engine().generate(ask(temperature=2.0))) == 1

@@ -19,6 +19,7 @@ from jackpot.config.service_sections import (
     ScorerConfig,
     WeightStoreConfig,
 )
+from jackpot.config.vllm import OTHER_TEMPERATURE, temperature_problem
 from jackpot.section import Number, Section
 
 
@@ -154,6 +155,18 @@ class JobSpec(Section):
                 "run.deterministic = true cannot be with rollout.engine = 'vllm', whose passes mix requests as they "
                 "come. Set rollout.engine to transformers, or leave deterministic out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_samples_at_these_temperatures(self) -> JobSpec:
+        if self.rollout.engine != "vllm":
+            return self
+        for name, temperature in (
+            ("sampling", self.sampling.temperature),
+            ("evaluation", self.evaluation_temperature),
+        ):
+            if (problem := temperature_problem(temperature)) is not None:
+                raise ValueError(f"{name}.temperature = {temperature:g}: {problem}. {OTHER_TEMPERATURE}")
         return self
 
     @model_validator(mode="after")

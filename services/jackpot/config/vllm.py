@@ -8,6 +8,21 @@ from pydantic import Field, field_validator
 
 from jackpot.section import Number, PositiveInt, Section
 
+# vLLM silently raises lower temperatures to this, and its log-probabilities would then not match the request. Above the
+# other it refuses each request.
+LOWEST_TEMPERATURE = 0.01
+HIGHEST_TEMPERATURE = 2.0
+OTHER_TEMPERATURE = "Use 0 (greedy, in evaluations) or a temperature in between, or rollout.engine transformers."
+
+
+def temperature_problem(temperature: float) -> str | None:
+    """Why vLLM cannot sample at a temperature; None if it can."""
+    if temperature == 0 or LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        return None
+    if temperature < LOWEST_TEMPERATURE:
+        return f"vLLM samples at no temperature between 0 and {LOWEST_TEMPERATURE}"
+    return f"vLLM samples at no temperature above {HIGHEST_TEMPERATURE:g}"
+
 
 class VllmConfig(Section):
     """vLLM's own settings. The number formats of the model are under ``actor``."""

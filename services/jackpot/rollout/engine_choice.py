@@ -8,7 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 
 from jackpot.config import ActorConfig, JobSpec, ModelConfig
 from jackpot.config.environment import ServiceEnvironment
+from jackpot.config.vllm import OTHER_TEMPERATURE, temperature_problem
 from jackpot.errors import ConfigError
+from jackpot.process.processor import refuse_8_bit_cache
 from jackpot.rollout.engine import RolloutEngine
 from jackpot.storage.model_configuration import read_served_context
 from jackpot.telemetry import Metrics
@@ -30,6 +32,8 @@ def create_engine(job: JobSpec, environment: ServiceEnvironment, metrics: Metric
     if name == "vllm" and job.run.deterministic:
         remedy = "Set rollout.engine to transformers, or leave deterministic out."
         raise ConfigError("run.deterministic", True, f"is beyond the vLLM engine ({reason})", remedy)
+    if name == "vllm":
+        _refuse_temperatures(job, reason)
     if name == "transformers":
         _refuse_cheap_formats(job, environment, reason)
         if job.weights.transport != "store":
@@ -99,6 +103,17 @@ def _refuse_cheap_formats(job: JobSpec, environment: ServiceEnvironment, reason:
             raise ConfigError(f"actor.{name}", value, problem, "Set rollout.engine to vllm, or use actor.dtype.")
 
 
+def _refuse_temperatures(job: JobSpec, reason: str) -> None:
+    for field, temperature in (
+        ("sampling.temperature", job.sampling.temperature),
+        ("evaluation.temperature", job.evaluation_temperature),
+    ):
+        if (problem := temperature_problem(temperature)) is not None:
+            raise ConfigError(
+                field, temperature, f"{problem}, and this is the vLLM engine ({reason})", OTHER_TEMPERATURE
+            )
+
+
 def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> RolloutEngine:
     from jackpot.compute.common_vocabulary import common_vocabulary
     from jackpot.compute.models import load_causal_lm, resolve_device, set_threads
@@ -134,6 +149,8 @@ def _vllm(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> Ro
     if job.weights.transport == "nccl" and is_cpu_build():
         problem = "this is vLLM's CPU build, and NCCL goes from GPU to GPU"
         raise ConfigError("weights.transport", "nccl", problem, "Use store.")
+    if is_cpu_build() and environment.role == "actor":
+        refuse_8_bit_cache(job)
     config, field = _model_of(job, environment)
     return create_vllm_engine(
         config,

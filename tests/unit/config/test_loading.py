@@ -377,12 +377,26 @@ ACTOR: dict[str, Any] = {"model": "m", "train": False}
             {"actor": ACTOR | {"kv_cache_dtype": "fp8"}, "rollout": {"engine": "transformers"}},
             "actor.kv_cache_dtype = 'fp8' is beyond the transformers engine",
         ),
+        (
+            {"sampling": {"temperature": 2.5}, "rollout": {"engine": "vllm"}},
+            "sampling.temperature = 2.5: vLLM samples at no temperature above 2",
+        ),
+        (
+            {"evaluation": {"temperature": 0.001}, "rollout": {"engine": "vllm"}},
+            "evaluation.temperature = 0.001: vLLM samples at no temperature between 0 and 0.01",
+        ),
         ({"rollout": {"vllm": {"lora": {"rank": 8}}}}, "LoRA is not supported"),
         ({"rollout": {"vllm": {"gpu_memory_fraction": 1.5}}}, "less than or equal to 1"),
     ],
 )
-def test_cheap_actors_that_cannot_work_are_refused(sections: dict[str, Any], problem: str) -> None:
+def test_what_an_engine_cannot_do_is_refused(sections: dict[str, Any], problem: str) -> None:
     assert problem in str(problem_with(**sections))
+
+
+def test_temperatures_that_only_vllm_refuses_are_left_to_the_engine_that_auto_takes() -> None:
+    assert parse_job(MINIMAL | {"sampling": {"temperature": 2.5}}).sampling.temperature == 2.5
+    vllm = {"rollout": {"engine": "vllm"}, "evaluation": {"temperature": 0}, "sampling": {"temperature": 2}}
+    assert parse_job(MINIMAL | vllm).evaluation_temperature == 0
 
 
 def test_an_actor_may_be_the_policy_in_a_cheaper_format() -> None:

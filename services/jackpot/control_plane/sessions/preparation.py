@@ -16,6 +16,7 @@ from jackpot.demo.recipe import builtin_models_missing, is_builtin, make_command
 from jackpot.errors import ConfigError, JackpotError, ObjectStoreError
 from jackpot.orchestrator.preflight import validate_job
 from jackpot.process.children import ending_with_us
+from jackpot.process.processor import has_cpu_build, refuse_8_bit_cache
 from jackpot.storage.objects import Objects
 from jackpot.telemetry.logs import redact_url
 
@@ -42,6 +43,8 @@ def prepare_models(job: JobSpec) -> JobSpec:
         JackpotError: the built-in models could not be made.
     """
     require_trackers(job)
+    if job.rollout.engine == "vllm" and has_cpu_build():
+        refuse_8_bit_cache(job)
     check_bus_url(job)  # first, because it is quick: models take half a minute to make
     check_weight_store(job)
     make_builtin_models(job)

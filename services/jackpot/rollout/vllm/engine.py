@@ -16,6 +16,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from jackpot.config.vllm import OTHER_TEMPERATURE, temperature_problem
 from jackpot.errors import ConfigError, EngineError, QueueFullError, WeightCorruptError
 from jackpot.rollout.engine import EngineStatus, GroupRequest, ModelLimits, check_request
 from jackpot.rollout.vllm.outputs import NO_VERSION, trajectory_from_output
@@ -29,8 +30,6 @@ from jackpot.trajectory import GroupKey, Trajectory
 LOG = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 0.25
-# vLLM silently raises lower temperatures to this, and its log-probabilities would then not match the request.
-LOWEST_TEMPERATURE = 0.01
 _POLL_SECONDS = 0.01
 _HEALTH_SECONDS = 0.2
 _STOPPED = "the engine has stopped. Send the request to another replica."
@@ -75,9 +74,9 @@ class VllmEngine:
     def check(self, request: GroupRequest) -> None:
         """See :class:`RolloutEngine`."""
         check_request(request, self.limits, self._max_queue)
-        if 0 < request.sampling.temperature < LOWEST_TEMPERATURE:
-            problem = f"vLLM samples at no temperature between 0 and {LOWEST_TEMPERATURE}"
-            raise ConfigError("sampling.temperature", request.sampling.temperature, problem, "Use 0 (greedy) or more.")
+        temperature = request.sampling.temperature
+        if (problem := temperature_problem(temperature)) is not None:
+            raise ConfigError("sampling.temperature", temperature, problem, OTHER_TEMPERATURE)
 
     async def generate(self, request: GroupRequest) -> list[Trajectory]:
         """See :class:`RolloutEngine`."""

