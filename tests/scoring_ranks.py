@@ -21,6 +21,7 @@ from jackpot.bus.payload_format import decode_group, decode_scored, encode_group
 from jackpot.compute.ranks.group import Ranks
 from jackpot.config import JobSpec
 from jackpot.config.environment import ServiceEnvironment
+from jackpot.scorer.target import TargetPolicy
 from jackpot.trajectory import Group, ScoredGroup
 
 
@@ -83,8 +84,24 @@ def main(directory: Path) -> None:
             groups = [decode_group(data) for data in read(directory / f"groups-{version}.bin")]
             scored = scorer.score_groups(groups)
             write(directory / f"scored-{index}-{version}.bin", [encode_scored(one) for one in scored])
+        refuse_another(directory, target)
         members.orders.dismiss(0)
     leave_ranks()
+
+
+def refuse_another(directory: Path, target: TargetPolicy) -> None:
+    """Version 2 carries the probe of version 1, which all ranks hold again then."""
+    from jackpot.errors import WeightCorruptError
+
+    make_newest(directory, 2)
+    pending = target.read_newer()
+    assert pending is not None
+    try:
+        target.apply(pending)
+    except WeightCorruptError:
+        assert target.version == 1
+    else:
+        raise AssertionError("a version that does not give its probe is in use")
 
 
 def note_held_bytes(directory: Path, ranks: Ranks, job: JobSpec) -> None:

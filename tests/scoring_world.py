@@ -103,10 +103,10 @@ class World:
         model = self.policies[version] = make_policy(100 + version)
         self.store.publish("policy", version, lambda directory: save_weights(model, directory), metadata)
 
-    def publish_actor(self, version: int) -> None:
+    def publish_actor(self, version: int, **metadata: Any) -> None:
         """Publish one more actor version."""
         model = self.actors[version] = make_actor(200 + version)
-        self.store.publish("actor", version, lambda directory: save_weights(model, directory), {})
+        self.store.publish("actor", version, lambda directory: save_weights(model, directory), metadata)
 
     def damage_policy(self, version: int) -> None:
         """Flip a bit in a published version."""

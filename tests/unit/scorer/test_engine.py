@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from probe_world import probe_by_hand
 from prometheus_client import CollectorRegistry
 from scoring_world import World, make_actor, make_world, sample_group, until
 
@@ -110,6 +111,22 @@ async def test_a_damaged_version_is_counted_once_and_an_intact_one_never(world: 
     world.damage_policy(1)
     await engine.refresh()
     assert (engine.version, refused()) == (0, 1.0)
+    engine.close()
+
+
+async def test_a_version_that_does_not_give_its_probe_is_counted_and_another_stands_in(world: World) -> None:
+    registry = CollectorRegistry()
+    engine = make_engine(world.environment(), world.job(), Metrics("job-1", registry))
+    group = sample_group(world)
+    await engine.refresh()
+    (before,) = await engine.score([group])
+    world.publish_policy(1, probe=probe_by_hand(world.policies[0], world.policies[0]).as_json())  # of version 0
+    await engine.refresh()
+    (scored,) = await engine.score([group], 1)
+    assert (scored.policy_version, engine.version) == (0, 0)
+    assert (scored.scores[0].target_logprobs == before.scores[0].target_logprobs).all()
+    labels = {"job_id": "job-1", "role": "policy"}
+    assert registry.get_sample_value("jackpot_weights_refused_total", labels) == 1
     engine.close()
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from patience import TEST_SECONDS
+from probe_world import probe_by_hand
 from scoring_ranks import make_newest, score_on_ranks
-from scoring_world import World, make_world, sample_group, score_rounding
+from scoring_world import World, make_actor, make_policy, make_world, sample_group, score_rounding
 
 from jackpot.compute.ranks.group import leave_ranks
 from jackpot.compute.ranks.held_tensors import HeldTensors
@@ -25,8 +26,11 @@ FIGURES = ("target_logprobs", "acceptance_probs", "normalizer_head", "normalizer
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    world = make_world(tmp_path_factory.mktemp("world"), actor_versions=(0, 1, 2))
-    world.publish_policy(1)
+    world = make_world(tmp_path_factory.mktemp("world"), actor_versions=(0, 1))
+    world.publish_actor(2, probe=probe_by_hand(make_actor(202), world.actors[0]).as_json())
+    probe = probe_by_hand(make_policy(101), world.policies[0]).as_json()
+    world.publish_policy(1, probe=probe)
+    world.publish_policy(2, probe=probe)  # not its own
     return world
 
 
@@ -40,7 +44,8 @@ def alone(world: World, job: JobSpec, version: int, groups: list[Group]) -> list
 
 
 def test_two_ranks_score_as_one_process_does_with_every_normalizer_and_after_a_swap(world: World) -> None:
-    """Trajectories of mixed actor versions and lengths, several passes; then fewer trajectories than ranks."""
+    """Trajectories of mixed actor versions and lengths, several passes; then fewer trajectories than ranks; then a
+    version that does not give its probe, for which the one before stands in."""
     normalizers = ("tail", "union_tail", "union_kappa", "full")
     corrections = [{"name": "jackpot", "normalizer": name, "obrs_lambda": 1.3, "top_k": 5} for name in normalizers]
     scorer = {"processes": 2, "max_batch_tokens": 40, "device": "cpu"}

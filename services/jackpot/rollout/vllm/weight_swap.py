@@ -69,15 +69,16 @@ class WeightSwap:
         self._sampled_from = False
         try:
             found = await self._apply(version, source, probe)
-            if probe is not None:
-                for logprobs in found:
-                    self._check.check(probe, logprobs, version)
-                self._before = probe.token_ids, found
+            for logprobs in found:
+                assert probe is not None
+                self._check.check(probe, logprobs, version)
             await self._llm.collective_rpc("keep_weights")
+            self._before = None if probe is None else (probe.token_ids, found)
         except EngineDeadError:
             raise
         except Exception as error:  # a worker's error arrives as a bare Exception
-            LOG.exception("version %d is refused; version %d is restored", version, held)
+            # vLLM's process has logged a traceback where there is one to see.
+            LOG.error("version %d is refused, version %d is restored: %s", version, held, error)
             if self._sampled_from:
                 self._drop_running()
             await self._restore(held, version, error)
