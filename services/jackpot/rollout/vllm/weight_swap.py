@@ -78,7 +78,7 @@ class WeightSwap:
             raise
         except Exception as error:  # a worker's error arrives as a bare Exception
             # vLLM's process has logged a traceback where there is one to see.
-            LOG.error("version %d is refused, version %d is restored: %s", version, held, error)
+            LOG.error("version %d is refused, version %d is restored: %s", version, held, str(error))
             if self._sampled_from:
                 self._drop_running()
             await self._restore(held, version, error)
