@@ -17,6 +17,11 @@ import psutil
 import yaml
 from patience import PATIENCE_SECONDS
 
+from jackpot.bus.kept_trajectories import KeptTrajectories
+from jackpot.trajectory import seeded_as
+
+MAX_GROUP_BYTES = 1 << 20
+
 JACKPOT = [sys.executable, "-c", "from jackpot.cli import main; main()"]
 
 
@@ -139,6 +144,15 @@ def kill_group(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
+
+
+def sampled_tokens(directory: Path, batch: int) -> list[tuple[str, list[int], list[int]]]:
+    """What a batch was trained on: the name, apart from its job, prompt and completion of every trajectory."""
+    return [
+        (seeded_as(trajectory.trajectory_id), scored.group.prompt_token_ids.tolist(), trajectory.token_ids.tolist())
+        for scored in KeptTrajectories(directory, MAX_GROUP_BYTES).read(batch)
+        for trajectory in scored.group.trajectories
+    ]
 
 
 def assert_ledger_adds_up(summary: dict[str, Any], trained: int) -> None:

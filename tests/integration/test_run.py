@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from job_world import JACKPOT, assert_ledger_adds_up, assert_mirror_agrees, jackpot_run, write_job
+from job_world import JACKPOT, assert_ledger_adds_up, assert_mirror_agrees, jackpot_run, sampled_tokens, write_job
 from patience import PATIENCE_SECONDS, TEST_SECONDS
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,6 +110,12 @@ def test_corrections_are_compared_on_one_seed(tmp_path: Path, make_model: MakeMo
         job = json.loads((tmp_path / "compared" / method / "job.json").read_text())
         assert job["seed"] == comparison["seed"] == 7
         assert job["algorithm"]["correction"]["name"] == {"on-policy": "none"}.get(method, method)
+    # The same first batch wherever the same actor samples, though sampling overlaps training; the same prompts always.
+    first = {method: sampled_tokens(tmp_path / "compared" / method, 0) for method in comparison["runs"]}
+    assert len(first["jackpot"]) == 4
+    assert first["none"] == first["tis"] == first["jackpot"]
+    assert [prompt for _, prompt, _ in first["on-policy"]] == [prompt for _, prompt, _ in first["jackpot"]]
+    assert first["on-policy"] != first["jackpot"]
     # The same policy, asked the same questions before any training.
     assert len({summary["policy_accuracy"]["initial"] for summary in comparison["runs"].values()}) == 1
     assert json.loads((tmp_path / "compared" / "comparison.json").read_text()) == comparison

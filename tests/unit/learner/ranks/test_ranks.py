@@ -145,6 +145,28 @@ def test_four_ranks_go_on_from_the_checkpoint_of_one_process(
     assert_same_figures(tmp_path / "ranks", trainer, rows, batches[1])
 
 
+def test_kl_in_the_reward_is_the_same_over_two_ranks(
+    tmp_path: Path, make_job: MakeJob, make_trainer: MakeTrainer, make_groups: MakeGroups
+) -> None:
+    """Five groups and small passes: one rank repeats a sequence that does not count, and every rank needs the
+    divergence of all sequences, since advantages are of the whole batch."""
+    job = make_job(
+        "algorithm.kl_penalty={weight: 0.5, applied_to: reward}",
+        "algorithm.correction=tis",
+        "algorithm.advantage=reinforce_plus_plus",
+        "learner={lr: 0.01, groups_per_batch: 5, max_batch_tokens: 40}",
+    )
+    groups = [make_groups(job, seed=seed, num_groups=5) for seed in range(2)]
+    batches = batches_of(job, groups)
+    trainer, rows = trained_alone(job, make_trainer, batches)
+    plan = [["train", 0], ["train", 1]]
+    done = run_ranks(tmp_path / "ranks", with_processes(job, 2), batches, plan, 2, [*groups[0], *groups[1]])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_weights(tmp_path / "ranks", trainer, rows)
+    assert_same_figures(tmp_path / "ranks", trainer, rows, batches[0])
+    assert rows[1]["policy/kl_initial"] > 0
+
+
 def checkpointed(job: JobSpec) -> LearnerConfig:
     return job.learner.model_copy(update={"activation_checkpointing": True})
 
