@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from probe_world import probe_by_hand
 from prometheus_client import CollectorRegistry
-from scoring_world import World, make_actor, make_world, sample_group, until
+from scoring_world import World, make_world, sample_group, until
 
-from jackpot.errors import ConfigError, DeadlineError, ScoringError
+from jackpot.errors import DeadlineError, ScoringError
 from jackpot.scorer.engine import ScoringEngine
 from jackpot.scorer.service import make_engine
 from jackpot.scorer.target import PendingWeights
@@ -140,12 +140,6 @@ async def test_the_event_loop_stays_live_while_scoring(world: World, engine: Sco
         turns += 1
     await scoring
     assert turns > 2
-
-
-def test_models_without_a_shared_vocabulary_are_refused(world: World) -> None:
-    make_actor(3, vocabulary=64).save_pretrained(world.run_dir / "actor")
-    with pytest.raises(ConfigError, match="has 64 tokens and the policy 97"):
-        world.engine(world.job({"name": "jackpot", "normalizer": "full"}))
 
 
 async def test_scoring_goes_on_while_a_large_version_is_read(
