@@ -94,5 +94,5 @@ def test_candidates_that_nobody_needs_are_not_looked_at(make_deferral, group):
 def test_a_policy_of_unknown_vocabulary_is_a_configuration_error(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     job = parse_job({"policy": {"model": str(tmp_path)}, "actor": "policy", "task": {"name": "complement"}})
-    with pytest.raises(ConfigError, match=r"policy\.model = .*tells no vocab_size"):
+    with pytest.raises(ConfigError, match=r"policy\.model = .*does not state vocab_size"):
         Deferral(job)

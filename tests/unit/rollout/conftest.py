@@ -91,6 +91,7 @@ def full_logprobs() -> Callable[..., torch.Tensor]:
     def compute(model: PreTrainedModel, request: GroupRequest, token_ids: np.ndarray) -> torch.Tensor:
         ids = torch.from_numpy(np.concatenate([request.prompt_token_ids, token_ids]).astype(np.int64))
         exact = copy.deepcopy(model).double()
+        exact.set_experts_implementation("eager")  # the grouped kernels know no float64
         with torch.no_grad():
             logits = exact(input_ids=ids[None, :-1]).logits[0, len(request.prompt_token_ids) - 1 :]
         return torch.log_softmax(logits / (request.sampling.temperature or 1.0), dim=-1)
