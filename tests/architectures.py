@@ -57,14 +57,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_random_model(directory: Path, architecture: str, vocab_size: int, seed: int, **settings: Any) -> None:
+def write_random_model(directory: Path, architecture: str, seed: int, **settings: Any) -> None:
     """Write a model directory, without a tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    merged = {"vocab_size": vocab_size, **SIZES, **ARCHITECTURES[architecture], **settings}
+    merged = {**SIZES, **ARCHITECTURES[architecture], **settings}
     merged = {name: value for name, value in merged.items() if value is not None}
     with torch.random.fork_rng():
         torch.manual_seed(seed)

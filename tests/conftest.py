@@ -56,7 +56,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 
 
 def _write_model(directory: Path, architecture: str, seed: int, settings: dict[str, int]) -> None:
-    write_random_model(directory, architecture, 3 + len(CHARACTERS), seed, **settings)
+    write_random_model(directory, architecture, seed, **{"vocab_size": 3 + len(CHARACTERS), **settings})
     _write_tokenizer(directory)
 
 

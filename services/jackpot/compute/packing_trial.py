@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ from jackpot.compute.ranks.group import Ranks
 from jackpot.compute.shared_prompts import sees_all
 from jackpot.compute.varlen import HasKernel, attends_by_lengths, switched
 
+LOG = logging.getLogger(__name__)
+
 # Largest difference of hidden states accepted, relative to the largest: rounding, no more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02}
 _HALF_TOLERANCE = 0.1
@@ -27,8 +30,15 @@ _LONG_PROMPT = 4
 @torch.no_grad()
 def packs_exactly(model: PreTrainedModel) -> bool:
     """Whether it does, with its current attention. For a sharded model all ranks must call it."""
-    alone = _alone(model)
-    return _difference(_packed(model), alone) <= _tolerance(alone)
+    packed: Tensor | None = None
+    try:
+        packed = _packed(model)
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
+    except Exception as error:  # an architecture's own code may raise anything, such as at a row beyond its positions
+        LOG.info("%s cannot pass packed rows: %s", architecture(model), error)
+    alone = _alone(model)  # last, as below
+    return packed is not None and _difference(packed, alone) <= _tolerance(alone)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def test_a_policy_that_tells_no_vocabulary_is_named_where_the_orchestrator_needs
     (model / "config.json").write_text(json.dumps({**config, "vocab_size": None}))
     content = {"policy": {"model": str(model)}, "actor": "policy", "task": {"name": "complement"}}
     validate_job(parse_job(content, ["sampling.max_tokens=64"]))
-    with pytest.raises(ConfigError, match=r"policy\.model = .*tells no vocab_size"):
+    with pytest.raises(ConfigError, match=r"policy\.model = .*does not state vocab_size"):
         validate_job(parse_job(content, ["sampling.max_tokens=64", "scorer.reuse_reference=true"]))
 
 
