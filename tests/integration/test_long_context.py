@@ -77,7 +77,7 @@ async def test_each_service_and_the_export_have_the_same_factors(
         "learner": trainer.models["policy"],
         "engine": engine._model,  # type: ignore[attr-defined]
         "scorer": HeldPolicy(job.policy, "cpu").model,
-        "loop": _load(job.policy, "policy.model"),
+        "loop": _load(job.policy, "policy.model", 49),
         "export": AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "policy").eval(),
     }
     for name, model in models.items():
