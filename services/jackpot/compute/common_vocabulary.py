@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jackpot.config import JobSpec
 from jackpot.errors import ConfigError
+from jackpot.storage.model_configuration import text_part
 from jackpot.storage.model_files import COMPLETE, read_json
 
 
@@ -41,8 +42,7 @@ def vocabulary_rows(field: str, model: str) -> int:
     directory = Path(model)
     if not directory.is_dir():
         raise ConfigError(field, model, "is not a directory", "Give a directory in Hugging Face format.")
-    config = read_json(field, directory / "config.json")
-    try:
-        return int((config.get("text_config") or config)["vocab_size"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(field, model, "its config.json does not state vocab_size", COMPLETE) from None
+    rows = text_part(read_json(field, directory / "config.json")).get("vocab_size")
+    if not isinstance(rows, int) or rows < 1:
+        raise ConfigError(field, model, "its config.json does not state vocab_size", COMPLETE)
+    return rows

@@ -89,11 +89,11 @@ class Canary:
         self._keep(first_step)
         if not differences:
             return {}
-        found = torch.cat(differences).double()
+        difference = torch.cat(differences).double()
         return {
-            "rollout/canary_max_difference": float(found.abs().max()),
-            "rollout/canary_rms_difference": float(found.square().mean().sqrt()),
-            "rollout/canary_tokens": float(len(found)),
+            "rollout/canary_max_difference": float(difference.abs().max()),
+            "rollout/canary_rms_difference": float(difference.square().mean().sqrt()),
+            "rollout/canary_tokens": float(len(difference)),
         }
 
     def _keep(self, current: int) -> None:
@@ -127,22 +127,22 @@ class Canary:
     @contextmanager
     def _versions(self, current: int) -> Iterator[Callable[[int], None]]:
         """Gives what brings a version into the model. Afterwards it has its own weights again, to the bit."""
-        own: Mapping[str, Tensor] | None = None
+        current_state: Mapping[str, Tensor] | None = None
 
         def change(version: int) -> None:
-            nonlocal own
-            if version == current and own is None:
+            nonlocal current_state
+            if version == current and current_state is None:
                 return
-            if own is None:
-                own = self._held_tensors.copied()
-            self._held_tensors.apply(own if version == current else self._kept[version])
+            if current_state is None:
+                current_state = self._held_tensors.copied()
+            self._held_tensors.apply(current_state if version == current else self._kept[version])
 
         try:
             yield change
         finally:
-            if own is not None:
+            if current_state is not None:
                 release(self._model)
-                self._held_tensors.apply(own)
+                self._held_tensors.apply(current_state)
 
 
 def sampled_parts(batch: Batch, versions: set[int], limit: int, seed: int) -> list[Sample]:
@@ -188,7 +188,7 @@ def _on_all_ranks(samples: list[Sample], ranks: Ranks) -> list[Sample]:
     """Rank 0's samples on every rank."""
     if ranks.size == 1:
         return samples
-    told = [
+    sent = [
         [
             sample.version,
             [[p.trajectory_id, p.input_ids.tolist(), p.prompt_length, p.start, p.end] for p in sample.parts],
@@ -202,5 +202,5 @@ def _on_all_ranks(samples: list[Sample], ranks: Ranks) -> list[Sample]:
             [SequenceSlice(name, np.array(ids, dtype=np.int64), *where) for name, ids, *where in parts],
             torch.tensor(logprobs),
         )
-        for version, parts, logprobs in json.loads(ranks.broadcast(json.dumps(told).encode()))
+        for version, parts, logprobs in json.loads(ranks.broadcast(json.dumps(sent).encode()))
     ]

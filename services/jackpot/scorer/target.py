@@ -288,9 +288,9 @@ class ActorVersions:
         probe = self._probes[version]
         if probe is None:
             return
-        found = probe_logprobs(self._model, probe.token_ids)
+        logprobs = probe_logprobs(self._model, probe.token_ids)
         try:
-            self._probe_check.check(probe, found, version)
+            self._probe_check.check(probe, logprobs, version)
         except WeightCorruptError:
             del self._states[version], self._probes[version]
             raise
@@ -316,19 +316,19 @@ class ActorVersions:
 
     def _directory(self, version: int) -> tuple[Path, WeightProbe | None]:
         """A version's directory and probe, verified once by rank 0 for all ranks."""
-        told: dict[str, Any] = {}
+        answer: dict[str, Any] = {}
         if self._ranks.rank == 0:
             try:
                 metadata = self._store.manifest(self._role, version).metadata
-                told = {"path": str(self._store.open(self._role, version)), "metadata": metadata}
+                answer = {"path": str(self._store.open(self._role, version)), "metadata": metadata}
                 WeightProbe.from_metadata(metadata)
             except WeightError as error:
-                told = {"problem": str(error), "kind": type(error).__name__}
-        told = json.loads(self._ranks.broadcast(json.dumps(told).encode()))
-        if "path" in told:
-            return Path(told["path"]), WeightProbe.from_metadata(told["metadata"])
-        kind = WeightCorruptError if told["kind"] == WeightCorruptError.__name__ else WeightMissingError
-        raise kind(told["problem"])
+                answer = {"problem": str(error), "kind": type(error).__name__}
+        answer = json.loads(self._ranks.broadcast(json.dumps(answer).encode()))
+        if "path" in answer:
+            return Path(answer["path"]), WeightProbe.from_metadata(answer["metadata"])
+        kind = WeightCorruptError if answer["kind"] == WeightCorruptError.__name__ else WeightMissingError
+        raise kind(answer["problem"])
 
 
 def _load(config: ModelConfig, device: str, ranks: Ranks, vocabulary: int | None, *, field: str) -> PreTrainedModel:

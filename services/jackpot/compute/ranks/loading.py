@@ -104,20 +104,20 @@ def _take_up(path: Path, ranks: Ranks, device: torch.device, context_length: int
     """Another rank's part: receive rows as rank 0 reads them, and build their model."""
     parts: list[Tensor] = []
     while True:
-        told = json.loads(ranks.broadcast())
-        if "refused" in told:
-            raise ConfigError(*told["refused"])
-        if "equal" in told:
-            ranks.agree(_equal(parts, told["equal"]))
-        elif "part" in told:
-            part = _Part(*told["part"])
+        answer = json.loads(ranks.broadcast())
+        if "refused" in answer:
+            raise ConfigError(*answer["refused"])
+        if "equal" in answer:
+            ranks.agree(_equal(parts, answer["equal"]))
+        elif "part" in answer:
+            part = _Part(*answer["part"])
             received = torch.empty(part.shape_on(ranks), dtype=getattr(torch, part.dtype))
             if received.numel():
                 ranks.receive_(received)
             parts.append(received.to(device))
         else:
-            held = {name: parts[number] for name, (number, _, _) in told["tensors"].items()}
-            return _without_weights(path, told, context_length), held
+            held = {name: parts[number] for name, (number, _, _) in answer["tensors"].items()}
+            return _without_weights(path, answer, context_length), held
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,12 +92,8 @@ def read_vocabulary(field: str, model: str) -> Vocabulary:
     Raises:
         ConfigError: config.json or tokenizer.json is missing or damaged.
     """
-    config = read_json(field, Path(model) / "config.json")
+    size = vocabulary_rows(field, model)
     tokenizer = read_json(field, Path(model) / "tokenizer.json")
-    text = config.get("text_config")
-    size = (text if isinstance(text, dict) else config).get("vocab_size")
-    if not isinstance(size, int) or size < 1:
-        raise ConfigError(field, model, "its config.json has no vocab_size", COMPLETE)
     try:
         tokens = tokenizer["model"]["vocab"]
         added = {int(token["id"]): str(token["content"]) for token in tokenizer.get("added_tokens") or ()}

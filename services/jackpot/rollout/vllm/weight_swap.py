@@ -68,12 +68,12 @@ class WeightSwap:
         self.settled.clear()
         self._sampled_from = False
         try:
-            found = await self._apply(version, source, probe)
-            for logprobs in found:
+            probed = await self._apply(version, source, probe)
+            for logprobs in probed:
                 assert probe is not None
                 self._check.check(probe, logprobs, version)
             await self._llm.collective_rpc("keep_weights")
-            self._before = None if probe is None else (probe.token_ids, found)
+            self._before = None if probe is None else (probe.token_ids, probed)
         except EngineDeadError:
             raise
         except Exception as error:  # a worker's error arrives as a bare Exception
@@ -103,8 +103,8 @@ class WeightSwap:
             await self._llm.collective_rpc("roll_back_weights")
             await self._llm.update_weight_version(version_label(held))
             tokens, before = self._before or ((), [])
-            found = await self._resume_with_passes(tokens)
-            self._check.check_restored(before, found)
+            probed = await self._resume_with_passes(tokens)
+            self._check.check_restored(before, probed)
         except EngineDeadError:
             raise
         except Exception as error:  # as above

@@ -48,7 +48,7 @@ def test_a_whole_pair_passes_also_when_the_actor_is_smaller(make_model: MakeMode
         (lambda d: (d / "config.json").unlink(), "holds no config.json"),
         (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda d: (d / "config.json").write_text("[]"), "config.json is not a JSON object"),
-        (lambda d: edit(d / "config.json", vocab_size=None), "has no vocab_size"),
+        (lambda d: edit(d / "config.json", vocab_size=None), "does not state vocab_size"),
         (lambda d: (d / "tokenizer.json").unlink(), "holds no tokenizer.json"),
         (lambda d: edit(d / "tokenizer.json", model=[]), "holds no vocabulary"),
         (lambda d: edit(d / "tokenizer.json", added_tokens=[{"id": "?"}]), "holds no vocabulary"),
