@@ -144,7 +144,7 @@ class Versions:
 
 def transformers_engine(model_dir: Path) -> RolloutEngine:
     """As the rollout service makes it."""
-    from jackpot.compute.models import load_causal_lm
+    from jackpot.compute.model_loading import load_causal_lm
     from jackpot.rollout.transformers.decode_check import check_decoding
     from jackpot.rollout.transformers.engine import TransformersEngine
 
@@ -255,7 +255,7 @@ def scorer_cells(versions: Versions, sampled: Sequence[Trajectory]) -> dict[str,
 
 def learner_cells(versions: Versions, sampled: Sequence[Trajectory], run_dir: Path) -> tuple[dict[str, Any], Versions]:
     """The learner's two cells, and what it published after a step."""
-    from jackpot.compute.models import load_causal_lm
+    from jackpot.compute.model_loading import load_causal_lm
     from jackpot.learner.publishing.publisher import WeightPublisher
     from jackpot.learner.trainer import Trainer
     from jackpot.loop_parts import Target, WeighedTokens

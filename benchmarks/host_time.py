@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from jackpot.compute import varlen
 from jackpot.compute.forward import packed_completion_hidden
-from jackpot.compute.models import load_causal_lm, quiet
+from jackpot.compute.model_loading import load_causal_lm, quiet
 from jackpot.compute.ranks.group import join_ranks, leave_ranks
 from jackpot.compute.ranks.loading import load_on_ranks
 from jackpot.compute.ranks.sharding import release, shard

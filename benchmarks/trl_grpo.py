@@ -96,7 +96,7 @@ def write_model(directory: Path, role: str, shape: str | None, positions: int) -
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from jackpot.compute.models import quiet
+    from jackpot.compute.model_loading import quiet
 
     job = resolve_models(load_job(JOB_FILE, []))
     demo = Path(job.policy.model if role == "policy" else job.rollout_model.model)

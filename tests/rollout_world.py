@@ -17,8 +17,8 @@ import grpc
 import numpy as np
 from patience import PATIENCE_SECONDS
 
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.compute.model_weights import save_weights
-from jackpot.compute.models import load_causal_lm
 from jackpot.config.environment import ServiceEnvironment
 from jackpot.rpc.channel import open_channel, wait_ready
 from jackpot.storage.durable_files import replace_synced

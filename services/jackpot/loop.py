@@ -46,7 +46,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.compute.common_vocabulary import common_vocabulary
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.config import JobSpec, ModelConfig
 from jackpot.learner.trainer import Trainer
 from jackpot.loop_parts import PastWeights, WeighedTokens, check_job

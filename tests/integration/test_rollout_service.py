@@ -15,7 +15,7 @@ from patience import PATIENCE_SECONDS, TEST_SECONDS
 from rollout_world import RolloutWorld, generate_request, generating, refusal, stop
 from tolerances import model_rounding
 
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.rollout.engine_choice import has_vllm
 from jackpot.rpc.channel import open_channel
 from jackpot.rpc.proto import trajectory_from_proto

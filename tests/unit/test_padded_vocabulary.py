@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from jackpot.cli import app
 from jackpot.compute.common_vocabulary import common_vocabulary
 from jackpot.compute.model_inputs import check_group
-from jackpot.compute.models import load_causal_lm, output_head, vocabulary_size
+from jackpot.compute.model_loading import load_causal_lm
+from jackpot.compute.models import output_head, vocabulary_size
 from jackpot.config import JobSpec, load_job, parse_job
 from jackpot.control_plane.sessions.model_directories import check_models
 from jackpot.errors import ConfigError, PayloadError

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from unit.rollout.conftest import ask, full_logprobs, until, weights
 from vllm_world import EngineElsewhere, EngineThread, SharedVllm
 
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.config import ModelConfig, RolloutConfig
 
 __all__ = ["ask", "full_logprobs", "until", "weights"]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from vllm_world import EngineElsewhere, EngineThread, SharedVllm
 
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.config import ModelConfig, RolloutConfig
 from jackpot.errors import WeightCorruptError
 from jackpot.rollout.engine import GroupRequest

@@ -20,7 +20,7 @@ import torch
 from patience import PATIENCE_SECONDS
 from rollout_world import RolloutWorld, generate_request, generating, refusal, stop
 
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.rpc.channel import open_channel
 from jackpot.rpc.proto import trajectory_from_proto
 from jackpot.v1 import rollout_pb2, rollout_pb2_grpc

@@ -15,8 +15,8 @@ import torch
 from patience import PATIENCE_SECONDS
 from rollout_world import RolloutWorld, generate_request
 
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.compute.model_weights import copy_state
-from jackpot.compute.models import load_causal_lm
 from jackpot.learner.publishing.broadcast import Outcome, Sender, WeightBroadcaster
 from jackpot.learner.publishing.replica_client import ReplicaClient
 from jackpot.rpc.channel import open_channel

@@ -31,7 +31,7 @@ def completion_hidden(
     has disabled it.
 
     Args:
-        model: a model of :func:`jackpot.compute.models.load_causal_lm`.
+        model: a model of :func:`jackpot.compute.model_loading.load_causal_lm`.
         sequences: prompt and completion ids of each, ``[P + T]``.
         prompt_lengths: P ≥ 1 of each.
         per_row: how many consecutive sequences share a row, which holds their common prompt once; None is one each.

@@ -1,33 +1,21 @@
-"""Causal language models in Hugging Face format: loading, hidden states, output head.
-
-Every service loads its models here, so that sampling, scoring and training see the same numbers. Only safetensors are
-read, and no code from a model directory is run.
-"""
+"""Causal language models at work: hidden states, output head, vocabulary, positions, device."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from jackpot.algorithm.output_head import OutputHead
-from jackpot.compute.model_weights import is_finite
 from jackpot.compute.varlen import attends_by_lengths, bounds
 from jackpot.errors import ConfigError
-from jackpot.storage.model_configuration import fix_long_factors, served_context
-from jackpot.storage.model_files import COMPLETE, not_finite, read_json
-from jackpot.storage.model_support import check_model_directory
-
-LOG = logging.getLogger(__name__)
+from jackpot.storage.model_configuration import served_context
+from jackpot.storage.model_files import read_json
 
 SHARDED_FORWARD = "sharded_forward"
 """Attribute of a sharded model: the callable to use in place of its trunk."""
@@ -38,16 +26,12 @@ LONGEST = "longest_sequence"
 VOCABULARY = "vocabulary_rows"
 """Attribute of a model whose output layer has padding: how many of its rows are token ids."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest |logit difference| accepted by the self-check, relative to the largest |logit|: rounding, no more.
-_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-# The same for log-probabilities of one sequence in two passes of one shape.
-_COMPANY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
-_COMPANY_TOKENS = 8
-_TRIAL_TOKENS = 192
 # Architectures' names for a factor on their logits, and for a divisor.
 _SCALE_FIELDS = ("logit_scale", "lm_head_multiplier")
 _DIVISOR_FIELDS = ("logits_scaling",)
+
+OTHER_ARCHITECTURE = "Use another architecture, such as Qwen3 or Llama."
+"""What to do about one that cannot be served."""
 
 
 def set_threads(num_threads: int) -> None:
@@ -72,107 +56,6 @@ def resolve_device(text: str, *, field: str = "device") -> torch.device:
             field, text, f"this process sees {seen} CUDA devices", "Use auto or cpu, or check the driver."
         )
     return device
-
-
-def load_causal_lm(
-    model_dir: str | os.PathLike[str],
-    dtype: str,
-    device: torch.device | str,
-    *,
-    field: str = "model",
-    context_length: int | None = None,
-    vocabulary: int | None = None,
-) -> PreTrainedModel:
-    """Load a model in eval mode, checked by :func:`self_check`. Attention is SDPA where the architecture has it.
-
-    Args:
-        model_dir: a directory with config.json and \\*.safetensors.
-        dtype: number format of the weights: ``float32``, ``bfloat16`` or ``float16``.
-        device: where to put it.
-        field: the setting that named the directory, for error messages.
-        context_length: the job's longest sequence, see :func:`read_configuration`.
-        vocabulary: V; rows of the output layer beyond it are padding, see :func:`set_vocabulary`. None: there are none.
-
-    Raises:
-        ConfigError: the directory is missing or incomplete, or the architecture is not supported.
-    """
-    model = read_causal_lm(model_dir, dtype, field=field, context_length=context_length)
-    set_vocabulary(model, vocabulary)
-    set_longest(model, model_dir, field, context_length)
-    model.to(torch.device(device))  # type: ignore[arg-type] # transformers decorates `to`
-    self_check(model, field=field)
-    check_company(model, field=field)
-    return model
-
-
-def read_causal_lm(
-    model_dir: str | os.PathLike[str], dtype: str, *, field: str = "model", context_length: int | None = None
-) -> PreTrainedModel:
-    """Read a model into the CPU's memory, in eval mode, unchecked. Arguments and errors as :func:`load_causal_lm`."""
-    path = Path(model_dir)
-    check_model_directory(field, str(path), None)
-    configuration = read_configuration(path, field=field, context_length=context_length)
-    with quiet():
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=configuration,
-                dtype=_DTYPES[dtype],
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                attn_implementation=attention_of(configuration),
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
-            raise _cannot_be_loaded(field, path, error) from None
-    model: PreTrainedModel = loaded[0]
-    # From a directory with transformers' own names nothing was converted, and versions would repeat those names.
-    loaded[0]._weight_conversions = loaded[0]._weight_conversions or None
-    report: Mapping[str, set[str]] = loaded[1]
-    if report["missing_keys"]:
-        names = ", ".join(sorted(report["missing_keys"])[:5])
-        raise ConfigError(field, str(path), f"lacks {len(report['missing_keys'])} tensors ({names})", COMPLETE)
-    if report["unexpected_keys"]:
-        LOG.warning("%s holds tensors that its architecture does not use: %s", path, sorted(report["unexpected_keys"]))
-    for name, parameter in model.named_parameters():
-        if not is_finite(parameter.detach()):
-            raise not_finite(field, str(path), name)
-    model.eval()  # type: ignore[no-untyped-call]
-    return model
-
-
-def read_configuration(path: Path, *, field: str = "model", context_length: int | None = None) -> PreTrainedConfig:
-    """A model's configuration as a job uses it.
-
-    If the job's sequences outgrow the short factors of a longrope model, it has the long ones at every length: see
-    :mod:`jackpot.storage.model_configuration`.
-
-    Args:
-        path: the model directory.
-        field: the setting that named it.
-        context_length: the job's longest sequence; None is that of the model, or of its short factors.
-
-    Raises:
-        ConfigError: it cannot be read, or the model cannot serve such sequences.
-    """
-    context = served_context(field, str(path), read_json(field, path / "config.json"), context_length)
-    with quiet():
-        try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _cannot_be_loaded(field, path, error) from None
-    if context.factors == "long":
-        fix_long_factors(vars(config.get_text_config()))
-    return config
-
-
-def attention_of(config: PreTrainedConfig) -> str | None:
-    """The attention that a configuration requires; None leaves the choice to transformers.
-
-    SDPA does not know the soft cap of attention scores (Gemma-2), and transformers before 5.20 chooses it all the same.
-    """
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None else None
 
 
 def hidden_states(
@@ -259,7 +142,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
 def _output_layer(model: PreTrainedModel) -> nn.Linear:
     layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(layer, nn.Linear):
-        raise ConfigError("model", architecture(model), "has no linear output layer", _OTHER_ARCHITECTURE)
+        raise ConfigError("model", architecture(model), "has no linear output layer", OTHER_ARCHITECTURE)
     return layer
 
 
@@ -268,128 +151,7 @@ def architecture(model: PreTrainedModel) -> str:
     return type(model).__name__.removeprefix("FSDP")
 
 
-@torch.no_grad()
-def self_check(model: PreTrainedModel, *, field: str = "model") -> None:
-    """Check that hidden states and output head reproduce the model's own logits, right padding included.
-
-    For a sharded model all ranks must call it.
-
-    Raises:
-        ConfigError: they do not, or cannot be computed: scores and losses would belong to another model.
-    """
-    try:
-        agrees = _reproduces_logits(model)
-    except (torch.OutOfMemoryError, torch.distributed.DistError):
-        raise
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        problem = f"its hidden states cannot be computed apart from its logits ({' '.join(str(error).split())[:200]})"
-        raise ConfigError(field, architecture(model), problem, _OTHER_ARCHITECTURE) from error
-    if not agrees:
-        raise ConfigError(
-            field,
-            architecture(model),
-            "its logits are not those of its last hidden states through its output layer",
-            _OTHER_ARCHITECTURE,
-        )
-
-
-def _reproduces_logits(model: PreTrainedModel) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = vocabulary_size(model)
-    smaller = min(vocabulary, model.config.get_text_config().vocab_size)
-    ids = torch.randint(smaller, (2, 8), generator=generator).to(model.device)
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    expected = model(input_ids=ids[1:, :5], use_cache=False).logits[0, :, :vocabulary].float()
-    # After a pass a sharded model's output layer has the compute dtype.
-    bound = _CHECK_TOLERANCE[output_head(model).weight.dtype] * max(1.0, float(expected.abs().max()))
-    for attention_mask in (mask, None):
-        hidden = hidden_states(model, ids, attention_mask)
-        logits = output_head(model).logits(hidden)[1, :5].float()
-        # Written so that NaN fails as well.
-        if logits.shape != expected.shape or not float((logits - expected).abs().max()) <= bound:
-            return False
-    return True
-
-
-@torch.no_grad()
-def check_company(model: PreTrainedModel, *, field: str = "model", longest: int | None = None) -> None:
-    """Check that a sequence's log-probabilities do not depend on what else is in its pass, nor on the passes before.
-
-    Some architectures scale all rotary embeddings of a pass by its greatest position (dynamic NTK, longrope): a short
-    sequence then has other log-probabilities beside a long one, in engine, scorer and learner alike. A few tokens show
-    it, since positions alone matter: a sequence of the first positions is passed beside itself, beside one that ends at
-    the last position, and beside itself again. All passes have one shape, so that rounding is the same.
-
-    For a sharded model all ranks must call it.
-
-    Args:
-        model: a model that passes :func:`self_check`.
-        field: the setting that named the model.
-        longest: tokens of the job's longest sequence; None is :func:`max_positions`.
-
-    Raises:
-        ConfigError: they do, with the difference.
-    """
-    positions = longest or max_positions(model)
-    if positions is None or positions <= _COMPANY_TOKENS:
-        return
-    ids = torch.arange(_COMPANY_TOKENS, device=model.device) % vocabulary_size(model)
-    first = torch.arange(_COMPANY_TOKENS, device=model.device)
-    last = first + positions - _COMPANY_TOKENS
-    try:
-        logits = [_logits_beside(model, ids, first, other) for other in (first, last, first)]
-    except (TypeError, ValueError):  # its layers take no positions, so that none of the pass can matter
-        return
-    reference = torch.log_softmax(logits[0], -1)
-    difference = max(float((torch.log_softmax(other, -1) - reference).abs().max()) for other in logits[1:])
-    greatest = max(1.0, float(logits[0].abs().max()))
-    # Written so that NaN fails as well.
-    if not difference <= _COMPANY_TOLERANCE[output_head(model).weight.dtype] * greatest:
-        raise ConfigError(
-            field,
-            architecture(model),
-            f"the log-probabilities of a sequence of {_COMPANY_TOKENS} tokens change by {difference:.2g} nats when one "
-            f"of {positions} is in the same pass or in the one before it",
-            "Give its config.json rotary embeddings that do not depend on the length, or use another model.",
-        )
-
-
-def _logits_beside(model: PreTrainedModel, ids: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """Logits [L, V] of tokens at their ``own`` positions, in a pass with the same tokens at ``other`` positions."""
-    hidden = hidden_states(model, torch.stack([ids, ids]), position_ids=torch.stack([own, other]))
-    return output_head(model).logits(hidden)[0].float()
-
-
 def max_positions(model: PreTrainedModel) -> int | None:
     """Tokens of the longest sequence that the job uses the model on; None if neither job nor model says."""
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or None
     return getattr(model, LONGEST, own)
-
-
-def trial_length(model: PreTrainedModel) -> int:
-    """Tokens of the longest sequence in a model's trials: as many as are cheap, and as the model has positions."""
-    return min(_TRIAL_TOKENS, max_positions(model) or _TRIAL_TOKENS)
-
-
-_OTHER_ARCHITECTURE = "Use another architecture, such as Qwen3 or Llama."
-
-
-def _cannot_be_loaded(field: str, path: Path, error: Exception) -> ConfigError:
-    problem = f"cannot be loaded ({' '.join(str(error).split())[:300]})"
-    return ConfigError(field, str(path), problem, "Use a causal language model of transformers.")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences transformers' progress bars and load reports; we check and raise what matters in them."""
-    log: Any = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()

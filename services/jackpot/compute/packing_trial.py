@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from jackpot.compute.forward import completion_hidden, packed_completion_hidden
-from jackpot.compute.models import architecture, trial_length, vocabulary_size
+from jackpot.compute.model_checks import trial_length
+from jackpot.compute.models import architecture, vocabulary_size
 from jackpot.compute.ranks.group import Ranks
 from jackpot.compute.shared_prompts import sees_all
 from jackpot.compute.varlen import HasKernel, attends_by_lengths, switched

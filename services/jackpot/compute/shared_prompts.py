@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from jackpot.compute.batching import AttentionCost
 from jackpot.compute.forward import completion_hidden
-from jackpot.compute.models import trial_length, vocabulary_size
+from jackpot.compute.model_checks import trial_length
+from jackpot.compute.models import vocabulary_size
 from jackpot.compute.ranks.group import SOLO, Ranks
 
 # Largest difference of hidden states accepted by the check, relative to the largest: rounding, no more.

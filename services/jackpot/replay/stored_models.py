@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from jackpot.compute.batching import ModelPass
 from jackpot.compute.common_vocabulary import common_vocabulary
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.compute.model_weights import load_state
-from jackpot.compute.models import load_causal_lm, resolve_device
+from jackpot.compute.models import resolve_device
 from jackpot.config import JobSpec
 from jackpot.scoring.batch import SequenceSlice, parts_by_version, sequences_of, token_arrays
 from jackpot.scoring.passes import ModelPasses, ScoringRule

@@ -116,7 +116,8 @@ def _refuse_temperatures(job: JobSpec, reason: str) -> None:
 
 def _transformers(job: JobSpec, environment: ServiceEnvironment, metrics: Metrics) -> RolloutEngine:
     from jackpot.compute.common_vocabulary import common_vocabulary
-    from jackpot.compute.models import load_causal_lm, resolve_device, set_threads
+    from jackpot.compute.model_loading import load_causal_lm
+    from jackpot.compute.models import resolve_device, set_threads
     from jackpot.rollout.transformers.decode_check import check_decoding
     from jackpot.rollout.transformers.engine import TransformersEngine
 

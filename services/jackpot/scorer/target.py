@@ -15,7 +15,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from jackpot.compute.models import load_causal_lm, resolve_device, vocabulary_size
+from jackpot.compute.model_loading import load_causal_lm
+from jackpot.compute.models import resolve_device, vocabulary_size
 from jackpot.compute.probe_pass import probe_logprobs
 from jackpot.compute.ranks.group import SOLO, Ranks
 from jackpot.compute.ranks.held_tensors import HeldTensors

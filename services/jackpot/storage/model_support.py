@@ -1,7 +1,7 @@
 """Which models a job can use: refused here, from the files alone and before anything starts, is what the passes of
 engine, scorer and learner would not compute as plain transformers does. No torch.
 
-What remains is tried as it is loaded, whatever its name: :func:`jackpot.compute.models.self_check`,
+What remains is tried as it is loaded, whatever its name: :func:`jackpot.compute.model_checks.self_check`,
 :func:`jackpot.rollout.transformers.decode_check.check_decoding`. docs/models.md has the list.
 """
 

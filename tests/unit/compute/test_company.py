@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PreTrainedModel
 
-from jackpot.compute.models import check_company, load_causal_lm, trial_length
+from jackpot.compute.model_checks import check_company, trial_length
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.errors import ConfigError
 
 SIZES = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.compute.model_weights import is_finite, read_state, save_weights
-from jackpot.compute.models import load_causal_lm
 from jackpot.errors import WeightCorruptError
 
 MakeModel = Callable[..., Path]

@@ -11,8 +11,8 @@ from architectures import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jackpot.compute.model_loading import read_causal_lm
 from jackpot.compute.model_weights import copy_state, load_state, own_tensors, save_weights
-from jackpot.compute.models import read_causal_lm
 from jackpot.errors import WeightCorruptError
 
 MakeModel = Callable[..., Path]

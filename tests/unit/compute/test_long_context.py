@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedConfig, PreTrainedModel
 
 from jackpot.compute.forward import completion_hidden, packed_completion_hidden
-from jackpot.compute.models import load_causal_lm, output_head
+from jackpot.compute.model_loading import load_causal_lm
+from jackpot.compute.models import output_head
 from jackpot.compute.shared_prompts import attention_cost
 from jackpot.errors import ConfigError
 from jackpot.rollout.engine import GroupRequest, Sampling

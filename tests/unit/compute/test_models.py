@@ -22,8 +22,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from jackpot.compute.model_checks import self_check
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.compute.model_weights import apply_state, load_state, read_state, save_weights
-from jackpot.compute.models import hidden_states, load_causal_lm, output_head, resolve_device, self_check, set_threads
+from jackpot.compute.models import hidden_states, output_head, resolve_device, set_threads
 from jackpot.errors import ConfigError, WeightCorruptError
 
 MakeModel = Callable[..., Path]

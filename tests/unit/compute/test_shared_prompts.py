@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, FalconConfig, MistralConfig, PreT
 
 from jackpot.compute.batching import AttentionCost
 from jackpot.compute.forward import completion_hidden, packed_completion_hidden
-from jackpot.compute.models import load_causal_lm, output_head, self_check
+from jackpot.compute.model_checks import self_check
+from jackpot.compute.model_loading import load_causal_lm
+from jackpot.compute.models import output_head
 from jackpot.compute.shared_prompts import attention_cost
 from jackpot.rollout.transformers.decode_check import check_decoding
 

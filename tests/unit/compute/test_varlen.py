@@ -26,7 +26,9 @@ from transformers import (
 )
 
 from jackpot.compute.forward import completion_hidden, packed_completion_hidden
-from jackpot.compute.models import hidden_states, load_causal_lm, self_check
+from jackpot.compute.model_checks import self_check
+from jackpot.compute.model_loading import load_causal_lm
+from jackpot.compute.models import hidden_states
 from jackpot.compute.packing_trial import packs_exactly, problem_with_varlen
 from jackpot.compute.varlen import attend, attends_by_lengths, bounds, is_available, no_mask, switch, switched
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.demo.recipe import COMPLEMENT, Recipe, models_directory
 from jackpot.demo.warmup import make_models
 

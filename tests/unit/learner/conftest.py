@@ -14,7 +14,7 @@ from tolerances import figures_rounding, model_rounding
 
 from jackpot.algorithm.obrs import acceptance_mask, acceptance_probs, acceptance_uniforms
 from jackpot.bus import TrajectoryBus
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.config import JobSpec, parse_job
 from jackpot.learner.trainer import Trainer
 from jackpot.scoring.batch import Batch

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.compute.model_weights import save_weights
-from jackpot.compute.models import load_causal_lm
 from jackpot.config import JobSpec, parse_job
 from jackpot.learner.canary import TOKENS_PER_SEQUENCE, sampled_parts
 from jackpot.loop import Loop

@@ -9,7 +9,7 @@ import torch
 from tolerances import model_rounding
 
 from jackpot.bus.payload_format import decode_scored, encode_scored
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.config import JobSpec
 from jackpot.errors import ConfigError
 from jackpot.learner.trainer import Trainer

@@ -13,7 +13,7 @@ import torch
 from tolerances import gamma, model_rounding, rounding
 from torch import Tensor
 
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.config import JobSpec
 from jackpot.scoring.batch import build_batch
 from jackpot.scoring.passes import ModelPasses

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.compute.model_weights import save_weights
-from jackpot.compute.models import load_causal_lm
 from jackpot.rollout.engine import GroupRequest, RolloutEngine, Sampling
 from jackpot.rollout.transformers.engine import TransformersEngine
 

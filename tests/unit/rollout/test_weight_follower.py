@@ -12,8 +12,8 @@ import pytest
 from patience import PATIENCE_SECONDS, TEST_SECONDS
 from rollout_world import publish_damaged
 
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.compute.model_weights import save_weights
-from jackpot.compute.models import load_causal_lm
 from jackpot.errors import DeadlineError
 from jackpot.rollout.engine import RolloutEngine
 from jackpot.rollout.weight_follower import WeightFollower

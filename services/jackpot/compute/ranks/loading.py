@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from jackpot.compute.model_loading import quiet, read_causal_lm, read_configuration
 from jackpot.compute.model_weights import is_finite, own_tensors, put_tensor, tie
-from jackpot.compute.models import quiet, read_causal_lm, read_configuration, set_longest, set_vocabulary
+from jackpot.compute.models import set_longest, set_vocabulary
 from jackpot.compute.ranks.group import Ranks
 from jackpot.compute.ranks.sharding import HELD, rows_of
 from jackpot.errors import ConfigError, JackpotError

@@ -24,8 +24,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from jackpot.compute.model_checks import check_company, self_check
 from jackpot.compute.model_weights import own_tensors, put_tensor, tie
-from jackpot.compute.models import SHARDED_FORWARD, architecture, check_company, self_check
+from jackpot.compute.models import SHARDED_FORWARD, architecture
 from jackpot.compute.ranks.group import Ranks
 from jackpot.errors import ConfigError
 
@@ -52,7 +53,7 @@ def shard(model: PreTrainedModel, ranks: Ranks, dtype: str | None, *, field: str
         cpu_offload: whether parameters are kept in CPU memory between uses.
 
     Raises:
-        ConfigError: its hidden states do not reproduce its logits, see :func:`jackpot.compute.models.self_check`.
+        ConfigError: its hidden states do not reproduce its logits, see :func:`jackpot.compute.model_checks.self_check`.
         RankLostError: a rank is gone or hangs.
     """
     assert ranks.mesh is not None

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from jackpot.compute.common_vocabulary import common_vocabulary
-from jackpot.compute.models import load_causal_lm, resolve_device, set_threads
+from jackpot.compute.model_loading import load_causal_lm
+from jackpot.compute.models import resolve_device, set_threads
 from jackpot.compute.ranks.group import SOLO, Ranks, join_ranks
 from jackpot.compute.ranks.loading import load_on_ranks
 from jackpot.config import JobSpec, ModelConfig

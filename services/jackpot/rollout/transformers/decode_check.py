@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from jackpot.algorithm.output_head import exact_logits
-from jackpot.compute.models import hidden_states, output_head, trial_length, vocabulary_size
+from jackpot.compute.model_checks import trial_length
+from jackpot.compute.models import hidden_states, output_head, vocabulary_size
 from jackpot.errors import ConfigError
 from jackpot.rollout.engine import GroupRequest, Sampling
 from jackpot.rollout.transformers.decode_batch import DecodeBatch

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Glm4MoeConfig, Phi3Config, PreTrainedModel
 
 from jackpot.compute.forward import completion_hidden
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.compute.model_weights import own_tensors
-from jackpot.compute.models import load_causal_lm, output_head
+from jackpot.compute.models import output_head
 from jackpot.compute.ranks import loading
 from jackpot.compute.ranks.group import Ranks
 from jackpot.compute.ranks.loading import load_on_ranks

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from jackpot.compute.batching import AttentionCost
 from jackpot.compute.forward import completion_hidden, packed_completion_hidden
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.compute.packing_trial import packs_exactly, problem_with_varlen
 from jackpot.compute.pass_layout import layout_of
 from jackpot.compute.ranks.group import Ranks, join_ranks, leave_ranks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, MambaConfig, MistralConfig, PreTrainedConfig
 
-from jackpot.compute.models import load_causal_lm
+from jackpot.compute.model_loading import load_causal_lm
 from jackpot.errors import ConfigError
 from jackpot.rollout.transformers.decode_check import check_decoding
 

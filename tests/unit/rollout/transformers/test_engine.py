@@ -79,7 +79,7 @@ async def test_a_loop_that_fails_tells_everyone(
 async def test_prompts_longer_than_one_prefill_pass_are_split(
     make_model: Callable[..., Path], ask: Callable[..., GroupRequest]
 ) -> None:
-    from jackpot.compute.models import load_causal_lm
+    from jackpot.compute.model_loading import load_causal_lm
 
     model = load_causal_lm(make_model(max_position_embeddings=4096), "float32", "cpu")
     assert PREFILL_TOKENS < 3 * 3000
