@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from jackpot.compute.model_checks import self_check
-from jackpot.compute.model_loading import load_causal_lm
+from jackpot.compute.model_loading import attention_of, load_causal_lm
 from jackpot.compute.model_weights import apply_state, load_state, read_state, save_weights
 from jackpot.compute.models import hidden_states, output_head, resolve_device, set_threads
 from jackpot.errors import ConfigError, WeightCorruptError
@@ -99,6 +99,8 @@ def test_a_model_with_capped_attention_scores_never_has_an_attention_that_ignore
     bound = model_rounding(config, 10, expected)
     assert float((logits_of(load_causal_lm(tmp_path, "float32", "cpu")) - expected).abs().max()) <= bound
     assert float((logits_of(uncapped) - expected).abs().max()) > 100 * bound
+    assert attention_of(config) == "eager"  # by our own choice, whatever this transformers would choose
+    assert attention_of(Gemma2Config(**SIZES, attn_logit_softcapping=None)) is None
 
 
 def test_a_model_with_a_number_that_is_none_is_refused_by_its_tensor(make_model: MakeModel, tmp_path: Path) -> None:

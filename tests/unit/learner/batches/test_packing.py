@@ -13,7 +13,7 @@ import pytest
 import torch
 from tolerances import model_rounding
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoConfig
 
 from jackpot.compute.batching import AttentionCost
 from jackpot.compute.forward import completion_hidden, packed_completion_hidden
@@ -44,6 +44,25 @@ def test_packed_states_are_those_of_padded_rows(make_model: Any, architecture: s
     padded = completion_hidden(model, sequences, prompts)
     torch.testing.assert_close(packed, padded, rtol=0, atol=model_rounding(model.config, 30, padded))
     assert packs_exactly(model)
+
+
+def test_a_model_whose_code_raises_in_a_packed_row_is_not_packed(tmp_path: Path) -> None:
+    """GPT-Neo's mask ends at its positions, and a row of several sequences is longer."""
+    config = GPTNeoConfig(
+        vocab_size=49,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=32,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_causal_lm(tmp_path, "float32", "cpu")
+    sequences = [np.arange(3, 3 + length) for length in (20, 20)]
+    with pytest.raises(RuntimeError, match="must match the size"):
+        packed_completion_hidden(model, sequences, [4, 4])
+    assert not packs_exactly(model)
 
 
 def test_a_step_is_the_same_however_it_is_laid_out_and_split(
